@@ -1,0 +1,50 @@
+"""Packaging for amopo_fast (the trainer) and amopo_kernels (the kernels, importable on their own)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+EXTRAS = {
+    "flash": ["flash-attn>=2.7"],
+    "liger": ["liger-kernel>=0.6"],
+    "lowbit": ["torchao>=0.15"],
+    "peft": ["peft>=0.18"],
+    "bench": ["liger-kernel>=0.6", "cut-cross-entropy>=25.1", "trl>=0.25"],
+    "test": ["pytest>=8", "hypothesis>=6.100", "peft>=0.18", "torchao>=0.15"],
+}
+EXTRAS["all"] = sorted({requirement for name in ("liger", "lowbit", "peft") for requirement in EXTRAS[name]})
+
+setup(
+    name="amopo-fast",
+    version="0.1.0",
+    description="Fast, lean AMoPO: multi-objective preference optimization on fused Triton kernels",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["amopo_fast*"]), *find_packages(where="kernels")],
+    package_dir={"amopo_fast": "amopo_fast", "amopo_kernels": "kernels/amopo_kernels"},
+    package_data={"amopo_fast": ["demo/*.json", "demo/*.jsonl", "templates/*.yaml"], "amopo_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "transformers>=5.17,<6",
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "matplotlib>=3.8",
+        "pyyaml>=6.0",
+        "rich>=13.0",
+        "tqdm>=4.66",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["amopo-fast=amopo_fast.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "License :: OSI Approved :: Apache Software License",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
