@@ -75,6 +75,13 @@ def _list(text: str, source: str) -> Iterator[RawRecord]:
 
 
 def _lines(text: str, source: str) -> Iterator[RawRecord | DataError]:
+    if text.lstrip().startswith("["):
+        raise DataError(
+            "no lines of records",
+            "the file begins with a list",
+            "name the file .json if it is one list of objects; a .jsonl file holds one object per line",
+            source=source,
+        )
     record = 0
     # Not splitlines(): U+2028 and its like are line ends to it, and legal inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -94,7 +101,8 @@ def _invalid(error: json.JSONDecodeError, text: str, source: str, line: int, rec
         return DataError(
             "truncated file",
             f"the text ends inside a value that begins or goes on at column {error.colno}",
-            "write the file again: its end is missing, or a quote or bracket is never closed",
+            "write the file again: its end is missing, or a quote or bracket is never closed"
+            + ("; every record of a .jsonl file is one line" if record is not None else ""),
             source=source,
             line=line,
             record=record,
