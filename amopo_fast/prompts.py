@@ -10,8 +10,10 @@ Both texts together are what the template makes of the whole conversation, witho
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,6 +133,12 @@ class PromptBuilder:
         messages = [*pair.messages[:-1], Message(pair.messages[-1].role, content)]
         return [message._asdict() for message in messages]
 
+    def unlimited(self) -> PromptBuilder:
+        """The same builder without a limit on the length, to learn how long pairs are before they are shortened."""
+        builder = copy.copy(self)
+        builder.max_length = sys.maxsize
+        return builder
+
     def present(self, pair: Pair) -> list[bool]:
         """Which of the K dimensions the pair has."""
         return [name == NO_OBJECT or name in pair.chosen_scores for name in self.dimensions]
@@ -144,7 +152,7 @@ class PromptBuilder:
             DataError: the pair does not fit `max_length` even without the user's text, holds the text of a special
                 token, is refused by the chat template, or its responses become equal.
         """
-        result = next(self._tokens([pair]))
+        result = next(self.iter_tokens([pair]))
         if isinstance(result, DataError):
             raise result
         return result
@@ -156,7 +164,7 @@ class PromptBuilder:
         if on_bad_record not in ("error", "skip"):
             raise ValueError(f"on_bad_record must be 'error' or 'skip', got {on_bad_record!r}")
         result, errors = [], []
-        for tokens in self._tokens(pairs):
+        for tokens in self.iter_tokens(pairs):
             if isinstance(tokens, PairTokens):
                 result.append(tokens)
             elif on_bad_record == "error":
@@ -165,9 +173,11 @@ class PromptBuilder:
                 errors.append(tokens)
         if pairs and not result:
             raise DataError(
-                "no usable record", f"all {len(errors)} are bad, the first: {errors[0]}", "correct them",
+                "no usable record",
+                f"all {len(errors)} records are bad, the first: {errors[0]}",
+                "correct them",
                 source=pairs[0].source,
-            )  # fmt: skip
+            )
         truncated = sum(tokens.truncated for tokens in result)
         if truncated:
             logger.warning(
@@ -175,7 +185,8 @@ class PromptBuilder:
             )
         return result, errors
 
-    def _tokens(self, pairs: Sequence[Pair]) -> Iterator[PairTokens | DataError]:
+    def iter_tokens(self, pairs: Sequence[Pair]) -> Iterator[PairTokens | DataError]:
+        """Token ids of many pairs, one at a time; a DataError in the place of a pair that cannot be used."""
         for start in range(0, len(pairs), _BATCH):
             batch = pairs[start : start + _BATCH]
             rendered: list[_Texts | DataError] = []
@@ -239,7 +250,7 @@ class PromptBuilder:
         except jinja2.TemplateError as error:
             raise ValueError(f"the tokenizer's chat template refuses a user's message and an answer: {error}") from None
         if _PROBE not in text:
-            raise ValueError("the tokenizer's chat template leaves out the assistant's answer; set another chat_template")
+            raise ValueError("the tokenizer's chat template leaves out the answer; set another chat_template")
         closing = text[text.rindex(_PROBE) + len(_PROBE) :]
         for token in self._encode([closing])[0].tolist():
             if token in self._special_ids:
@@ -309,7 +320,8 @@ class PromptBuilder:
             match = self._special.search(text)
             if match:
                 found = f"the text of the special token {match[0]} at character {match.start()}"
-                raise self._error(pair, "special token in text", found, "write it differently or drop the record", field)
+                remedy = "write it differently or drop the record"
+                raise self._error(pair, "special token in text", found, remedy, field)
 
     def _fit(self, pair: Pair, tokens: PairTokens) -> PairTokens:
         """Shortens the pair to `max_length`: turns before the last (oldest first), then text.

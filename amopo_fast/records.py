@@ -83,7 +83,10 @@ def make_pair(
     # Outer blanks are no preference either, and many chat templates strip them.
     if chosen.strip() == rejected.strip():
         raise check.error(
-            "identical sides", "rejected", "the same text as the chosen response", "drop the record: it has no preference"
+            "identical sides",
+            "rejected",
+            "the same text as the chosen response",
+            "drop the record: it has no preference",
         )
     scores = [
         check.scores(by_dimension, side, dimensions, score_range, missing_scores)
@@ -198,14 +201,15 @@ def read_pairs(
     """
     if on_bad_record not in ("error", "skip"):
         raise ValueError(f"on_bad_record must be 'error' or 'skip', got {on_bad_record!r}")
-    pairs, errors = read_records(
-        path, dimensions=dimensions, score_range=score_range, missing_scores=missing_scores
-    )
+    pairs, errors = read_records(path, dimensions=dimensions, score_range=score_range, missing_scores=missing_scores)
     if errors and on_bad_record == "error":
         raise errors[0]
     if not pairs:
         raise DataError(
-            "no usable record", f"all {len(errors)} records are bad, the first: {errors[0]}", "correct them", source=str(path)
+            "no usable record",
+            f"all {len(errors)} records are bad, the first: {errors[0]}",
+            "correct them",
+            source=str(path),
         )
     return pairs, errors
 

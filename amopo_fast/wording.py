@@ -28,7 +28,7 @@ class Wording:
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> Wording:
-        """Reads a template file; None takes the package's own. Raises DataError naming the file, the key, the remedy."""
+        """Reads a template file; None takes the package's own. Raises DataError with the key that is wrong."""
         path = Path(path) if path is not None else DEFAULT_TEMPLATE
         source = str(path)
         try:
@@ -39,7 +39,8 @@ class Wording:
             ) from None
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
             found = " ".join(str(error).split())
-            raise DataError("invalid YAML", found, f"start from a copy of {DEFAULT_TEMPLATE.name}", source=source) from None
+            remedy = f"start from a copy of {DEFAULT_TEMPLATE.name}"
+            raise DataError("invalid YAML", found, remedy, source=source) from None
         keys = {"score": str, "no_object": str, "dimensions": dict}
         _check_keys(content, keys, source, "")
         for key, allowed in (("score", _SCORE_FIELDS), ("no_object", _NO_OBJECT_FIELDS)):

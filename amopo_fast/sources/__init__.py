@@ -1,1 +1,1 @@
-"""Where pairs come from: files into raw records (files.py), and one module per format from raw records to candidates."""
+"""Where pairs come from: files into raw records (files.py), and a module per format from those to candidates."""

@@ -226,7 +226,8 @@ def test_a_pair_at_the_limit_is_left_alone_and_one_token_less_shortens_the_promp
 
 def test_old_turns_go_before_the_last_message_is_shortened():
     old, answer, last = words(200, 1), words(30, 2), words(30, 3)
-    messages = (Message("system", "Be brief."), Message("user", old), Message("assistant", answer), Message("user", last))
+    turns = (Message("user", old), Message("assistant", answer), Message("user", last))
+    messages = (Message("system", "Be brief."), *turns)
     tokenizer = chat.make_tokenizer()
     tokens = PromptBuilder(tokenizer, DIMENSIONS, max_length=400).tokens(make_pair(messages))
     text = tokenizer.decode(tokens.prompts[0])

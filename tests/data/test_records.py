@@ -80,7 +80,7 @@ BAD = [
     ({"prompt": [{"role": "user"}]}, "prompt[0].content", "missing field"),
     ({"prompt": [{"content": "x"}]}, "prompt[0].role", "missing field"),
     ({"prompt": [{"role": ["user"], "content": "x"}]}, "prompt[0].role", "unknown role"),
-    ({"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "prompt[1].role", "wrong order"),
+    ({"prompt": [{"role": role, "content": "x"} for role in ("user", "assistant")]}, "prompt[1].role", "wrong order"),
     ({"prompt": "half \ud83d"}, "prompt", "invalid text"),
     ({"chosen": DELETE}, "chosen.response", "missing field"),
     ({"chosen": "text"}, "chosen", "wrong type"),
@@ -248,7 +248,7 @@ def test_arguments(tmp_path, arguments, message):
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["role", "content", "response", "helpfulness", "correctness"]), inner, max_size=4),
+    | st.dictionaries(st.sampled_from(["role", "content", "response", "helpfulness"]), inner, max_size=4),
     max_leaves=12,
 )
 
@@ -258,7 +258,12 @@ JSON = st.recursive(
 def test_whatever_a_record_holds_the_answer_is_a_pair_or_a_data_error(prompt, chosen, rejected, scores):
     names = DIMENSIONS[1:]
     candidate = Candidate(
-        5, prompt, chosen, rejected, dict(zip(names, scores[:2], strict=True)), dict(zip(names, scores[2:], strict=True))
+        5,
+        prompt,
+        chosen,
+        rejected,
+        dict(zip(names, scores[:2], strict=True)),
+        dict(zip(names, scores[2:], strict=True)),
     )
     try:
         pair = make_pair(candidate, dimensions=DIMENSIONS, missing_scores="absent", source="fuzz")

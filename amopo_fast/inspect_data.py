@@ -1,0 +1,318 @@
+"""What a data file holds, before a run spends hours on it: a report of the file, and one record's sequences.
+
+The library behind `amopo-fast validate` and `amopo-fast show`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from amopo_fast.errors import DataError
+from amopo_fast.prompts import PromptBuilder
+from amopo_fast.records import NO_OBJECT, Pair, read_records
+
+PERCENTILES = (50, 90, 95, 99)
+_BINS = 12
+_LISTED_ERRORS = 20  # as many as a person reads; the counts by kind are complete
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Lengths of one part of the pairs. `edges` has one element more than `counts`."""
+
+    mean: float
+    min: int
+    max: int
+    percentiles: dict[int, float]
+    edges: list[float]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, values: Sequence[int]) -> Distribution:
+        counts, edges = np.histogram(values, bins=_BINS)
+        return cls(
+            mean=float(np.mean(values)),
+            min=int(np.min(values)),
+            max=int(np.max(values)),
+            percentiles={share: float(np.percentile(values, share)) for share in PERCENTILES},
+            edges=edges.tolist(),
+            counts=counts.tolist(),
+        )
+
+
+@dataclass(frozen=True)
+class DimensionReport:
+    """Scores of one dimension: how often each occurs, and how the two sides compare where both have one."""
+
+    chosen: dict[float, int]
+    rejected: dict[float, int]
+    chosen_higher: int
+    ties: int
+    reversals: int  # the rejected side scores higher
+    absent: int  # pairs without a chosen score, where the dimension takes no part
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """What `validate_file` found. `ok` is whether every record can be used.
+
+    `unit` is what `lengths` counts: "tokens" as the model would see them before any shortening, or "words" where no
+    tokenizer was given. Its keys: "prompt" (the longest of the dimensions'), "chosen", "rejected", "sequence".
+    """
+
+    source: str
+    records: int
+    pairs: int
+    bad_by_kind: dict[str, int]
+    errors: list[str]  # the first ones
+    dimensions: dict[str, DimensionReport] = field(default_factory=dict)
+    repeated_prompts: int = 0  # pairs whose prompt an earlier pair has
+    repeated_pairs: int = 0  # pairs that an earlier pair equals in prompt and responses
+    contradictions: int = 0  # pairs whose responses an earlier pair has the other way round
+    unit: Literal["tokens", "words"] = "words"
+    lengths: dict[str, Distribution] = field(default_factory=dict)
+    max_length: int | None = None
+    truncated: int | None = None  # pairs longer than max_length, which training would shorten
+
+    @property
+    def ok(self) -> bool:
+        return not self.bad_by_kind
+
+    def to_json(self) -> str:
+        content: dict[str, Any] = {"ok": self.ok, **dataclasses.asdict(self)}
+        return json.dumps(content, indent=2, ensure_ascii=False)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text.assemble((self.source, "bold"), f": {self.records} records, {self.pairs} usable pairs")
+        if self.pairs:
+            yield self._scores()
+            yield self._lengths()
+            if self.truncated is not None:
+                yield Text(f"{self.truncated} of {self.pairs} pairs are longer than {self.max_length} tokens", "yellow")
+            yield Text(
+                f"{self.repeated_prompts} repeated prompts, {self.repeated_pairs} repeated pairs, "
+                f"{self.contradictions} pairs that contradict an earlier one"
+            )
+        if self.ok:
+            yield Text("no bad records", "green")
+            return
+        yield _table("Bad records by kind", ["kind", "records"], [[k, str(n)] for k, n in self.bad_by_kind.items()])
+        for message in self.errors:
+            yield Text(message, "red")
+        rest = sum(self.bad_by_kind.values()) - len(self.errors)
+        if rest:
+            yield Text(f"and {rest} more", "red")
+
+    def _scores(self) -> Table:
+        rows = [
+            [name, _counts(d.chosen), _counts(d.rejected)]
+            + [str(count) for count in (d.chosen_higher, d.ties, d.reversals, d.absent)]
+            for name, d in self.dimensions.items()
+        ]
+        columns = ["dimension", "chosen scores", "rejected scores", "chosen higher", "ties", "reversals", "absent"]
+        return _table("Scores (score: pairs)", columns, rows)
+
+    def _lengths(self) -> Table:
+        rows = []
+        for name, d in self.lengths.items():
+            top = max(d.counts)
+            bars = "".join(_BLOCKS[-(-count * (len(_BLOCKS) - 1) // top)] for count in d.counts)
+            numbers = [d.min, *d.percentiles.values(), d.max, d.mean]
+            rows.append([name, *(f"{number:.0f}" for number in numbers), bars])
+        columns = ["part", "min", *(f"p{share}" for share in PERCENTILES), "max", "mean", "min to max"]
+        return _table(f"Lengths in {self.unit}", columns, rows)
+
+
+def validate_file(
+    path: str | Path,
+    *,
+    dimensions: Sequence[str],
+    score_range: tuple[float, float] = (0, 5),
+    missing_scores: Literal["error", "absent"] = "error",
+    builder: PromptBuilder | None = None,
+) -> ValidationReport:
+    """Reads a whole file and reports on it; with a builder also on tokens, and on pairs that cannot be tokenised.
+
+    Nothing in the file raises: what is wrong, with the file as a whole too, is in the report.
+
+    Raises ValueError for arguments that make no sense.
+    """
+    try:
+        pairs, errors = read_records(
+            path,
+            dimensions=dimensions,
+            score_range=score_range,
+            missing_scores=missing_scores,
+        )
+    except DataError as error:
+        return ValidationReport(str(path), 0, 0, {error.kind: 1}, [str(error)])
+    records = len(pairs) + len(errors)
+    lengths, truncated, max_length = None, None, None
+    if builder is not None:
+        pairs, lengths, unusable = _token_lengths(pairs, builder)
+        errors = sorted([*errors, *unusable], key=lambda error: error.record)
+        max_length = builder.max_length
+        truncated = sum(length > max_length for length in lengths["sequence"])
+    elif pairs:
+        lengths = _word_lengths(pairs)
+    repeated_prompts, repeated_pairs, contradictions = _repetitions(pairs)
+    return ValidationReport(
+        source=str(path),
+        records=records,
+        pairs=len(pairs),
+        bad_by_kind=dict(Counter(error.kind for error in errors).most_common()),
+        errors=[str(error) for error in errors[:_LISTED_ERRORS]],
+        dimensions={name: _dimension(pairs, name) for name in dimensions if name != NO_OBJECT},
+        repeated_prompts=repeated_prompts,
+        repeated_pairs=repeated_pairs,
+        contradictions=contradictions,
+        unit="words" if builder is None else "tokens",
+        lengths={name: Distribution.of(values) for name, values in lengths.items()} if pairs else {},
+        max_length=max_length,
+        truncated=truncated,
+    )
+
+
+def _token_lengths(
+    pairs: Sequence[Pair], builder: PromptBuilder
+) -> tuple[list[Pair], dict[str, list[int]], list[DataError]]:
+    usable, errors = [], []
+    lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": [], "sequence": []}
+    for pair, tokens in zip(pairs, builder.unlimited().iter_tokens(pairs), strict=True):
+        if not isinstance(tokens, DataError):
+            prompt = max(len(ids) for ids in tokens.prompts if ids is not None)
+            sequence = prompt + max(len(tokens.chosen), len(tokens.rejected))
+            if sequence > builder.max_length:
+                tokens = next(builder.iter_tokens([pair]))  # whether it still can be used once it is shortened
+        if isinstance(tokens, DataError):
+            errors.append(tokens)
+            continue
+        usable.append(pair)
+        numbers = (prompt, len(tokens.chosen), len(tokens.rejected), sequence)
+        for values, number in zip(lengths.values(), numbers, strict=True):
+            values.append(number)
+    return usable, lengths, errors
+
+
+def _word_lengths(pairs: Sequence[Pair]) -> dict[str, list[int]]:
+    prompt = [sum(len(message.content.split()) for message in pair.messages) for pair in pairs]
+    chosen = [len(pair.chosen.split()) for pair in pairs]
+    rejected = [len(pair.rejected.split()) for pair in pairs]
+    sequence = [words + max(sides) for words, *sides in zip(prompt, chosen, rejected, strict=True)]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "sequence": sequence}
+
+
+def _dimension(pairs: Sequence[Pair], name: str) -> DimensionReport:
+    chosen = [pair.chosen_scores.get(name) for pair in pairs]
+    rejected = [pair.rejected_scores.get(name) for pair in pairs]
+    both = [(w, r) for w, r in zip(chosen, rejected, strict=True) if w is not None and r is not None]
+    return DimensionReport(
+        chosen=_sorted_counts(chosen),
+        rejected=_sorted_counts(rejected),
+        chosen_higher=sum(w > r for w, r in both),
+        ties=sum(w == r for w, r in both),
+        reversals=sum(w < r for w, r in both),
+        absent=sum(score is None for score in chosen),
+    )
+
+
+def _sorted_counts(scores: Sequence[float | None]) -> dict[float, int]:
+    return dict(sorted(Counter(score for score in scores if score is not None).items()))
+
+
+def _repetitions(pairs: Sequence[Pair]) -> tuple[int, int, int]:
+    prompts, whole = set(), set()
+    repeated_prompts = repeated_pairs = contradictions = 0
+    for pair in pairs:
+        repeated_prompts += pair.messages in prompts
+        repeated_pairs += (pair.messages, pair.chosen, pair.rejected) in whole
+        contradictions += (pair.messages, pair.rejected, pair.chosen) in whole
+        prompts.add(pair.messages)
+        whole.add((pair.messages, pair.chosen, pair.rejected))
+    return repeated_prompts, repeated_pairs, contradictions
+
+
+def show_record(pair: Pair, builder: PromptBuilder, *, prompt_tokens: int | None = 200) -> Group:
+    """The sequences of one pair for a terminal: tokens parted by "|", label tokens in brackets and in colour.
+
+    Args:
+        prompt_tokens: shows as many tokens of a prompt, leaving out its middle; None shows all.
+
+    Raises:
+        DataError: as `PromptBuilder.tokens`.
+    """
+    tokens = builder.tokens(pair)
+    prompts = [ids for ids in tokens.prompts if ids is not None]
+    labels = len(tokens.chosen) + len(tokens.rejected)
+    separate = sum(2 * len(ids) for ids in prompts) + len(prompts) * labels
+    shared = sum(len(ids) for ids in prompts) + len(prompts) * labels
+    parts = [
+        Text.assemble(
+            (f"record {pair.record}", "bold"),
+            f" of {pair.source}: {2 * len(prompts)} sequences, {separate} tokens, {len(prompts) * labels} labels; "
+            f"{shared} tokens to compute with each prompt shared by its two responses"
+            + (f"; shortened to {builder.max_length} tokens" if tokens.truncated else ""),
+        )
+    ]
+    for name, prompt in zip(builder.dimensions, tokens.prompts, strict=True):
+        if prompt is None:
+            parts.append(Text(f"\n{name}: absent, the chosen response has no score", "yellow"))
+            continue
+        for side, response in (("chosen", tokens.chosen), ("rejected", tokens.rejected)):
+            score = getattr(pair, f"{side}_scores").get(name)
+            scored = "" if score is None else f", score {score:g}"
+            sizes = f"{len(prompt)} prompt + {len(response)} label tokens = {len(prompt) + len(response)}"
+            parts.append(Text(f"\n{name}, {side}{scored}: {sizes}", "bold"))
+            parts.append(_sequence(prompt, response, builder, prompt_tokens))
+    return Group(*parts)
+
+
+def _sequence(prompt: np.ndarray, response: np.ndarray, builder: PromptBuilder, prompt_tokens: int | None) -> Text:
+    text = Text()
+    hidden = 0 if prompt_tokens is None else max(len(prompt) - prompt_tokens, 0)
+    head = (len(prompt) - hidden + 1) // 2 if hidden else len(prompt)
+    for index, token in enumerate(prompt):
+        if index == head and hidden:
+            text.append(f" … {hidden} tokens … ", "yellow")
+        if head <= index < head + hidden:
+            continue
+        text.append(_visible(builder, token))
+        text.append("|", "dim")
+    for token in response:
+        text.append(f"[{_visible(builder, token)}]", "bold green")
+    return text
+
+
+def _visible(builder: PromptBuilder, token: int) -> str:
+    text = builder.tokenizer.decode([int(token)])
+    if "\ufffd" in text:  # a part of a character
+        text = builder.tokenizer.convert_ids_to_tokens(int(token))
+    # A control character of the data must not reach the terminal.
+    return "".join(char if char.isprintable() else "↵\n" if char == "\n" else repr(char)[1:-1] for char in text)
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 or not rows[0][index].isdigit() else "right")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _counts(scores: dict[float, int]) -> str:
+    if len(scores) > 12:
+        return f"{len(scores)} values from {min(scores):g} to {max(scores):g}"
+    return "  ".join(f"{score:g}: {count}" for score, count in scores.items())
