@@ -1,0 +1,102 @@
+"""The oracle: every public function in plain torch that materialises all logits, with the same signatures.
+
+Slow and hungry on purpose; autograd differentiates it. Run it in float64 to judge the backends. It takes no options
+that only say how to compute (backend, validate, logits_cache_bytes), and reads offsets on the host.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .types import AMoPOLoss, SequenceStats
+
+
+def linear_logps(hidden, weight, labels, bias=None, *, softcap=None, temperature=1.0, ignore_index=-100,
+                 return_entropy=False):  # fmt: skip
+    """log softmax(head(hidden))[label]; see amopo_kernels.linear_logps."""
+    logits = F.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    all_logps = torch.log_softmax(logits / temperature, dim=-1)
+    ignored = labels == ignore_index
+    logps = all_logps.gather(-1, labels.masked_fill(ignored, 0).long()[..., None]).squeeze(-1).masked_fill(ignored, 0.0)
+    if not return_entropy:
+        return logps
+    return logps, -(all_logps.exp() * all_logps).sum(-1).masked_fill(ignored, 0.0)
+
+
+def sequence_stats(logps, cu_seqlens) -> SequenceStats:
+    """See amopo_kernels.sequence_stats."""
+    segments = torch.tensor_split(logps, cu_seqlens[1:-1].cpu().long()) if len(cu_seqlens) > 1 else ()
+    zero = logps.new_zeros(())
+    probs = [segment.detach().exp() for segment in segments]
+    return SequenceStats(
+        logp_sum=_stack([segment.sum() for segment in segments], zero),
+        length=(cu_seqlens[1:] - cu_seqlens[:-1]).int(),
+        prob_mean=_stack([p.mean() if len(p) else zero for p in probs], zero),
+        prob_std=_stack([p.std() if len(p) > 1 else zero for p in probs], zero),
+        logps=logps.detach(),
+    )
+
+
+def linear_sequence_stats(hidden, weight, labels, cu_seqlens, bias=None, *, softcap=None, temperature=1.0):
+    """See amopo_kernels.linear_sequence_stats."""
+    logps = linear_logps(hidden, weight, labels, bias, softcap=softcap, temperature=temperature)
+    return sequence_stats(logps, cu_seqlens)
+
+
+def amopo_loss(stats, *, num_dimensions, beta, gamma, noise=None, num_pairs=None, weighting="gaussian",
+               compat="paper", sft_coef=0.0) -> AMoPOLoss:  # fmt: skip
+    """See amopo_kernels.amopo_loss; one pair and one dimension at a time."""
+    K = num_dimensions
+    P = len(stats.length) // (2 * K)
+    zero = stats.logp_sum.new_zeros(())
+    rewards = {}  # (pair, dimension, side) -> l
+    scores = {}  # (pair, dimension) -> what the softmax sees
+    for p in range(P):
+        for k in range(K):
+            index = [(p * K + k) * 2 + side for side in (0, 1)]
+            if any(stats.length[i] == 0 for i in index):
+                continue
+            for side, i in enumerate(index):
+                rewards[p, k, side] = stats.logp_sum[i] / stats.length[i]
+            if isinstance(weighting, Tensor):
+                scores[p, k] = weighting[k].log().to(zero.dtype)
+            elif weighting == "uniform":
+                scores[p, k] = zero
+            else:
+                eps = noise[p, k] if weighting == "gaussian" else (0.0, 0.0)
+                scores[p, k] = sum(stats.prob_mean[i] + stats.prob_std[i] * e for i, e in zip(index, eps, strict=True))
+    weights = torch.zeros(P, K, dtype=zero.dtype, device=zero.device)
+    groups = [list(scores)] if compat == "upstream" else [[pk for pk in scores if pk[0] == p] for p in range(P)]
+    for group in groups:
+        if group:
+            softmax = torch.softmax(torch.stack([scores[pk] for pk in group]), 0).detach()
+            for pk, a in zip(group, softmax, strict=True):
+                weights[pk] = a
+    table = {name: torch.zeros_like(weights) for name in ("margins", "chosen", "rejected")}
+    total, sft = zero, zero
+    for p, k in scores:
+        chosen, rejected = rewards[p, k, 0], rewards[p, k, 1]
+        margin = beta * (chosen - rejected) - gamma
+        total = total + weights[p, k] * F.softplus(-margin)
+        sft = sft - chosen / sum(1 for q, _ in scores if q == p)
+        table["margins"][p, k] = margin.detach()
+        table["chosen"][p, k] = beta * chosen.detach()
+        table["rejected"][p, k] = beta * rejected.detach()
+    if compat == "upstream" and scores:
+        total = total * P / len(scores)
+    num_pairs = P if num_pairs is None else num_pairs
+    loss = (total + sft_coef * sft) / num_pairs if P else stats.logp_sum.sum()
+    return AMoPOLoss(loss, weights, table["margins"], table["chosen"], table["rejected"])
+
+
+def linear_amopo_loss(hidden, weight, labels, cu_seqlens, bias=None, *, softcap=None, temperature=1.0, **loss_options):
+    """See amopo_kernels.linear_amopo_loss."""
+    stats = linear_sequence_stats(hidden, weight, labels, cu_seqlens, bias, softcap=softcap, temperature=temperature)
+    return amopo_loss(stats, **loss_options)
+
+
+def _stack(values: list[Tensor], zero: Tensor) -> Tensor:
+    return torch.stack(values) if values else zero.new_zeros(0)
