@@ -1,0 +1,121 @@
+"""The scoring step: a model and a plan in, the statistics of every sequence out. Knows no trainer.
+
+    plan -> model body -> hidden rows that predict a label -> lm_head inside the kernel -> SequenceStats
+
+Only label rows reach the head and no logits are materialised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import amopo_kernels
+from amopo_fast import attention
+from amopo_fast.plan import Plan
+from amopo_kernels import SequenceStats
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns the body's hidden states into logits: temperature and softcap as amopo_kernels takes them."""
+
+    weight: torch.Tensor  # (V, H)
+    bias: torch.Tensor | None  # (V,)
+    softcap: float | None
+    temperature: float
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers causal LM inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_of(model: nn.Module) -> Head:
+    """The output head of a causal LM.
+
+    Raises:
+        ValueError: the head is not a plain linear layer (LoRA on lm_head, quantised heads) or the model has none.
+    """
+    head = causal_lm(model).get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings; AMoPO trains causal language models")
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"lm_head is a {type(head).__name__}, not nn.Linear: adapters and quantisation on lm_head are not "
+            "supported; leave lm_head out of target_modules (and in llm_int8_skip_modules), or merge it first"
+        )
+    config = causal_lm(model).config.get_text_config()
+    temperature = 1.0
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        temperature *= config.logits_scaling
+    if getattr(config, "logit_scale", None):  # Cohere multiplies
+        temperature /= config.logit_scale
+    return Head(head.weight, head.bias, getattr(config, "final_logit_softcapping", None), temperature)
+
+
+def prepare_model(model: nn.Module) -> nn.Module:
+    """Switch a causal LM to packed attention, in place. Padded batches and generate() behave as with "sdpa"."""
+    causal_lm(model).set_attn_implementation(attention.register())
+    return model
+
+
+def score(model: nn.Module, plan: Plan, **head_options) -> SequenceStats:
+    """Score every sequence of a packed row.
+
+    Args:
+        model: a causal LM (or a PEFT model around one) after `prepare_model`. Distributed wrappers: `score_wrapped`.
+        plan: on the model's device.
+        head_options: passed to `amopo_kernels.linear_sequence_stats` (backend, logits_cache_bytes, ...).
+
+    Returns:
+        SequenceStats with S = pairs * K * 2 entries; `logp_sum` is differentiable in the model's parameters.
+    """
+    language_model = causal_lm(model)
+    head = head_of(model)
+    with attention.packed_attention(plan) as attention_inputs:
+        hidden = language_model.get_decoder()(
+            input_ids=plan.input_ids, position_ids=plan.position_ids, use_cache=False, **attention_inputs
+        ).last_hidden_state[0]
+    return amopo_kernels.linear_sequence_stats(
+        hidden.index_select(0, plan.label_rows),
+        head.weight,
+        plan.labels,
+        plan.cu_seqlens,
+        head.bias,
+        softcap=head.softcap,
+        temperature=head.temperature,
+        **head_options,
+    )
+
+
+def score_wrapped(wrapped: nn.Module, model: nn.Module, plan: Plan, **head_options) -> SequenceStats:
+    """`score` run as the forward of `wrapped`, so that DDP, FSDP and DeepSpeed see their forward pass.
+
+    Their hooks gather sharded parameters (the head's among them) and prepare gradient reduction around
+    `wrapped.forward`, which ends in `model.forward`; for one call, that is the scoring step.
+    """
+    return _call_as_forward(wrapped, model, lambda: score(model, plan, **head_options))
+
+
+def _call_as_forward(wrapped: nn.Module, model: nn.Module, function: Callable):
+    own_forward = vars(model).get("forward")
+
+    def restore() -> None:
+        if own_forward is None:
+            vars(model).pop("forward", None)
+        else:
+            model.forward = own_forward
+
+    def forward():
+        restore()
+        return function()
+
+    model.forward = forward
+    try:
+        return wrapped()
+    finally:
+        restore()
