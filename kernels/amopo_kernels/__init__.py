@@ -1,7 +1,10 @@
-"""Preference-loss kernels over a language-model head. Built so far: the oracle (`reference`), result and error types."""
+"""Preference-loss kernels over a language-model head, for any trainer. `reference` is the readable oracle of each."""
 
 from . import reference
 from .errors import BackendUnavailableError, DoubleBackwardError, ShardedTensorError, UnsupportedError
+from .logps import linear_logps
+from .loss import amopo_loss, linear_amopo_loss
+from .stats import linear_sequence_stats, sequence_stats
 from .types import AMoPOLoss, SequenceStats
 
 __all__ = [
@@ -11,15 +14,10 @@ __all__ = [
     "SequenceStats",
     "ShardedTensorError",
     "UnsupportedError",
+    "amopo_loss",
+    "linear_amopo_loss",
+    "linear_logps",
+    "linear_sequence_stats",
     "reference",
+    "sequence_stats",
 ]
-
-UNFINISHED = ("amopo_loss", "linear_amopo_loss", "linear_logps", "linear_sequence_stats", "sequence_stats")
-
-
-def __getattr__(name: str):
-    if name in UNFINISHED:
-        raise UnsupportedError(
-            f"amopo_kernels.{name} has no backend yet; use amopo_kernels.reference.{name}, which materialises all logits."
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

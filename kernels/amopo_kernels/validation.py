@@ -1,0 +1,76 @@
+"""Checks of arguments that all public functions share. Nothing here reads a tensor's values unless asked to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import BackendUnavailableError, ShardedTensorError, UnsupportedError
+
+BACKENDS = ("auto", "torch", "chunked", "fused")
+
+
+def choose_backend(backend: str) -> str:
+    """The one rule of `auto`. Only "torch" is built so far."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend in ("chunked", "fused"):
+        raise BackendUnavailableError(f"backend {backend!r} is not built yet; use 'torch' or 'auto'")
+    return "torch"
+
+
+def check_exact(gradient: str, logits_cache_bytes: int, filter_stats) -> None:
+    """Refuse what the torch backend does not do."""
+    if gradient != "exact" or filter_stats is not None:
+        raise UnsupportedError(f"backend 'torch' computes gradient='exact' only, got gradient={gradient!r}")
+    if logits_cache_bytes:
+        raise UnsupportedError("backend 'torch' keeps no logits; leave logits_cache_bytes at 0")
+
+
+def check_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if type(tensor).__name__ == "DTensor":
+            raise ShardedTensorError(
+                f"{name} is a DTensor; call this inside the wrapped forward, where FSDP has gathered it, "
+                "or pass tensor.full_tensor()"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}; move them to one device")
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight must be (V, H) with V > 0, got {tuple(weight.shape)}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden is {tuple(hidden.shape)}, weight {tuple(weight.shape)}: the last sizes must agree")
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels must be {tuple(hidden.shape[:-1])}, as hidden without its last size, got {tuple(labels.shape)}")
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"labels must be int32 or int64, got {labels.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def wants_values(validate: bool | None, tensor: Tensor) -> bool:
+    """validate=None checks values where that costs no synchronisation: on the CPU, outside torch.compile."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() if validate is None else validate
+
+
+def check_labels(labels: Tensor, vocabulary: int, ignore_index: int | None) -> None:
+    bad = (labels < 0) | (labels >= vocabulary)
+    if ignore_index is not None:
+        bad &= labels != ignore_index
+    if bool(bad.any()):
+        row = int(bad.flatten().nonzero()[0])
+        raise ValueError(f"labels[{row}] = {int(labels.flatten()[row])} is outside the vocabulary of {vocabulary} tokens")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, rows: int, validate: bool) -> None:
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 (S + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if validate:
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != rows:
+            raise ValueError(f"cu_seqlens must run from 0 to {rows}, got {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}")
+        if bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
+            raise ValueError("cu_seqlens must not decrease")
