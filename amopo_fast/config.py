@@ -1,0 +1,94 @@
+"""What a user can set: DataConfig, ModelConfig and AMoPOConfig, each a dataclass that HfArgumentParser reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class DataConfig:
+    """Where the pairs come from and how they become prompts."""
+
+    train_file: str | None = field(default=None, metadata={"help": "Training pairs: .json or .jsonl."})
+    eval_file: str | None = field(default=None, metadata={"help": "Evaluation pairs: .json or .jsonl."})
+    dimensions: list[str] = field(
+        default_factory=lambda: ["no_object", "helpfulness", "correctness", "instruction_following"],
+        metadata={"help": "The K dimensions. no_object names all the others and no score."},
+    )
+    score_min: float = field(default=0.0, metadata={"help": "Lowest score in the data."})
+    score_max: float = field(default=5.0, metadata={"help": "Highest score in the data; prompts say `4 out of 5`."})
+    prompt_order: str = field(
+        default="dimension_first",
+        metadata={"help": "dimension_first (paper): instruction, then the user's text. dimension_last: the reverse, "
+                  "which lets all dimensions share the user's text."},
+    )  # fmt: skip
+    prompt_template: str | None = field(default=None, metadata={"help": "YAML file with the instructions' wording."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens of prompt and response together."})
+    on_bad_record: str = field(default="error", metadata={"help": "error: stop at the first bad record; skip: leave it out."})
+    missing_scores: str = field(
+        default="error", metadata={"help": "error, or absent: a missing score leaves that dimension out for its pair."}
+    )
+
+
+@dataclass
+class ModelConfig:
+    """Which model is trained."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub name of a causal LM."})
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Default: the model's."})
+    random_weights: bool = field(
+        default=False, metadata={"help": "Initialise from the model's configuration alone, by --seed."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "With --random_weights: hidden_size=64,num_hidden_layers=2,..."}
+    )
+
+
+@dataclass
+class AMoPOConfig(TrainingArguments):
+    """TrainingArguments with AMoPO's own hyper-parameters and the published defaults (arXiv 2506.07165).
+
+    An optimizer step always uses `pairs_per_step` pairs over all ranks. `tokens_per_micro_batch` only splits them
+    for memory: gradients are equal under any split.
+    """
+
+    beta: float = field(default=0.8, metadata={"help": "Scale of the log-probability difference in the margin."})
+    gamma: float = field(default=2.0, metadata={"help": "Target margin."})
+    weighting: str = field(default="gaussian", metadata={"help": "gaussian (paper), mean or uniform. Evaluation uses mean."})
+    compat: str = field(default="paper", metadata={"help": "paper, or upstream: the reference code's normalisation."})
+    sft_coef: float = field(default=0.0, metadata={"help": "Weight of the chosen response's negative log-likelihood."})
+    pairs_per_step: int | None = field(
+        default=None,
+        metadata={"help": "Pairs per optimizer step over all ranks. Default: per_device_train_batch_size * "
+                  "gradient_accumulation_steps * ranks."},
+    )  # fmt: skip
+    tokens_per_micro_batch: int = field(default=8192, metadata={"help": "Computed tokens of a micro-batch, at most."})
+    kernel_backend: str = field(default="auto", metadata={"help": "amopo_kernels' backend of the head."})
+    learning_rate: float = field(default=3e-7, metadata={"help": "Initial learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or a share of all steps below 1."})
+    max_grad_norm: float = field(default=3.0, metadata={"help": "Gradient clipping norm; 0: none."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs."})
+    logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between two lines of metrics."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "True would hide a NaN loss."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Batches are plans, not columns."})
+    report_to: str | list[str] = field(default="none", metadata={"help": "tensorboard, wandb, trackio, ... or none."})
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Pairs in an evaluation row."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, choices in (("weighting", ("gaussian", "mean", "uniform")), ("compat", ("paper", "upstream"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        for name in ("beta", "tokens_per_micro_batch"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.pairs_per_step is None:
+            self.pairs_per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        if self.pairs_per_step < self.world_size:
+            raise ValueError(f"pairs_per_step={self.pairs_per_step} is less than the {self.world_size} ranks")
+        if self.compat == "upstream" and self.pairs_per_step > 1:
+            # The softmax of that mode runs over a call's pairs, so its loss depends on how a step is split.
+            self.tokens_per_micro_batch = max(self.tokens_per_micro_batch, 2**31)

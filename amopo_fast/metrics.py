@@ -1,0 +1,93 @@
+"""Training and evaluation metrics from statistics and loss, summed on the device and read once per log line."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+
+import torch
+
+from amopo_fast.plan import Plan
+from amopo_kernels import AMoPOLoss, SequenceStats
+
+PER_DIMENSION = (
+    "margin", "accuracy", "weight", "reward_chosen", "reward_rejected",
+    "logp_chosen", "logp_rejected", "prob_mean_chosen", "prob_mean_rejected", "prob_std_chosen", "prob_std_rejected",
+)  # fmt: skip
+
+
+def pair_table(stats: SequenceStats, result: AMoPOLoss, gamma: float) -> torch.Tensor:
+    """(P, K, len(PER_DIMENSION)) float32, NaN where a dimension is absent. margin is m_k, so without gamma added;
+    accuracy is whether the chosen side's mean log-prob is higher; log-probs are per token."""
+    pairs, dimensions = result.weights.shape
+    by_side = [field.detach().float().view(pairs, dimensions, 2) for field in (stats.prob_mean, stats.prob_std)]
+    length = stats.length.view(pairs, dimensions, 2)
+    logp = stats.logp_sum.detach().float().view(pairs, dimensions, 2) / length.clamp(min=1)
+    columns = [
+        result.margins,
+        (logp[..., 0] > logp[..., 1]).float(),
+        result.weights,
+        result.chosen_rewards,
+        result.rejected_rewards,
+        *logp.unbind(-1),
+        *by_side[0].unbind(-1),
+        *by_side[1].unbind(-1),
+    ]
+    table = torch.stack([column.float() for column in columns], -1)
+    return table.masked_fill(~(length > 0).all(-1)[..., None], float("nan"))
+
+
+class Meter:
+    """Sums of tables and token counts since the last log line. No host synchronisation before `read`."""
+
+    def __init__(self, dimensions: Sequence[str]):
+        self.dimensions = tuple(dimensions)
+        self.reset()
+
+    def reset(self) -> None:
+        self._sums: torch.Tensor | None = None
+        self._computed = self._labels = self._padded = 0
+        self._since = time.perf_counter()
+
+    def add(self, table: torch.Tensor, plan: Plan) -> None:
+        present = ~torch.isnan(table)
+        sums = torch.stack([table.nan_to_num(0.0).sum(0), present.float().sum(0)])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._computed += plan.num_tokens
+        self._labels += plan.labels.shape[0]
+        self._padded += plan.padded_tokens
+
+    def read(self, reduce=lambda tensor: tensor) -> dict[str, float]:
+        """Metrics since the last call; `reduce` sums a tensor over ranks. Empty if nothing was added."""
+        if self._sums is None:
+            return {}
+        counts = torch.tensor([self._computed, self._labels, self._padded], dtype=torch.float64).to(self._sums.device)
+        sums, counts = reduce(self._sums), reduce(counts)
+        elapsed = time.perf_counter() - self._since
+        logs = table_metrics((sums[0] / sums[1]).tolist(), self.dimensions)
+        computed, labels, padded = counts.tolist()
+        logs["tokens_per_second/computed"] = computed / elapsed
+        logs["tokens_per_second/label"] = labels / elapsed
+        logs["tokens_per_second/padded_equivalent"] = padded / elapsed
+        logs["memory/peak_gib"] = peak_memory() / 2**30
+        self.reset()
+        return logs
+
+
+def table_metrics(means: list[list[float]], dimensions: Sequence[str]) -> dict[str, float]:
+    """{"margin/helpfulness": ..., "accuracy/mean": ...} from (K, len(PER_DIMENSION)) means; absent ones left out."""
+    logs = {}
+    for column, name in enumerate(PER_DIMENSION):
+        values = {d: row[column] for d, row in zip(dimensions, means, strict=True) if row[column] == row[column]}
+        logs.update({f"{name}/{dimension}": value for dimension, value in values.items()})
+        if values and name != "weight":
+            logs[f"{name}/mean"] = sum(values.values()) / len(values)
+    return logs
+
+
+def peak_memory() -> int:
+    """Bytes: the CUDA allocator's peak, or the process's resident peak without a GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,203 @@
+"""AMoPOTrainer: transformers.Trainer around the scoring step and the AMoPO loss."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+
+from amopo_fast.batching import Collator, PairDataset, PlannedBatches, computed_tokens, plan_epochs
+from amopo_fast.config import AMoPOConfig
+from amopo_fast.metrics import Meter, pair_table, table_metrics
+from amopo_fast.prompts import PairTokens
+from amopo_fast.scoring import prepare_model, score_wrapped
+from amopo_kernels import amopo_loss
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class AMoPOTrainer(Trainer):
+    """Trains a causal LM with AMoPO on tokenized pairs.
+
+    Args:
+        model: name, folder or module of a causal LM. Names load in safetensors without remote code.
+        args: AMoPOConfig.
+        train_dataset, eval_dataset: sequences of PairTokens (`PromptBuilder.tokenize`).
+        dimensions: the K dimensions' names, in the order of `PairTokens.prompts`.
+        processing_class: the tokenizer, saved with every checkpoint; loaded from `model` if that is a name.
+
+    Raises:
+        ValueError: a pair whose number of dimensions is not K, or no training pairs.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: AMoPOConfig,
+        *,
+        dimensions: Sequence[str],
+        train_dataset: Sequence[PairTokens] | None = None,
+        eval_dataset: Sequence[PairTokens] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs,
+    ):
+        if isinstance(model, str):
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
+            model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True)
+        prepare_model(model)
+        for pair in [*(train_dataset or ()), *(eval_dataset or ())]:
+            if len(pair.prompts) != len(dimensions):
+                raise ValueError(
+                    f"record {pair.record} has {len(pair.prompts)} dimensions, the trainer {len(dimensions)}: "
+                    f"tokenize with dimensions={list(dimensions)}"
+                )
+        callbacks = list(callbacks or [])
+        if train_dataset is not None:
+            # A fractional last epoch ends by max_steps, so the plan covers it whole.
+            schedule = plan_epochs(
+                [computed_tokens(pair) for pair in train_dataset],
+                pairs_per_step=args.pairs_per_step,
+                tokens_per_micro_batch=args.tokens_per_micro_batch,
+                epochs=_epochs_to_plan(args, len(train_dataset)),
+                seed=args.seed,
+                world_size=args.world_size,
+                rank=args.process_index,
+            )
+            self._batches = PlannedBatches(schedule)
+            args.gradient_accumulation_steps = schedule.accumulation
+            callbacks.insert(0, _EpochOfPlan(self._batches))
+        self.meter = Meter(dimensions)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(args.seed),
+            train_dataset=None if train_dataset is None else PairDataset(train_dataset),
+            eval_dataset=None if eval_dataset is None else PairDataset(eval_dataset),
+            processing_class=processing_class,
+            compute_metrics=self._evaluation_metrics,
+            # Never called, compute_loss is our own; its presence says that the loss is already the step's mean.
+            compute_loss_func=amopo_loss,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        self.add_callback(_MetricsFile(Path(args.output_dir) / METRICS_FILE))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The planned micro-batches. Not prepared by accelerate: the plan already splits them over ranks."""
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self._batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+        )
+
+    def _score(self, model: nn.Module, inputs: dict, weighting: str, num_pairs: torch.Tensor):
+        plan = inputs["plan"].to(self.args.device)
+        with self.accelerator.autocast():
+            stats = score_wrapped(
+                model, self.accelerator.unwrap_model(model), plan, backend=self.args.kernel_backend
+            )
+        result = amopo_loss(
+            stats,
+            num_dimensions=plan.num_dimensions,
+            beta=self.args.beta,
+            gamma=self.args.gamma,
+            noise=inputs["noise"].to(self.args.device),
+            num_pairs=num_pairs,
+            weighting=weighting,
+            compat=self.args.compat,
+            sft_coef=self.args.sft_coef,
+        )
+        return plan, stats, result
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Sum over the micro-batch's pairs / pairs of the step over all ranks; DDP's mean over ranks is undone."""
+        num_pairs = inputs["num_pairs"].to(self.args.device) / self.accelerator.num_processes
+        weight = inputs["weight"].to(self.args.device)
+        plan, stats, result = self._score(model, inputs, self.args.weighting, num_pairs)
+        table = pair_table(stats, result, self.args.gamma)
+        self.meter.add(torch.where(weight > 0, table, float("nan")), plan)
+        loss = result.loss * weight
+        return (loss, result) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """(loss, table (P, K, metrics), records (P,)) without noise: weighting "mean", or "uniform" if trained so."""
+        weighting = "uniform" if self.args.weighting == "uniform" else "mean"
+        with torch.no_grad():
+            plan, stats, result = self._score(model, inputs, weighting, inputs["num_pairs"].to(self.args.device))
+        table = pair_table(stats, result, self.args.gamma)
+        return result.loss, table, plan.records
+
+    def _evaluation_metrics(self, prediction) -> dict[str, float]:
+        table = np.asarray(prediction.predictions, dtype=np.float64)  # (pairs, K, metrics)
+        with np.errstate(invalid="ignore"):
+            means = np.nansum(table, 0) / np.sum(~np.isnan(table), 0)
+            # The sum over dimensions of a_k * loss_k per pair, so that rows of unequal size weigh by their pairs.
+            losses = np.nansum(table[..., 2] * np.logaddexp(0, -table[..., 0]), -1)
+        return {**table_metrics(means.tolist(), self.meter.dimensions), "preference_loss": float(losses.mean())}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics of the micro-batches since the last line to a training line."""
+        if "loss" in logs:
+            # Trainer averages the loss over ranks; each rank's was multiplied by their number.
+            logs = {**logs, **self.meter.read(lambda tensor: self.accelerator.reduce(tensor, "sum"))}
+        super().log(logs, start_time)
+
+
+def _epochs_to_plan(args: AMoPOConfig, num_pairs: int) -> int:
+    if args.max_steps > 0:
+        return math.ceil(args.max_steps / math.ceil(num_pairs / args.pairs_per_step))
+    return math.ceil(args.num_train_epochs)
+
+
+class _EpochOfPlan(TrainerCallback):
+    def __init__(self, batches: PlannedBatches):
+        self.batches = batches
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # On a resume within an epoch, state.epoch is a fraction; rounding keeps 1 - 1e-16 from meaning epoch 0.
+        self.batches.set_epoch(math.floor(round(state.epoch or 0.0, 6)))
+
+
+class _MetricsFile(TrainerCallback):
+    """One JSON object per log line. A resumed run drops the lines past its checkpoint, so none is there twice."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if state.global_step and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= state.global_step:
+                        kept.append(line + "\n")
+                except (json.JSONDecodeError, KeyError):  # a line cut off by a kill
+                    continue
+        partial = self.path.with_suffix(".tmp")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, self.path)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **logs}) + "\n")
