@@ -22,17 +22,26 @@ def sequence_stats(logps: Tensor, cu_seqlens: Tensor) -> SequenceStats:
     Raises:
         ValueError: cu_seqlens (its values are checked on the CPU only).
     """
+    validation.check_cu_seqlens(cu_seqlens, logps.shape[0], validation.wants_values(None, logps))
+    return _sequence_stats(logps, cu_seqlens)
+
+
+def _sequence_stats(logps: Tensor, cu_seqlens: Tensor) -> SequenceStats:
+    """sequence_stats of unchecked offsets: bad ones read nothing out of bounds and give NaN everywhere."""
     rows = logps.shape[0]
-    validation.check_cu_seqlens(cu_seqlens, rows, validation.wants_values(None, logps))
     offsets = cu_seqlens.long()
-    length = offsets[1:] - offsets[:-1]
+    bad = (offsets[0] != 0) | (offsets[-1] != rows) | (offsets[1:] < offsets[:-1]).any()
+    poison = torch.where(bad, float("nan"), 1.0)
+    # Length 1 where the offsets are bad: length 0 would pass for an absent dimension and hide the NaN.
+    length = (offsets[1:] - offsets[:-1]).masked_fill(bad, 1)
+    offsets = offsets.masked_fill(bad, 0)
     result = torch.promote_types(logps.dtype, torch.float32)
     if rows == 0 or length.numel() == 0:
-        zeros = logps.new_zeros(length.shape, dtype=result)
-        return SequenceStats(zeros + logps.sum().to(result), length.int(), zeros, zeros, logps.detach())
+        zeros = (logps.new_zeros(length.shape) * poison).to(result)
+        return SequenceStats(zeros + 0 * logps.sum().to(result), length.int(), zeros, zeros, logps.detach())
 
     def segment_sum(values: Tensor) -> Tensor:
-        return torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0)
+        return torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0) * poison
 
     probabilities = logps.detach().double().exp()
     mean = segment_sum(probabilities) / length.clamp(min=1)
@@ -72,6 +81,7 @@ def linear_sequence_stats(
         UnsupportedError: an option that the backend does not have; otherwise as `linear_logps` and `sequence_stats`.
     """
     validation.check_exact(gradient, logits_cache_bytes, filter_stats)
+    validation.check_cu_seqlens(cu_seqlens, labels.numel(), validation.wants_values(validate, labels))
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be (N, H), got {tuple(hidden.shape)}")
     if validation.wants_values(validate, labels):
@@ -87,4 +97,4 @@ def linear_sequence_stats(
         backend=backend,
         validate=False,
     )
-    return sequence_stats(logps, cu_seqlens)
+    return _sequence_stats(logps, cu_seqlens)

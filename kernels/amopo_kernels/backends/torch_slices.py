@@ -90,11 +90,13 @@ class LinearLogps(torch.autograd.Function):
             z.scatter_(1, column, torch.where(inside, torch.full_like(at_label, _EXCLUDED), at_label))
             raised = torch.maximum(maximum, z.amax(1, keepdim=True))
             scale = torch.exp(maximum - raised)
+            z.sub_(raised)
             if options.entropy:
-                exponentials = torch.exp(z - raised)
-                weighted = weighted * scale + (exponentials * z).sum(1, keepdim=True)
+                exponentials = torch.exp(z)
+                moved = weighted + (maximum - raised) * total
+                weighted = moved * scale + z.mul_(exponentials).sum(1, keepdim=True)
             else:
-                exponentials = z.sub_(raised).exp_()
+                exponentials = z.exp_()
             total = total * scale + exponentials.sum(1, keepdim=True)
             maximum = raised
         others = maximum + total.log()
@@ -104,8 +106,9 @@ class LinearLogps(torch.autograd.Function):
         lse = torch.logaddexp(others, label_logit)
         entropy = None
         if options.entropy:
-            mean = weighted * torch.exp(maximum - lse) + logps.exp() * label_logit
-            entropy = (lse - mean).squeeze(1).masked_fill(ignored, 0.0)
+            # -sum p log p with logits relative to the maximum: lse - sum p z would cancel for large logits.
+            entropy = torch.exp(maximum - lse) * (total * (lse - maximum) - weighted) - logps.exp() * logps
+            entropy = entropy.squeeze(1).masked_fill(ignored, 0.0)
         logps = logps.squeeze(1).masked_fill(ignored, 0.0)
         lse = lse.squeeze(1).masked_fill(ignored, -_EXCLUDED)  # makes every p of the row 0
         ctx.save_for_backward(hidden, weight, bias, labels, lse, logps, entropy)
@@ -148,7 +151,8 @@ class LinearLogps(torch.autograd.Function):
             if with_entropy:
                 e_slope = (grad_entropy / options.temperature)[:, None]
                 log_p = z.sub_(lse)
-                dz = log_p.exp().mul_(-slope - e_slope * (log_p + entropy[:, None]))
+                dz = log_p.exp()
+                dz.mul_(log_p.add_(entropy[:, None]).mul_(e_slope).add_(slope)).neg_()
                 at_label = at_label - e_slope * logps.exp() * (logps + entropy[:, None])
             else:
                 dz = z.sub_(lse).exp_().mul_(-slope)
