@@ -70,13 +70,12 @@ def _segment_mask(q_len: int, k_len: int, window: int | None, device: torch.devi
 def _sdpa_segments(query, key, value, cu_q, cu_k, scaling, dropout, window, softcap):
     """query (T, H, D), key and value (Tk, Hkv, D) gathered per path -> (T, H, D)."""
     out = []
-    offsets_q, offsets_k = cu_q.tolist(), cu_k.tolist()
+    lengths_q, lengths_k = cu_q.diff().tolist(), cu_k.diff().tolist()
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, rows, D)
     groups = query.shape[1] // key.shape[1]
-    for b in range(len(offsets_q) - 1):
-        q = query[:, :, offsets_q[b] : offsets_q[b + 1]]
-        k = key[:, :, offsets_k[b] : offsets_k[b + 1]]
-        v = value[:, :, offsets_k[b] : offsets_k[b + 1]]
+    # split, not slices: the backward of each slice would fill a whole row's gradient with zeros
+    segments = zip(query.split(lengths_q, 2), key.split(lengths_k, 2), value.split(lengths_k, 2), strict=True)
+    for q, k, v in segments:
         q_len, k_len = q.shape[2], k.shape[2]
         windowed = window is not None and k_len > window
         if softcap is not None:
