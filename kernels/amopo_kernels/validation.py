@@ -45,7 +45,8 @@ def check_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden is {tuple(hidden.shape)}, weight {tuple(weight.shape)}: the last sizes must agree")
     if labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels must be {tuple(hidden.shape[:-1])}, as hidden without its last size, got {tuple(labels.shape)}")
+        expected, found = tuple(hidden.shape[:-1]), tuple(labels.shape)
+        raise ValueError(f"labels must be {expected}, as hidden without its last size, got {found}")
     if labels.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"labels must be int32 or int64, got {labels.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -63,7 +64,8 @@ def check_labels(labels: Tensor, vocabulary: int, ignore_index: int | None) -> N
         bad &= labels != ignore_index
     if bool(bad.any()):
         row = int(bad.flatten().nonzero()[0])
-        raise ValueError(f"labels[{row}] = {int(labels.flatten()[row])} is outside the vocabulary of {vocabulary} tokens")
+        label = int(labels.flatten()[row])
+        raise ValueError(f"labels[{row}] = {label} is outside the vocabulary of {vocabulary} tokens")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, rows: int, validate: bool) -> None:

@@ -108,7 +108,9 @@ def test_double_backward_retain_graph_and_same_bits():
         torch.autograd.grad(again.logp_sum.sum(), hidden, create_graph=True)
 
 
-@pytest.mark.parametrize("bad", [[0, 3, 2, 5], [1, 2, 3, 5], [0, 2, 3, 4], [0, 2, 3, 2**30], [0, -(2**30), 3, 5], [0] * 4])
+@pytest.mark.parametrize(
+    "bad", [[0, 3, 2, 5], [1, 2, 3, 5], [0, 2, 3, 4], [0, 2, 3, 2**30], [0, -(2**30), 3, 5], [0] * 4]
+)
 def test_bad_offsets(bad):
     hidden, weight, labels, _, bias = problem([5])
     cu_seqlens = torch.tensor(bad, dtype=torch.int32)
