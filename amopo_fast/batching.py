@@ -19,7 +19,8 @@ from amopo_fast.prompts import PairTokens
 
 def noise(seed: int, epoch: int, record: int, num_dimensions: int) -> np.ndarray:
     """(K, 2) float32 standard normal (dimension, side), by Philox and Box-Muller: the same on every numpy version."""
-    bits = np.random.Philox(key=[seed, epoch], counter=[record, 0, 0, 0]).random_raw(4 * num_dimensions)
+    # The record is in the second counter word: the first one counts the blocks that a record draws.
+    bits = np.random.Philox(key=[seed, epoch], counter=[0, record, 0, 0]).random_raw(4 * num_dimensions)
     uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     u, v = uniform.reshape(2, num_dimensions, 2)
     return (np.sqrt(-2.0 * np.log(u)) * np.cos(2.0 * np.pi * v)).astype(np.float32)

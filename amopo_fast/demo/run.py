@@ -1,0 +1,74 @@
+"""`amopo-fast demo`: trains the tiny model on the bundled data and shows what it learned on held-out pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from amopo_fast.config import AMoPOConfig
+from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE, TRAIN_FILE, shuffled
+from amopo_fast.demo.model import DEMO_TRAINING, demo_model, demo_tokenizer
+from amopo_fast.prompts import PromptBuilder
+from amopo_fast.records import read_pairs
+from amopo_fast.report import plot_run
+
+
+def demo_trainer(output_dir: str | Path, seed: int, *, shuffle_labels: bool = False, max_steps: int = -1):
+    """The demo's trainer, before its first step. `shuffle_labels` is the control: nothing should be learned."""
+    from amopo_fast.cli import console_trainer
+
+    options = dict(DEMO_TRAINING)
+    max_length = options.pop("max_length")
+    tokenizer = demo_tokenizer()
+    builder = PromptBuilder(tokenizer, DIMENSIONS, max_length=max_length)
+    train, _ = read_pairs(TRAIN_FILE, dimensions=DIMENSIONS)
+    heldout, _ = read_pairs(HELDOUT_FILE, dimensions=DIMENSIONS)
+    if shuffle_labels:
+        train = shuffled(train, seed)
+    config = AMoPOConfig(
+        output_dir=str(output_dir),
+        seed=seed,
+        use_cpu=True,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=10,
+        per_device_eval_batch_size=16,
+        max_steps=max_steps,
+        **options,
+    )
+    return console_trainer(
+        demo_model(seed),
+        config,
+        dimensions=DIMENSIONS,
+        train_dataset=builder.tokenize(train)[0],
+        eval_dataset=builder.tokenize(heldout)[0],
+        processing_class=tokenizer,
+    )
+
+
+def run_demo(output_dir: str | Path, seed: int) -> int:
+    """Train, print held-out accuracy before and after, write model, metrics.jsonl, metrics.png; exit code 0."""
+    trainer = demo_trainer(output_dir, seed)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    model_folder = Path(output_dir) / "model"
+    trainer.save_model(str(model_folder))
+    table = Table(title=f"Held-out accuracy, {len(trainer.eval_dataset)} pairs")
+    for column in ("dimension", "before", "after"):
+        table.add_column(column, justify="left" if column == "dimension" else "right")
+    for name in (*DIMENSIONS, "mean"):
+        key = f"eval_accuracy/{name}"
+        table.add_row(name, f"{before[key]:.3f}", f"{after[key]:.3f}")
+    console = Console()
+    console.print(table)
+    summary = Path(output_dir) / "demo.json"
+    summary.write_text(json.dumps({"before": before, "after": after}, indent=1) + "\n", encoding="utf-8")
+    plot = plot_run(output_dir, Path(output_dir) / "metrics.png")
+    for what, path in (("model", model_folder), ("metrics", Path(output_dir) / "metrics.jsonl"), ("plot", plot)):
+        console.print(f"{what:8} {path}", soft_wrap=True)
+    return 0

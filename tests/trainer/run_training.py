@@ -1,0 +1,64 @@
+"""A tiny training run as a process of its own: `run_training.py OUTPUT_DIR [STEP TO DIE IN] [BUDGET]`.
+
+With a step, the process kills itself with SIGKILL in that step's second micro-batch. A checkpoint in OUTPUT_DIR is
+resumed.
+"""
+
+import os
+import signal
+import sys
+
+import numpy as np
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.trainer_utils import get_last_checkpoint
+
+from amopo_fast.config import AMoPOConfig
+from amopo_fast.prompts import PairTokens
+from amopo_fast.trainer import AMoPOTrainer
+
+V = 97
+
+
+def pairs(count):
+    rng = np.random.default_rng(0)
+    for record in range(count):
+        user = rng.integers(0, V, rng.integers(4, 20))
+        prompts = tuple(np.concatenate([[k], user]) for k in range(2))
+        yield PairTokens(record, prompts, rng.integers(0, V, 6), rng.integers(0, V, rng.integers(1, 9)), False)
+
+
+def trainer(output_dir, budget=120, **options):
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                    num_key_value_heads=1, attention_dropout=0.1)
+    )  # fmt: skip
+    config = AMoPOConfig(
+        output_dir=str(output_dir), pairs_per_step=4, tokens_per_micro_batch=budget, num_train_epochs=2, use_cpu=True,
+        learning_rate=1e-2, save_steps=2, save_strategy="steps", disable_tqdm=True, **options,
+    )  # fmt: skip
+    return AMoPOTrainer(model, config, dimensions=["first", "second"], train_dataset=list(pairs(14)))
+
+
+def main(output_dir, die_in=None, budget=120):
+    run = trainer(output_dir, int(budget))
+    if die_in is not None:
+        original = run.compute_loss
+        calls = {"in_step": 0, "step": -1}
+
+        def compute_loss(*args, **kwargs):
+            if calls["step"] != run.state.global_step:
+                calls.update(step=run.state.global_step, in_step=0)
+            calls["in_step"] += 1
+            if run.state.global_step == int(die_in) and calls["in_step"] == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        run.compute_loss = compute_loss
+    run.train(resume_from_checkpoint=get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None)
+    run.save_model()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
