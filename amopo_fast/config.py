@@ -74,7 +74,6 @@ class AMoPOConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between two lines of metrics."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "True would hide a NaN loss."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Batches are plans, not columns."})
-    report_to: str | list[str] = field(default="none", metadata={"help": "tensorboard, wandb, trackio, ... or none."})
     per_device_eval_batch_size: int = field(default=4, metadata={"help": "Pairs in an evaluation row."})
 
     def __post_init__(self):
