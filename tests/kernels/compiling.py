@@ -1,0 +1,175 @@
+"""Compile Triton kernels for GPUs that are not there, and read what the compiler made of them.
+
+    from compiling import Launch, compile_kernels
+
+    compiled = compile_kernels([Launch("amopo_kernels.backends.fused:_forward_kernel",
+                                       {"x_ptr": torch.bfloat16, "rows": 4096, "BLOCK_M": 128}, cc=90, num_warps=8)])
+    compiled[0].check()
+
+A launch is written as the launcher would make it: a torch dtype stands for a tensor of it (16-byte aligned), a
+`Descriptor` for a host-side tensor descriptor, numbers and constexprs for themselves. Triton specialises them as at a
+real launch. The work is done in a child process, because the other tests run with TRITON_INTERPRET=1, which Triton
+reads when a kernel is decorated. Triton's own cache keeps what was compiled before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import pickle
+import re
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block, CUDA programming guide
+
+
+@dataclasses.dataclass(frozen=True)
+class Descriptor:
+    """A `TensorDescriptor` of a contiguous tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    block_shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    kernel: str  # "module:name", the name of a @triton.jit function
+    arguments: dict[str, Any]
+    cc: int = 90  # compute capability: 80, 90, 100
+    num_warps: int = 4
+    num_stages: int = 3
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # others of triton, such as maxnreg
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    launch: Launch
+    ptx: str
+    registers: int  # per thread
+    stack_bytes: int  # per thread; local memory: spills, or arrays indexed at run time
+    shared_bytes: int  # per block, dynamic shared memory included
+    triton_version: str
+
+    @property
+    def wgmma(self) -> bool:
+        return "wgmma.mma_async" in self.ptx
+
+    @property
+    def mma_instructions(self) -> set[str]:
+        """The matrix instructions of the PTX: wgmma (sm_90), tcgen05 (sm_100), mma.sync (sm_80's, slow on later)."""
+        names = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
+        return {name for name, text in names.items() if text in self.ptx}
+
+    def check(self, matmul: bool | None = None) -> None:
+        """No local memory, shared memory within the chip; with `matmul`, the chip's own matrix instructions alone."""
+        limit = SHARED_MEMORY_LIMIT[self.launch.cc]
+        report = (
+            f"{self.launch.kernel} for sm_{self.launch.cc}: {self.registers} registers, {self.stack_bytes} bytes of "
+            f"stack, {self.shared_bytes} of {limit} bytes of shared memory, {sorted(self.mma_instructions)}, "
+            f"triton {self.triton_version}; {self.launch}"
+        )
+        assert self.stack_bytes == 0, f"spills: {report}"
+        assert self.shared_bytes <= limit, f"shared memory: {report}"
+        if matmul is not None:
+            wanted = {{80: "mma.sync", 90: "wgmma", 100: "tcgen05"}[self.launch.cc]} if matmul else set()
+            assert self.mma_instructions == wanted, f"matrix instructions: {report}"
+
+
+def compile_kernels(launches: list[Launch]) -> list[Compiled]:
+    """Compile all of them in one child process. Raises RuntimeError with the compiler's message."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    child = subprocess.run(
+        [sys.executable, __file__], input=pickle.dumps([dataclasses.asdict(x) for x in launches]), env=environment,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if child.returncode:
+        raise RuntimeError(f"compiling failed:\n{child.stderr.decode()}")
+    results = pickle.loads(child.stdout)
+    return [Compiled(launch=launch, **result) for launch, result in zip(launches, results, strict=True)]
+
+
+# ----- the child process -----
+
+
+class _AbsentGPU:
+    """A Triton driver that only names its target; compute capabilities stand for devices."""
+
+    def __init__(self):
+        self.cc = 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.cc, 32)
+
+    def get_current_device(self):
+        return self.cc
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def _argument(value):
+    import triton.tools.tensor_descriptor as descriptors
+    from triton.runtime.jit import MockTensor
+
+    if isinstance(value, torch.dtype):
+        return MockTensor(value)
+    if isinstance(value, dict) and value.keys() == {"dtype", "shape", "block_shape"}:
+        strides = [1]
+        for size in reversed(value["shape"][1:]):
+            strides.insert(0, strides[0] * size)
+        base = MockTensor(value["dtype"], list(value["shape"]))
+        return descriptors.TensorDescriptor(base, list(value["shape"]), strides, list(value["block_shape"]))
+    return value
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    import tempfile
+    from pathlib import Path
+
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report))
+    return {"registers": int(usage["REG"]), "stack_bytes": int(usage["STACK"]) + int(usage["LOCAL"])}
+
+
+def _main() -> None:
+    import triton
+    from triton.runtime import driver
+
+    results_file, sys.stdout = sys.stdout.buffer, sys.stderr
+    gpu = _AbsentGPU()
+    driver.set_active(gpu)
+    results = []
+    for launch in pickle.load(sys.stdin.buffer):
+        gpu.cc = launch["cc"]
+        module, name = launch["kernel"].split(":")
+        kernel = getattr(importlib.import_module(module), name)
+        compiled = kernel.warmup(
+            **{name: _argument(value) for name, value in launch["arguments"].items()}, grid=(1,),
+            num_warps=launch["num_warps"], num_stages=launch["num_stages"], **launch["options"],
+        )  # fmt: skip
+        results.append(
+            {"ptx": compiled.asm["ptx"], "shared_bytes": compiled.metadata.shared,
+             "triton_version": triton.__version__, **_resources(compiled.asm["cubin"])}
+        )  # fmt: skip
+    pickle.dump(results, results_file)
+
+
+if __name__ == "__main__":
+    _main()
