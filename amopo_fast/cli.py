@@ -122,7 +122,8 @@ def tokenized(path: str, data: DataConfig, tokenizer):
     for error in [*bad, *unusable]:
         print(f"skipped: {error}", file=sys.stderr)
     shortened = sum(pair.truncated for pair in tokens)
-    print(f"{path}: {len(tokens)} pairs, {len(bad) + len(unusable)} skipped, {shortened} shortened to {data.max_length}")
+    skipped = len(bad) + len(unusable)
+    print(f"{path}: {len(tokens)} pairs, {skipped} skipped, {shortened} shortened to {data.max_length}")
     return tokens
 
 
@@ -224,7 +225,8 @@ def _show(arguments, rest) -> int:
     for error in errors:
         if error.record == arguments.record:
             raise error
-    raise ValueError(f"{arguments.data} has {len(pairs) + len(errors)} records, numbered from 0; there is no {arguments.record}")
+    records = len(pairs) + len(errors)
+    raise ValueError(f"{arguments.data} has {records} records, numbered from 0; there is no {arguments.record}")
 
 
 def _demo(arguments, rest) -> int:

@@ -26,7 +26,9 @@ class DataConfig:
     )  # fmt: skip
     prompt_template: str | None = field(default=None, metadata={"help": "YAML file with the instructions' wording."})
     max_length: int = field(default=1024, metadata={"help": "Tokens of prompt and response together."})
-    on_bad_record: str = field(default="error", metadata={"help": "error: stop at the first bad record; skip: leave it out."})
+    on_bad_record: str = field(
+        default="error", metadata={"help": "error: stop at the first bad record; skip: leave it out."}
+    )
     missing_scores: str = field(
         default="error", metadata={"help": "error, or absent: a missing score leaves that dimension out for its pair."}
     )
@@ -56,7 +58,9 @@ class AMoPOConfig(TrainingArguments):
 
     beta: float = field(default=0.8, metadata={"help": "Scale of the log-probability difference in the margin."})
     gamma: float = field(default=2.0, metadata={"help": "Target margin."})
-    weighting: str = field(default="gaussian", metadata={"help": "gaussian (paper), mean or uniform. Evaluation uses mean."})
+    weighting: str = field(
+        default="gaussian", metadata={"help": "gaussian (paper), mean or uniform. Evaluation uses mean."}
+    )
     compat: str = field(default="paper", metadata={"help": "paper, or upstream: the reference code's normalisation."})
     sft_coef: float = field(default=0.0, metadata={"help": "Weight of the chosen response's negative log-likelihood."})
     pairs_per_step: int | None = field(

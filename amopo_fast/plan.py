@@ -81,7 +81,7 @@ class _Trie:
     parent: np.ndarray  # (B,) int64, -1 for a root
     start: np.ndarray  # (B,) depth at which the node's tokens begin
     length: np.ndarray  # (B,) its number of tokens
-    source: np.ndarray  # (B,) a sequence that runs through the node: its tokens are sequences[source][start:start+length]
+    source: np.ndarray  # (B,) a sequence through the node: its tokens are sequences[source][start:start+length]
     leaf: np.ndarray  # (S,) the node in which the sequence ends, -1 for an absent sequence
 
 

@@ -43,7 +43,8 @@ def _bpe() -> str:
         show_progress=False,
     )
     wording = DEFAULT_TEMPLATE.read_text(encoding="utf-8")
-    tokenizer.train_from_iterator([TRAIN_FILE.read_text(encoding="utf-8"), HELDOUT_FILE.read_text(), *[wording]*20, "system\nuser\nassistant\n"], trainer)
+    texts = [TRAIN_FILE.read_text(encoding="utf-8"), HELDOUT_FILE.read_text(encoding="utf-8")]
+    tokenizer.train_from_iterator([*texts, *[wording] * 20, "system\nuser\nassistant\n"], trainer)
     return tokenizer.to_str()
 
 

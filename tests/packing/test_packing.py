@@ -96,10 +96,15 @@ def test_the_same_model_still_generates_and_takes_padded_batches():
     ids = torch.randint(1, V, (2, 11))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    before = model(ids, attention_mask=mask).logits, model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+
+    def both():
+        generated = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+        return model(ids, attention_mask=mask).logits, generated
+
+    before = both()
     prepare_model(model)
     score(model, build_plan(random_pairs(np.random.default_rng(1), 2)))
-    after = model(ids, attention_mask=mask).logits, model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    after = both()
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
 
 
