@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from amopo_fast.demo.data import HELDOUT_FILE, TRAIN_FILE
+from amopo_fast.demo.data import TRAIN_FILE
 from amopo_fast.prompts import CHATML
 from amopo_fast.wording import DEFAULT_TEMPLATE
 
@@ -42,9 +42,10 @@ def _bpe() -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes: any text can be encoded
         show_progress=False,
     )
-    wording = DEFAULT_TEMPLATE.read_text(encoding="utf-8")
-    texts = [TRAIN_FILE.read_text(encoding="utf-8"), HELDOUT_FILE.read_text(encoding="utf-8")]
-    tokenizer.train_from_iterator([*texts, *[wording] * 20, "system\nuser\nassistant\n"], trainer)
+    # The instructions stand in every prompt but only once in their file.
+    wording = [DEFAULT_TEMPLATE.read_text(encoding="utf-8")] * 20
+    roles = "system\nuser\nassistant\n"
+    tokenizer.train_from_iterator([TRAIN_FILE.read_text(encoding="utf-8"), *wording, roles], trainer)
     return tokenizer.to_str()
 
 

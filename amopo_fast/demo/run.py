@@ -19,7 +19,7 @@ from amopo_fast.report import plot_run
 
 def demo_trainer(output_dir: str | Path, seed: int, *, shuffle_labels: bool = False, max_steps: int = -1):
     """The demo's trainer, before its first step. `shuffle_labels` is the control: nothing should be learned."""
-    from amopo_fast.cli import console_trainer
+    from amopo_fast.cli.train import console_trainer
 
     options = dict(DEMO_TRAINING)
     max_length = options.pop("max_length")

@@ -37,15 +37,15 @@ def _values(heldout: bool) -> dict[str, tuple[str, ...]]:
 TRAIN = Vocabulary(
     values=_values(heldout=False),
     objects=tuple(
-        "anchor apron axe bag ball banner barrel basin basket bell belt bench bicycle blanket boat book boot bottle "
-        "bowl box bracelet broom brush bucket button cabinet cable camera candle canoe cap carpet cart chain chair "
-        "chest clock coat coin comb compass cork cradle crate crown cup curtain cushion dagger desk dice dish doll "
-        "drum easel fan feather flag flute fork frame glove goblet guitar hammer hammock harp hat helmet horn jacket "
-        "jar jug kettle key kite knife ladder lamp lantern map marble mask mat medal mirror mitten mug napkin "
-        "necklace needle net oar paddle paint pan pencil piano pillow pipe plate pot purse puzzle quilt rake ring robe "
-        "rope rug saddle sail scarf shawl shield shirt shoe shovel sledge sock sofa spade spoon stamp stool suitcase "
-        "sword table tape thimble ticket torch towel tray trumpet trunk umbrella vase vest violin wagon wallet watch "
-        "wheel whistle".split()
+        "anchor apron axe bag ball banner barrel basin basket bell belt bench bicycle blanket boat book boot "
+        "bottle bowl box bracelet broom brush bucket button cabinet cable camera candle canoe cap carpet cart "
+        "chain chair chest clock coat coin comb compass cork cradle crate crown cup curtain cushion dagger "
+        "desk dice dish doll drum easel fan feather flag flute fork frame glove goblet guitar hammer hammock "
+        "harp hat helmet horn jacket jar jug kettle key kite knife ladder lamp lantern map marble mask mat "
+        "medal mirror mitten mug napkin necklace needle net oar paddle paint pan pencil piano pillow pipe "
+        "plate pot purse puzzle quilt rake ring robe rope rug saddle sail scarf shawl shield shirt shoe "
+        "shovel sledge sock sofa spade spoon stamp stool suitcase sword table tape thimble ticket torch towel "
+        "tray trumpet trunk umbrella vase vest violin wagon wallet watch wheel whistle".split()
     ),
     scenes=(
         "{owner} keeps the {colour} {object} in the {place}.",

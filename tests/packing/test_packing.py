@@ -97,14 +97,14 @@ def test_the_same_model_still_generates_and_takes_padded_batches():
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
 
-    def both():
+    def outputs():
         generated = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
         return model(ids, attention_mask=mask).logits, generated
 
-    before = both()
+    before = outputs()
     prepare_model(model)
     score(model, build_plan(random_pairs(np.random.default_rng(1), 2)))
-    after = both()
+    after = outputs()
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
 
 

@@ -1,0 +1,40 @@
+"""The command line `amopo-fast`. Exit codes: 0 done, 1 failed or bad data, 2 bad usage.
+
+One module per command; each has `add_parser(commands)`, which makes its parser and names the function that runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from amopo_fast.cli import data, demo, train
+
+DESCRIPTION = "AMoPO: multi-objective preference optimization of causal language models."
+EXAMPLES = """examples:
+  amopo-fast demo                                  train a tiny model on the bundled data, in minutes, on a CPU
+  amopo-fast validate pairs.json                   what is in a data file and what is wrong with it
+  amopo-fast show pairs.json --record 3            one record's sequences, tokens and labels
+  amopo-fast train --config run.yaml --beta 1.0    train; any key of the YAML file can be given as --key value
+"""
+COMMANDS = (demo, train, data)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; `argv` without the program's name. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "amopo-fast", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        module.add_parser(commands)
+    # Only `train` takes options that its parser does not know: those of its dataclasses.
+    arguments, arguments.rest = parser.parse_known_args(argv)
+    if arguments.rest and not arguments.takes_rest:
+        parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"amopo-fast {arguments.command}: error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,16 @@
+"""`amopo-fast demo`."""
+
+from __future__ import annotations
+
+
+def add_parser(commands) -> None:
+    demo = commands.add_parser("demo", help="train a tiny model on the bundled data and plot what it learned")
+    demo.add_argument("--output_dir", default="amopo-demo", help="where the run goes (default: amopo-demo)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=run, takes_rest=False)
+
+
+def run(arguments) -> int:
+    from amopo_fast.demo.run import run_demo
+
+    return run_demo(arguments.output_dir, arguments.seed)
