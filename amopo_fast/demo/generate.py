@@ -24,7 +24,7 @@ from amopo_fast.demo import words
 FOLDER = Path(__file__).parent
 TRAIN_PAIRS, HELDOUT_PAIRS = 2400, 240
 _ATTRIBUTES = tuple(words.QUESTIONS)
-# What the twins differ in, and how often of 20.
+# What the twins differ in, and its weight in the draw.
 _ASPECTS = {
     ("fact",): 12,
     ("question",): 4,
