@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +13,7 @@ from .stats import linear_sequence_stats
 from .types import AMoPOLoss, SequenceStats
 
 WEIGHTINGS = ("gaussian", "mean", "uniform")
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def amopo_loss(
@@ -26,10 +30,13 @@ def amopo_loss(
 ) -> AMoPOLoss:
     """The adaptive multi-objective preference loss of P pairs in K dimensions; no host synchronisation.
 
+    Float32 statistics on CUDA take one Triton launch, in which the gradient is computed too (differentiable once);
+    elsewhere it is plain torch. Both give the same bits in every run.
+
     Args:
         stats: S = P * K * 2 sequences, index (pair * K + dimension) * 2 + side, side 0 chosen, 1 rejected.
         noise: (P, K, 2) standard normal, required for weighting "gaussian".
-        num_pairs: normaliser, default P; int or 0-d tensor.
+        num_pairs: normaliser, default P; int or 0-d tensor (best on the device of `stats`: another is copied there).
         weighting: "gaussian" (paper), "mean" (no deviation), "uniform", or a tensor (K,) of relative weights.
         compat: "paper": softmax per pair, sum over dimensions, mean over pairs. "upstream" (the reference code):
             softmax over all entries of the call, mean over its entries.
@@ -39,7 +46,8 @@ def amopo_loss(
         AMoPOLoss: loss () differentiable through `stats.logp_sum`; weights, margins, rewards (P, K), 0 where absent.
 
     Raises:
-        ValueError: sizes, missing noise, unknown weighting or compat.
+        ValueError: sizes, missing noise, unknown weighting or compat. DoubleBackwardError: a gradient of a gradient on
+        CUDA.
     """
     K = num_dimensions
     sequences = stats.logp_sum.shape[0]
@@ -48,6 +56,39 @@ def amopo_loss(
     P = sequences // (2 * K)
     if compat not in ("paper", "upstream"):
         raise ValueError(f"compat={compat!r}; choose 'paper' or 'upstream'")
+    if isinstance(num_pairs, Tensor) and num_pairs.dim():
+        raise ValueError(f"num_pairs must be an int or a 0-d tensor, got {tuple(num_pairs.shape)}")
+    _check_weighting(weighting, noise, P, K)
+    return _implementation(stats)(
+        stats, num_dimensions=K, beta=beta, gamma=gamma, noise=noise, num_pairs=num_pairs, weighting=weighting,
+        compat=compat, sft_coef=sft_coef,
+    )  # fmt: skip
+
+
+def _implementation(stats: SequenceStats) -> Callable[..., AMoPOLoss]:
+    """One Triton launch for float32 statistics on a GPU; plain torch on the CPU, in float64 and without Triton."""
+    if stats.logp_sum.is_cuda and stats.logp_sum.dtype == torch.float32 and _HAS_TRITON:
+        from .backends import triton_loss
+
+        return triton_loss.amopo_loss
+    return _torch_loss
+
+
+def _check_weighting(weighting: str | Tensor, noise: Tensor | None, P: int, K: int) -> None:
+    if isinstance(weighting, Tensor):
+        if weighting.shape != (K,):
+            raise ValueError(f"weighting must be ({K},), one number per dimension, got {tuple(weighting.shape)}")
+    elif weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting={weighting!r}; choose {', '.join(WEIGHTINGS)}, or give a tensor ({K},)")
+    elif weighting == "gaussian" and (noise is None or noise.shape != (P, K, 2)):
+        found = "none" if noise is None else tuple(noise.shape)
+        raise ValueError(f"weighting 'gaussian' needs noise ({P}, {K}, 2), standard normal; got {found}")
+
+
+def _torch_loss(stats, *, num_dimensions, beta, gamma, noise, num_pairs, weighting, compat, sft_coef) -> AMoPOLoss:
+    """amopo_loss of checked arguments in plain torch: any device, any dtype, differentiable twice."""
+    K = num_dimensions
+    P = stats.logp_sum.shape[0] // (2 * K)
     length = stats.length.view(P, K, 2)
     present = (length > 0).all(-1)
     mean_logp = stats.logp_sum.view(P, K, 2) / length.clamp(min=1)
@@ -77,18 +118,11 @@ def _scores(stats: SequenceStats, noise: Tensor | None, weighting: str | Tensor,
     """(P, K): what the softmax over dimensions sees."""
     mean, std = stats.prob_mean.detach().view(P, K, 2), stats.prob_std.detach().view(P, K, 2)
     if isinstance(weighting, Tensor):
-        if weighting.shape != (K,):
-            raise ValueError(f"weighting must be ({K},), one number per dimension, got {tuple(weighting.shape)}")
         return weighting.to(mean).log().expand(P, K)
     if weighting == "uniform":
         return torch.zeros_like(mean[..., 0])
     if weighting == "mean":
         return mean.sum(-1)
-    if weighting != "gaussian":
-        raise ValueError(f"weighting={weighting!r}; choose {', '.join(WEIGHTINGS)}, or give a tensor ({K},)")
-    if noise is None or noise.shape != (P, K, 2):
-        found = "none" if noise is None else tuple(noise.shape)
-        raise ValueError(f"weighting 'gaussian' needs noise ({P}, {K}, 2), standard normal; got {found}")
     return (mean + std * noise.to(mean)).sum(-1)
 
 
