@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from amopo_fast.records import DEFAULT_DIMENSIONS
+
 
 @dataclass
 class DataConfig:
@@ -14,7 +16,7 @@ class DataConfig:
     train_file: str | None = field(default=None, metadata={"help": "Training pairs: .json or .jsonl."})
     eval_file: str | None = field(default=None, metadata={"help": "Evaluation pairs: .json or .jsonl."})
     dimensions: list[str] = field(
-        default_factory=lambda: ["no_object", "helpfulness", "correctness", "instruction_following"],
+        default_factory=lambda: list(DEFAULT_DIMENSIONS),
         metadata={"help": "The K dimensions. no_object names all the others and no score."},
     )
     score_min: float = field(default=0.0, metadata={"help": "Lowest score in the data."})

@@ -13,9 +13,20 @@ from amopo_fast.sources import amopo_json
 from amopo_fast.sources.candidate import MISSING, Candidate
 from amopo_fast.sources.files import raw_records
 
-__all__ = ["NO_OBJECT", "DataError", "Message", "Pair", "check_dimensions", "make_pair", "read_pairs", "read_records"]
+__all__ = [
+    "DEFAULT_DIMENSIONS",
+    "NO_OBJECT",
+    "DataError",
+    "Message",
+    "Pair",
+    "check_dimensions",
+    "make_pair",
+    "read_pairs",
+    "read_records",
+]
 
 NO_OBJECT = "no_object"  # the dimension whose instruction names all the others and no score
+DEFAULT_DIMENSIONS = (NO_OBJECT, "helpfulness", "correctness", "instruction_following")  # the paper's
 ROLES = ("system", "user", "assistant")
 
 

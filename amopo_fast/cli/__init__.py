@@ -6,6 +6,7 @@ One module per command; each has `add_parser(commands)`, which makes its parser 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +20,8 @@ EXAMPLES = """examples:
   amopo-fast train --config run.yaml --beta 1.0    train; any key of the YAML file can be given as --key value
 """
 COMMANDS = (demo, train, data)
+# Both write lines about their own internals while transformers imports torchao.
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, arguments.rest = parser.parse_known_args(argv)
     if arguments.rest and not arguments.takes_rest:
         parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return arguments.run(arguments)
     except (ValueError, OSError) as error:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from amopo_fast.config import DataConfig
-from amopo_fast.records import read_pairs
+from amopo_fast.records import DEFAULT_DIMENSIONS, read_pairs
 
 
 def add_parser(commands) -> None:
@@ -17,7 +16,7 @@ def add_parser(commands) -> None:
     show.set_defaults(run=run_show, takes_rest=False)
     for command in (validate, show):
         command.add_argument("data", help=".json or .jsonl file of pairs")
-        command.add_argument("--dimensions", nargs="+", default=DataConfig().dimensions)
+        command.add_argument("--dimensions", nargs="+", default=list(DEFAULT_DIMENSIONS))
         command.add_argument("--score_min", type=float, default=0.0)
         command.add_argument("--score_max", type=float, default=5.0)
         command.add_argument("--missing_scores", choices=("error", "absent"), default="error")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
-from amopo_fast.config import AMoPOConfig, DataConfig, ModelConfig
 from amopo_fast.records import read_pairs
+
+if TYPE_CHECKING:  # transformers takes seconds to import, which `amopo-fast --help` need not
+    from amopo_fast.config import AMoPOConfig, DataConfig, ModelConfig
 
 
 def add_parser(commands) -> None:
@@ -19,6 +22,8 @@ def add_parser(commands) -> None:
 
 def parse_options(config: str | None, rest: list[str]) -> tuple[DataConfig, ModelConfig, AMoPOConfig]:
     from transformers import HfArgumentParser
+
+    from amopo_fast.config import AMoPOConfig, DataConfig, ModelConfig
 
     parser = HfArgumentParser((DataConfig, ModelConfig, AMoPOConfig), prog="amopo-fast train")
     if config:

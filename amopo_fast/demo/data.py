@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from amopo_fast.records import NO_OBJECT, Pair
+from amopo_fast.records import DEFAULT_DIMENSIONS, Pair
 
 TRAIN_FILE = Path(__file__).with_name("train.jsonl")
 HELDOUT_FILE = Path(__file__).with_name("heldout.jsonl")
-DIMENSIONS = (NO_OBJECT, "helpfulness", "correctness", "instruction_following")
+DIMENSIONS = DEFAULT_DIMENSIONS
 
 
 def shuffled(pairs: Sequence[Pair], seed: int) -> list[Pair]:
