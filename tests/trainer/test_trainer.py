@@ -23,17 +23,17 @@ def test_same_losses_twice_and_with_one_or_several_micro_batches(tmp_path):
     runs = {}
     for name, budget in (("first", 10**6), ("again", 10**6), ("split", 60)):
         run = trainer(tmp_path / name, budget)
+        # Adam divides by the gradient's size, so that float32's rounding would grow from step to step.
+        run.model.double()
         for module in run.model.modules():  # dropout masks depend on how rows are packed
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
         run.train()
         runs[name] = run
     assert runs["first"].args.gradient_accumulation_steps == 1
-    assert runs["split"].args.gradient_accumulation_steps >= 3
+    assert runs["split"].args.gradient_accumulation_steps >= 4
     assert losses(runs["first"]) == losses(runs["again"])
-    # From the second step on, rounding differences pass through Adam, which divides by the gradient's size.
-    assert losses(runs["split"])[0] == pytest.approx(losses(runs["first"])[0], rel=1e-6)
-    assert losses(runs["split"]) == pytest.approx(losses(runs["first"]), rel=1e-4)
+    assert losses(runs["split"]) == pytest.approx(losses(runs["first"]), rel=1e-6)
 
 
 def test_gradients_are_equal_under_any_split(tmp_path):
