@@ -1,0 +1,98 @@
+"""Run the GPU tests and all benchmarks in order of importance, within a number of minutes.
+
+    python benchmarks/gpu_suite.py --minutes 9 --out DIR [--only NAME ...] [--smoke]
+
+Every entry is a process of its own: one that fails or hangs costs its own result alone. DIR gets suite.json (status and
+report of every entry, rewritten after each; a report's rows are there as far as it came), suite.log (all output) and,
+while an entry runs, NAME.json. `python benchmarks/tables.py --add DIR/suite.json` files the reports under results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from harness import ROOT, Deadline, environment
+
+
+@dataclass(frozen=True)
+class Entry:
+    name: str
+    command: str  # after "python", in the repository's root; benchmarks also get --out, --minutes, --device, --smoke
+    minutes: float  # at most
+
+
+# In order of importance. A new benchmark is one line here; it takes its options from harness.parser.
+SUITE = [
+    Entry("tests", "-m pytest -m gpu -p no:cacheprovider tests", 4),
+    Entry("head", "benchmarks/head.py", 6),
+    Entry("loss", "benchmarks/loss.py", 1),
+    Entry("head_sweeps", "benchmarks/head.py --sweeps", 8),
+]
+GRACE_SECONDS = 20  # beyond its minutes, for the measurement in hand
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", action="append", choices=[entry.name for entry in SUITE], metavar="NAME")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes; on the CPU where there is no GPU")
+    arguments = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not arguments.smoke:
+        parser.error("there is no CUDA device here; --smoke runs tiny shapes on the CPU")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    deadline = Deadline(arguments.minutes)
+    suite = {"environment": environment(device), "smoke": arguments.smoke, "entries": {}}
+    for entry in SUITE:
+        if arguments.only and entry.name not in arguments.only:
+            continue
+        suite["entries"][entry.name] = result = run(entry, arguments, device, deadline)
+        (arguments.out / "suite.json").write_text(json.dumps(suite, indent=1) + "\n")
+        print(f"{entry.name}: {result['status']}, {result['seconds']:.0f} s", flush=True)
+    failed = [name for name, result in suite["entries"].items() if result["status"].startswith("failed")]
+    return 1 if failed else 0
+
+
+def run(entry: Entry, arguments: argparse.Namespace, device: str, deadline: Deadline) -> dict:
+    """{"status": "ok", "failed: ...", "stopped: ..." or "not run: ...", "seconds", "report"}."""
+    left = min(60 * entry.minutes, deadline.seconds_left() - GRACE_SECONDS)
+    if left < 15:
+        return {"status": "not run: no time left", "seconds": 0.0, "report": None}
+    command = [sys.executable, *entry.command.split()]
+    report = arguments.out / f"{entry.name}.json"
+    if entry.command.startswith("benchmarks/"):
+        command += ["--out", str(report), "--minutes", str(left / 60), "--device", device]
+        command += ["--smoke"] if arguments.smoke else []
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    begin = time.monotonic()
+    with open(arguments.out / "suite.log", "a") as log:
+        log.write(f"===== {entry.name}: {' '.join(command)}\n")
+        log.flush()
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT, timeout=left + GRACE_SECONDS
+            ).returncode
+            status = "ok" if code == 0 else f"failed: exit status {code}"
+        except subprocess.TimeoutExpired:
+            status = f"stopped: after {left + GRACE_SECONDS:.0f} s"
+    content = None
+    if report.exists():
+        content = json.loads(report.read_text())
+        report.unlink()
+    return {"status": status, "seconds": time.monotonic() - begin, "report": content}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

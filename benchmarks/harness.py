@@ -1,0 +1,262 @@
+"""What all benchmarks share: interleaved timing, peak memory, and a JSON report written row by row.
+
+A variant is a function of an input set that returns the tensors it made. Variants take turns in every round, so that
+a clock that drifts meets them all alike; input sets rotate, and on a GPU the L2 cache is overwritten before every run.
+Times are in milliseconds, memory in bytes. On a GPU times come from CUDA events and memory from torch's allocator; on
+a CPU from the wall clock and from the process's peak resident size (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "flash-attn", "trl", "torchao",
+            "bitsandbytes", "peft", "nvidia-cutlass-dsl", "numpy")  # fmt: skip
+
+Variant = Callable[[Any], Any]
+
+
+# ----- command line -----
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that gpu_suite.py passes to every benchmark."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--out", type=Path, required=True, help="JSON file to write; rewritten after every row")
+    result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    result.add_argument("--minutes", type=float, default=10.0, help="start no new measurement after this long")
+    result.add_argument("--rounds", type=int, default=20, help="timed runs of every variant")
+    result.add_argument("--smoke", action="store_true", help="tiny shapes, to see that it runs; its times mean nothing")
+    return result
+
+
+class Deadline:
+    """Time left of `minutes`, counted from here."""
+
+    def __init__(self, minutes: float):
+        self._end = time.monotonic() + 60 * minutes
+
+    def seconds_left(self) -> float:
+        return self._end - time.monotonic()
+
+    def over(self) -> bool:
+        return self.seconds_left() <= 0
+
+
+# ----- report -----
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Hardware, driver, versions and commit. AMOPO_COMMIT names the commit where the sources lie without their .git."""
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": os.environ.get("AMOPO_COMMIT") or _git_commit(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "cpu": _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(0)
+        result |= {
+            "gpu": properties.name,
+            "gpu_memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "l2_bytes": properties.L2_cache_size,
+            "cuda": torch.version.cuda,
+            "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        }
+    return result
+
+
+def _output(command: Sequence[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _git_commit() -> str | None:
+    commit = _output(["git", "rev-parse", "HEAD"])
+    return f"{commit}+changes" if commit and _output(["git", "status", "--porcelain", "-uno"]) else commit
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+class Report:
+    """A JSON file {"benchmark", "environment", "arguments", "rows"}, complete after every `add`."""
+
+    def __init__(self, benchmark: str, arguments: argparse.Namespace):
+        self._path: Path = arguments.out
+        options = {name: value for name, value in vars(arguments).items() if name != "out"}
+        self._content: dict[str, Any] = {
+            "benchmark": benchmark,
+            "environment": environment(arguments.device),
+            "arguments": options,
+            "rows": [],
+        }
+        self._write()
+
+    def add(self, **row: Any) -> None:
+        """Append a row and print it. `status` is "ok" or "not run: REASON"."""
+        self._content["rows"].append(row)
+        self._write()
+        print(json.dumps(row), flush=True)
+
+    def _write(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps(self._content, indent=1) + "\n")
+        partial.replace(self._path)
+
+
+# ----- time -----
+
+
+def measure(
+    variants: dict[str, Variant],
+    inputs: Sequence[Any],
+    *,
+    device: str,
+    rounds: int = 20,
+    warmup: int = 3,
+    deadline: Deadline | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Time every variant `rounds` times, in turns.
+
+    Args:
+        inputs: input sets; round r uses number r mod len(inputs). Variants must not change them.
+
+    Returns:
+        per variant {"median_ms", "p20_ms", "p80_ms", "min_ms", "runs"}. After the deadline no new round begins, but
+        one round is always run.
+    """
+    cuda = device.startswith("cuda")
+    flush = None
+    if cuda:
+        size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
+        flush = torch.empty(size, dtype=torch.int8, device=device)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for name in variants:
+        for run in range(warmup):
+            variants[name](inputs[run % len(inputs)])
+    names = list(variants)
+    for round_ in range(rounds):
+        if round_ and deadline is not None and deadline.over():
+            break
+        # Another one begins every round: none always runs after the same neighbour on a warm or a cold chip.
+        for offset in range(len(names)):
+            name = names[(round_ + offset) % len(names)]
+            times[name].append(_time(variants[name], inputs[round_ % len(inputs)], flush))
+    return {name: _summary(values) for name, values in times.items()}
+
+
+def _time(variant: Variant, inputs: Any, flush: torch.Tensor | None) -> float:
+    if flush is None:
+        begin = time.perf_counter()
+        outputs = variant(inputs)
+        elapsed = 1e3 * (time.perf_counter() - begin)
+        del outputs
+        return elapsed
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    flush.zero_()
+    start.record()
+    outputs = variant(inputs)
+    end.record()
+    torch.cuda.synchronize()
+    del outputs
+    return start.elapsed_time(end)
+
+
+def _summary(times: Sequence[float]) -> dict[str, Any]:
+    ordered = sorted(times)
+    last = len(ordered) - 1
+    return {
+        "median_ms": statistics.median(ordered),
+        "p20_ms": ordered[round(0.2 * last)],
+        "p80_ms": ordered[round(0.8 * last)],
+        "min_ms": ordered[0],
+        "runs": len(ordered),
+    }
+
+
+# ----- memory -----
+
+
+def extra_memory(variant: Variant, inputs: Any, *, device: str) -> int | None:
+    """Peak bytes above the inputs and above what `variant` returns; run it once before, so that caches exist.
+
+    None where it cannot be measured. A CPU figure is the growth of the resident size and carries an error of megabytes.
+    """
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        outputs = variant(inputs)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before - _bytes(outputs)
+    if not _reset_peak_resident():
+        return None
+    before = _resident("VmRSS")
+    outputs = variant(inputs)
+    return max(_resident("VmHWM") - before - _bytes(outputs), 0)
+
+
+def _bytes(tensors: Any) -> int:
+    flat = [x for x in torch.utils._pytree.tree_leaves(tensors) if isinstance(x, torch.Tensor)]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in flat}
+    return sum(storages.values())
+
+
+def _reset_peak_resident() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+# ----- accuracy -----
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """||value - reference|| / ||reference|| in float64; NaN where either is."""
+    difference = (value.double() - reference.double()).norm()
+    return (difference / reference.double().norm()).item()
