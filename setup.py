@@ -12,7 +12,9 @@ EXTRAS = {
     "lowbit": ["torchao>=0.15"],
     "peft": ["peft>=0.18"],
     "bench": ["liger-kernel>=0.6", "cut-cross-entropy>=25.1", "trl>=0.25"],
-    "test": ["pytest>=8", "hypothesis>=6.100", "peft>=0.18", "torchao>=0.15"],
+    "test": [
+        "pytest>=8", "hypothesis>=6.100", "peft>=0.18", "torchao>=0.15", "tensorboard>=2.16", "ruff>=0.9", "mypy>=1.15",
+    ],
 }
 EXTRAS["all"] = sorted({requirement for name in ("liger", "lowbit", "peft") for requirement in EXTRAS[name]})
 

@@ -144,7 +144,7 @@ class PairDataset(Dataset):
     """Tokenized pairs: by int one pair (evaluation), by MicroBatch its pairs with what training needs of it."""
 
     def __init__(self, pairs: Sequence[PairTokens]):
-        self.pairs = list(pairs)
+        self.pairs = pairs
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from amopo_fast.errors import DataError, shown
-from amopo_fast.sources import amopo_json
-from amopo_fast.sources.candidate import MISSING, Candidate
-from amopo_fast.sources.files import raw_records
+from amopo_fast.sources.candidate import MISSING, NO_OBJECT, Candidate, Dropped
+from amopo_fast.sources.formats import OpenSource, open_source
+from amopo_fast.sources.spec import Source
 
 __all__ = [
     "DEFAULT_DIMENSIONS",
@@ -19,13 +21,15 @@ __all__ = [
     "DataError",
     "Message",
     "Pair",
+    "Reading",
+    "Records",
     "check_dimensions",
+    "iter_records",
     "make_pair",
     "read_pairs",
     "read_records",
 ]
 
-NO_OBJECT = "no_object"  # the dimension whose instruction names all the others and no score
 DEFAULT_DIMENSIONS = (NO_OBJECT, "helpfulness", "correctness", "instruction_following")  # the paper's
 ROLES = ("system", "user", "assistant")
 
@@ -45,6 +49,7 @@ class Pair:
         chosen, rejected: the responses.
         chosen_scores, rejected_scores: by dimension; a missing key is a missing score.
         source: file or data-set name, for messages.
+        part: tells apart the pairs of one record that holds several.
     """
 
     record: int
@@ -54,6 +59,34 @@ class Pair:
     chosen_scores: dict[str, float] = field(default_factory=dict)
     rejected_scores: dict[str, float] = field(default_factory=dict)
     source: str = ""
+    part: int = 0
+
+
+class Records(NamedTuple):
+    """What a source holds: its pairs, its bad records, and how many records have no preference in them, by reason."""
+
+    pairs: list[Pair]
+    errors: list[DataError]
+    dropped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How records become pairs; the choices of DataConfig.
+
+    Raises ValueError for dimensions, a score range or a choice that makes no sense.
+    """
+
+    dimensions: Sequence[str]
+    score_range: tuple[float, float] = (0, 5)
+    missing_scores: Literal["error", "absent"] = "error"
+    tied_dimensions: Literal["keep", "drop"] = "keep"
+
+    def __post_init__(self):
+        check_dimensions(self.dimensions, self.score_range)
+        for name, choices in (("missing_scores", ("error", "absent")), ("tied_dimensions", ("keep", "drop"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}")
 
 
 def check_dimensions(dimensions: Sequence[str], score_range: tuple[float, float]) -> None:
@@ -107,7 +140,7 @@ def make_pair(
         raise check.error(
             "missing field", "chosen", f"no score for any of {', '.join(dimensions)}", "add a score or drop the record"
         )
-    return Pair(candidate.record, messages, chosen, rejected, scores[0], scores[1], source)
+    return Pair(candidate.record, messages, chosen, rejected, scores[0], scores[1], source, candidate.part)
 
 
 class _Check:
@@ -118,8 +151,9 @@ class _Check:
 
     def error(self, kind: str, part: str, found: str, remedy: str) -> DataError:
         name = self.candidate.names.get(part, part)
-        where = {"source": self.source, "record": self.candidate.record, "line": self.candidate.line}
-        return DataError(kind, found, remedy, field=name, **where)
+        return DataError(
+            kind, found, remedy, source=self.source, record=self.candidate.record, line=self.candidate.line, field=name
+        )
 
     def text(self, value: Any, part: str, remedy: str, may_be_empty: bool = False) -> str:
         if value is MISSING or value is None:
@@ -196,90 +230,120 @@ class _Check:
 
 
 def read_pairs(
-    path: str | Path,
+    path: str | Path | Source,
     *,
     dimensions: Sequence[str],
     score_range: tuple[float, float] = (0, 5),
     on_bad_record: Literal["error", "skip"] = "error",
     missing_scores: Literal["error", "absent"] = "error",
+    tied_dimensions: Literal["keep", "drop"] = "keep",
 ) -> tuple[list[Pair], list[DataError]]:
-    """Pairs of a file in the reference code's format (.json, .jsonl, .ndjson), and the records that were skipped.
+    """Pairs of a source in any of the formats, and the records that were skipped.
 
     Raises:
-        DataError: the file as a whole cannot be used, no record has one of the dimensions, or no record is left; with
+        DataError: the source as a whole cannot be used, no record has one of the dimensions, or no record is left; with
             `on_bad_record="error"` also for the first bad record.
         ValueError: `dimensions`, `score_range` or one of the choices makes no sense.
     """
     if on_bad_record not in ("error", "skip"):
         raise ValueError(f"on_bad_record must be 'error' or 'skip', got {on_bad_record!r}")
-    pairs, errors = read_records(path, dimensions=dimensions, score_range=score_range, missing_scores=missing_scores)
+    source = Source.parse(path)
+    reading = Reading(dimensions, score_range, missing_scores, tied_dimensions)
+    pairs, errors, dropped = read_records(source, reading)
     if errors and on_bad_record == "error":
         raise errors[0]
     if not pairs:
-        raise DataError(
-            "no usable record",
-            f"all {len(errors)} records are bad, the first: {errors[0]}",
-            "correct them",
-            source=str(path),
-        )
+        raise no_usable_record(str(source), errors, dropped)
     return pairs, errors
 
 
-def read_records(
-    path: str | Path,
-    *,
-    dimensions: Sequence[str],
-    score_range: tuple[float, float] = (0, 5),
-    missing_scores: Literal["error", "absent"] = "error",
-) -> tuple[list[Pair], list[DataError]]:
-    """As `read_pairs`, but returns every bad record and raises only for mistakes of the file as a whole."""
-    check_dimensions(dimensions, score_range)
-    if missing_scores not in ("error", "absent"):
-        raise ValueError(f"missing_scores must be 'error' or 'absent', got {missing_scores!r}")
-    source = str(path)
-    candidates: list[Candidate | DataError] = []
-    names: set[str] = set()
-    for raw in raw_records(path):
-        if isinstance(raw, DataError):
-            candidates.append(raw)
-            continue
-        names |= amopo_json.score_names(raw)
-        try:
-            candidates.append(amopo_json.candidate(raw, dimensions, source))
-        except DataError as error:
-            candidates.append(error)
-    _check_known(candidates, dimensions, names, source)
-    pairs, errors = [], []
-    for candidate in candidates:
-        if isinstance(candidate, DataError):
-            errors.append(candidate)
-            continue
-        try:
-            pairs.append(
-                make_pair(
-                    candidate,
-                    dimensions=dimensions,
-                    score_range=score_range,
-                    missing_scores=missing_scores,
-                    source=source,
-                )
-            )
-        except DataError as error:
-            errors.append(error)
-    return pairs, errors
+def no_usable_record(source: str, errors: Sequence[DataError], dropped: Mapping[str, int]) -> DataError:
+    found = f"all {len(errors)} records are bad, the first: {errors[0]}" if errors else ""
+    if dropped:
+        reasons = ", ".join(f"{count} with {reason}" for reason, count in dropped.items())
+        found = f"{found}; " * bool(found) + f"records without a preference: {reasons}"
+    return DataError("no usable record", found or "no records", "correct them", source=source)
 
 
-def _check_known(
-    candidates: Sequence[Candidate | DataError], dimensions: Sequence[str], names: set[str], source: str
-) -> None:
+def read_records(source: str | Path | Source, reading: Reading) -> Records:
+    """Every pair, bad record and dropped record of a source. Raises DataError for mistakes of it as a whole."""
+    pairs, errors, dropped = [], [], Counter()
+    for item in iter_records(open_source(Source.parse(source)), reading):
+        if isinstance(item, Pair):
+            pairs.append(item)
+        elif isinstance(item, DataError):
+            errors.append(item)
+        else:
+            dropped[item.reason] += 1
+    return Records(pairs, errors, dict(dropped))
+
+
+_LOOKED_AHEAD = 1000  # records; a shorter source is known whole before its first record is judged
+
+
+def iter_records(opened: OpenSource, reading: Reading) -> Iterator[Pair | DataError | Dropped]:
+    """The pairs of a source one at a time; a DataError or Dropped in the place of a record that makes none.
+
+    Scores are validated in the source's own range and mapped from it to `reading.score_range`.
+
+    Raises DataError where the source breaks off or no record has one of the dimensions.
+    """
+    candidates = opened.candidates(reading.dimensions)
+    head = list(islice(candidates, _LOOKED_AHEAD))
+    seen: set[str] = set()
+    whole = 0
+    if len(head) < _LOOKED_AHEAD:
+        found = [item for item in head if isinstance(item, Candidate)]
+        names = {name for item in found for name, score in item.chosen_scores.items() if score is not None}
+        if found:
+            _check_known(reading, names, opened)
+    for item in chain(head, candidates):
+        if isinstance(item, Candidate):
+            whole += 1
+            seen |= {name for name, score in item.chosen_scores.items() if score is not None}
+            try:
+                yield _pair(item, opened, reading)
+            except DataError as error:
+                yield error
+        else:
+            yield item
+    if whole:
+        _check_known(reading, seen, opened)
+
+
+def _pair(candidate: Candidate, opened: OpenSource, reading: Reading) -> Pair | Dropped:
+    own = opened.score_range or reading.score_range
+    pair = make_pair(
+        candidate,
+        dimensions=reading.dimensions,
+        score_range=own,
+        missing_scores=reading.missing_scores,
+        source=str(opened.source),
+    )
+    if own != tuple(reading.score_range):
+        scores = [_mapped(side, own, reading.score_range) for side in (pair.chosen_scores, pair.rejected_scores)]
+        pair = replace(pair, chosen_scores=scores[0], rejected_scores=scores[1])
+    if reading.tied_dimensions == "keep":
+        return pair
+    kept = {n: s for n, s in pair.chosen_scores.items() if n not in pair.rejected_scores or s > pair.rejected_scores[n]}
+    if not kept and NO_OBJECT not in reading.dimensions:
+        return Dropped(pair.record, "no dimension that prefers the chosen response")
+    return replace(pair, chosen_scores=kept)
+
+
+def _mapped(scores: dict[str, float], own: tuple[float, float], to: tuple[float, float]) -> dict[str, float]:
+    scale = (to[1] - to[0]) / (own[1] - own[0])
+    return {name: round(to[0] + (score - own[0]) * scale, 4) for name, score in scores.items()}
+
+
+def _check_known(reading: Reading, seen: set[str], opened: OpenSource) -> None:
     """A dimension that no record has is a misspelt name, not a thousand bad records."""
-    whole = [candidate for candidate in candidates if isinstance(candidate, Candidate)]
-    for name in dimensions:
-        if whole and name != NO_OBJECT and all(candidate.chosen_scores.get(name) is None for candidate in whole):
+    for name in reading.dimensions:
+        if name != NO_OBJECT and name not in seen:
             raise DataError(
                 "unknown dimension",
-                f"no record has a score '{name}'; scores found: {', '.join(sorted(names)) or 'none'}",
+                f"no record has a score '{name}'; scores found: {', '.join(sorted(opened.score_names)) or 'none'}",
                 "set dimensions to names that the data has",
-                source=source,
-                field=f"chosen.{name}",
+                source=str(opened.source),
+                field=name,
             )

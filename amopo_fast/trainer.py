@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,8 @@ class AMoPOTrainer(Trainer):
     Args:
         model: name, folder or module of a causal LM. Names load in safetensors without remote code.
         args: AMoPOConfig.
-        train_dataset, eval_dataset: sequences of PairTokens (`PromptBuilder.tokenize`).
+        train_dataset, eval_dataset: sequences of PairTokens (`PromptBuilder.tokenize`, `data.load_data`); for
+            evaluation also several by name, whose metrics are named eval_NAME_....
         dimensions: the K dimensions' names, in the order of `PairTokens.prompts`.
         processing_class: the tokenizer, saved with every checkpoint; loaded from `model` if that is a name.
 
@@ -51,7 +53,7 @@ class AMoPOTrainer(Trainer):
         *,
         dimensions: Sequence[str],
         train_dataset: Sequence[PairTokens] | None = None,
-        eval_dataset: Sequence[PairTokens] | None = None,
+        eval_dataset: Sequence[PairTokens] | dict[str, Sequence[PairTokens]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs,
@@ -60,7 +62,8 @@ class AMoPOTrainer(Trainer):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True)
         prepare_model(model)
-        for pair in [*(train_dataset or ()), *(eval_dataset or ())]:
+        evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset or ()}
+        for pair in chain(train_dataset or (), *evals.values()):
             if len(pair.prompts) != len(dimensions):
                 raise ValueError(
                     f"record {pair.record} has {len(pair.prompts)} dimensions, the trainer {len(dimensions)}: "
@@ -87,7 +90,7 @@ class AMoPOTrainer(Trainer):
             args=args,
             data_collator=Collator(args.seed),
             train_dataset=None if train_dataset is None else PairDataset(train_dataset),
-            eval_dataset=None if eval_dataset is None else PairDataset(eval_dataset),
+            eval_dataset=_datasets(eval_dataset),
             processing_class=processing_class,
             compute_metrics=self._evaluation_metrics,
             # Never called, compute_loss is our own; its presence says that the loss is already the step's mean.
@@ -158,6 +161,12 @@ class AMoPOTrainer(Trainer):
             # Trainer averages the loss over ranks; each rank's was multiplied by their number.
             logs = {**logs, **self.meter.read(lambda tensor: self.accelerator.reduce(tensor, "sum"))}
         super().log(logs, start_time)
+
+
+def _datasets(pairs):
+    if isinstance(pairs, dict):
+        return {name: PairDataset(each) for name, each in pairs.items()}
+    return None if pairs is None else PairDataset(pairs)
 
 
 def _epochs_to_plan(args: AMoPOConfig, num_pairs: int) -> int:

@@ -41,7 +41,7 @@ class Wording:
             found = " ".join(str(error).split())
             remedy = f"start from a copy of {DEFAULT_TEMPLATE.name}"
             raise DataError("invalid YAML", found, remedy, source=source) from None
-        keys = {"score": str, "no_object": str, "dimensions": dict}
+        keys: dict[str, type] = {"score": str, "no_object": str, "dimensions": dict}
         _check_keys(content, keys, source, "")
         for key, allowed in (("score", _SCORE_FIELDS), ("no_object", _NO_OBJECT_FIELDS)):
             if key not in content:

@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for module in COMMANDS:
         module.add_parser(commands)
     # Only `train` takes options that its parser does not know: those of its dataclasses.
-    arguments, arguments.rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.rest = rest
     if arguments.rest and not arguments.takes_rest:
         parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
     for name in NOISY_LOGGERS:

@@ -1,37 +1,47 @@
-"""`amopo-fast validate` and `amopo-fast show`: what a data file holds."""
+"""`amopo-fast validate` and `amopo-fast show`: what the data of a run holds."""
 
 from __future__ import annotations
 
-from rich.console import Console
-
-from amopo_fast.records import DEFAULT_DIMENSIONS, read_pairs
+from dataclasses import replace
 
 
 def add_parser(commands) -> None:
-    validate = commands.add_parser("validate", help="report on a data file; exit code 1 if a record is bad")
-    validate.add_argument("--json", action="store_true", help="print JSON")
-    validate.set_defaults(run=run_validate, takes_rest=False)
-    show = commands.add_parser("show", help="print one record's sequences with tokens and labels marked")
-    show.add_argument("--record", type=int, default=0, help="number of the record, from 0 (default: 0)")
-    show.set_defaults(run=run_show, takes_rest=False)
-    for command in (validate, show):
-        command.add_argument("data", help=".json or .jsonl file of pairs")
-        command.add_argument("--dimensions", nargs="+", default=list(DEFAULT_DIMENSIONS))
-        command.add_argument("--score_min", type=float, default=0.0)
-        command.add_argument("--score_max", type=float, default=5.0)
-        command.add_argument("--missing_scores", choices=("error", "absent"), default="error")
-        command.add_argument("--tokenizer", help="folder or Hub name; default: the demo's for show, words for validate")
-        command.add_argument("--max_length", type=int, default=1024)
-        command.add_argument("--prompt_order", choices=("dimension_first", "dimension_last"), default="dimension_first")
+    validate = commands.add_parser(
+        "validate", help="report on data files; exit code 1 if a record is bad", add_help=False
+    )
+    validate.set_defaults(run=run_validate, takes_rest=True)
+    show = commands.add_parser("show", help="print one record's sequences with tokens and labels marked", add_help=False)
+    show.set_defaults(run=run_show, takes_rest=True)
+
+
+def _parse(command: str, rest, add_arguments):
+    """(DataConfig, namespace). Files named without a flag are training data; the keys of a training run are allowed."""
+    from amopo_fast.cli.options import parse_options
+    from amopo_fast.config import AMoPOConfig, DataConfig, ModelConfig
+
+    def add(parser) -> None:
+        parser.add_argument("data", nargs="*", help="files, folders or Hub names; the same as --train_data")
+        parser.add_argument("--tokenizer", help="folder or Hub name of a tokenizer or model")
+        add_arguments(parser)
+
+    config, arguments = parse_options(command, (DataConfig,), rest, ignore=(ModelConfig, AMoPOConfig), add_arguments=add)
+    if arguments.data:
+        config = replace(config, train_data=arguments.data)
+    if not config.train_data:
+        raise ValueError(f"name the data: amopo-fast {command} FILE, or --config with train_data in it")
+    return config, arguments
 
 
 def run_validate(arguments) -> int:
-    from amopo_fast.inspect_data import validate_file
+    from rich.console import Console
 
-    report = validate_file(
-        arguments.data, builder=_builder(arguments) if arguments.tokenizer else None, **_reading(arguments)
+    from amopo_fast.inspect_data import validate_data
+
+    config, options = _parse(
+        "validate", arguments.rest, lambda parser: parser.add_argument("--json", action="store_true", help="print JSON")
     )
-    if arguments.json:
+    report = validate_data(config, load_tokenizer(options.tokenizer) if options.tokenizer else None)
+    if options.json:
         print(report.to_json())
     else:
         Console().print(report)
@@ -39,46 +49,63 @@ def run_validate(arguments) -> int:
 
 
 def run_show(arguments) -> int:
+    from rich.console import Console
+
+    from amopo_fast.data import common_score_range
     from amopo_fast.inspect_data import show_record
-
-    pairs, errors = read_pairs(arguments.data, on_bad_record="skip", **_reading(arguments))
-    for pair in pairs:
-        if pair.record == arguments.record:
-            Console().print(show_record(pair, _builder(arguments)))
-            return 0
-    for error in errors:
-        if error.record == arguments.record:
-            raise error
-    raise ValueError(
-        f"{arguments.data} has {len(pairs) + len(errors)} records, numbered from 0; there is no {arguments.record}"
-    )
-
-
-def _tokenizer(name: str | None):
-    if name:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(name)
-    from amopo_fast.demo.model import demo_tokenizer
-
-    return demo_tokenizer()
-
-
-def _builder(arguments):
     from amopo_fast.prompts import PromptBuilder
+    from amopo_fast.records import Reading, iter_records
+    from amopo_fast.sources.candidate import Dropped
+    from amopo_fast.sources.formats import open_source
+    from amopo_fast.sources.spec import parse_sources
 
-    return PromptBuilder(
-        _tokenizer(arguments.tokenizer),
-        arguments.dimensions,
-        score_range=(arguments.score_min, arguments.score_max),
-        order=arguments.prompt_order,
-        max_length=arguments.max_length,
+    config, options = _parse(
+        "show",
+        arguments.rest,
+        lambda parser: parser.add_argument("--record", type=int, default=0, help="number of the record, from 0"),
     )
+    opened = open_source(parse_sources(config.train_data)[0])
+    score_range = common_score_range(config, [opened])
+    reading = Reading(config.dimensions, score_range, config.missing_scores, config.tied_dimensions)
+    builder = PromptBuilder(
+        load_tokenizer(options.tokenizer),
+        config.dimensions,
+        score_range=score_range,
+        order=config.prompt_order,
+        max_length=config.max_length,
+        template=config.prompt_template,
+    )
+    last = -1
+    shown = False
+    for item in iter_records(opened, reading):
+        last = max(last, item.record)
+        if item.record != options.record:
+            if shown:
+                break
+            continue
+        if isinstance(item, Dropped):
+            raise ValueError(f"{opened.source}, record {item.record} makes no pair: it is {item.reason}")
+        if isinstance(item, Exception):
+            raise item
+        Console().print(show_record(item, builder))
+        shown = True
+    if not shown:
+        raise ValueError(f"{opened.source} has {last + 1} records, numbered from 0; there is no {options.record}")
+    return 0
 
 
-def _reading(arguments) -> dict:
-    return {
-        "dimensions": arguments.dimensions,
-        "score_range": (arguments.score_min, arguments.score_max),
-        "missing_scores": arguments.missing_scores,
-    }
+def load_tokenizer(name: str | None):
+    """The named tokenizer, or the demo's. Raises ValueError that names it where it cannot be loaded."""
+    if not name:
+        from amopo_fast.demo.model import demo_tokenizer
+
+        return demo_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # tokenizers raises plain Exception for a broken file
+        text = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"tokenizer {name!r} cannot be loaded: {text}; give a folder with tokenizer.json, or a Hub name"
+        ) from None

@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
-from amopo_fast.records import read_pairs
-
 if TYPE_CHECKING:  # transformers takes seconds to import, which `amopo-fast --help` need not
-    from amopo_fast.config import AMoPOConfig, DataConfig, ModelConfig
+    from amopo_fast.config import ModelConfig
+    from amopo_fast.data import Data
 
 
 def add_parser(commands) -> None:
     train = commands.add_parser("train", help="train a model", add_help=False)
-    train.add_argument("--config", help="YAML file of options")
     train.set_defaults(run=run, takes_rest=True)
 
 
-def parse_options(config: str | None, rest: list[str]) -> tuple[DataConfig, ModelConfig, AMoPOConfig]:
-    from transformers import HfArgumentParser
-
-    from amopo_fast.config import AMoPOConfig, DataConfig, ModelConfig
-
-    parser = HfArgumentParser((DataConfig, ModelConfig, AMoPOConfig), prog="amopo-fast train")
-    if config:
-        try:
-            options = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{config} is not valid YAML: {error}") from None
-        if not isinstance(options, dict):
-            raise ValueError(f"{config} must hold `key: value` lines, found a {type(options).__name__}")
-        known = {action.dest for action in parser._actions}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise ValueError(f"{config}: unknown key {unknown[0]!r}; `amopo-fast train --help` lists the keys")
-        parser.set_defaults(**options)
-    return parser.parse_args_into_dataclasses(rest)
+@contextmanager
+def model_errors(name: str | None):
+    """Turns what the libraries raise while a model loads into an error that names the model and a remedy."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if name and name in text and isinstance(error, ValueError):
+            raise
+        raise ValueError(
+            f"model_name_or_path: {name!r} cannot be loaded: {type(error).__name__}: {text[:400]}; "
+            "give a folder with config.json, tokenizer.json and whole .safetensors files, or a Hub name"
+        ) from error
 
 
 def build_model(config: ModelConfig, seed: int):
@@ -63,33 +54,17 @@ def build_model(config: ModelConfig, seed: int):
     return AutoModelForCausalLM.from_config(shape), tokenizer
 
 
-def tokenized(path: str, data: DataConfig, tokenizer):
-    """Tokenized pairs of a file, after reading, checking and (with on_bad_record skip) leaving out bad records."""
-    from amopo_fast.prompts import PromptBuilder
-
-    score_range = (data.score_min, data.score_max)
-    pairs, bad = read_pairs(
-        path,
-        dimensions=data.dimensions,
-        score_range=score_range,
-        on_bad_record=data.on_bad_record,
-        missing_scores=data.missing_scores,
-    )
-    builder = PromptBuilder(
-        tokenizer,
-        data.dimensions,
-        score_range=score_range,
-        order=data.prompt_order,
-        max_length=data.max_length,
-        template=data.prompt_template,
-    )
-    tokens, unusable = builder.tokenize(pairs, data.on_bad_record)
-    for error in [*bad, *unusable]:
-        print(f"skipped: {error}", file=sys.stderr)
-    shortened = sum(pair.truncated for pair in tokens)
-    skipped = len(bad) + len(unusable)
-    print(f"{path}: {len(tokens)} pairs, {skipped} skipped, {shortened} shortened to {data.max_length} tokens")
-    return tokens
+def print_counts(data: Data) -> None:
+    """What became of every source's records, and how the bad ones that were skipped are wrong."""
+    for name, counts in data.counts.items():
+        for example in counts.examples:
+            print(f"skipped: {example}", file=sys.stderr)
+        rest = sum(counts.skipped.values()) - len(counts.examples)
+        if rest:
+            print(f"skipped: {rest} more records of {name}", file=sys.stderr)
+        print(f"{name}: {counts}")
+    if data.shared_prompts:
+        print(f"warning: {data.shared_prompts} prompts of the evaluation sets are in the training data", file=sys.stderr)
 
 
 def console_trainer(*args, **kwargs):
@@ -109,23 +84,35 @@ def console_trainer(*args, **kwargs):
 def run(arguments) -> int:
     from transformers.trainer_utils import get_last_checkpoint
 
+    from amopo_fast.cli.options import parse_options
+    from amopo_fast.config import AMoPOConfig, DataConfig, ModelConfig
+    from amopo_fast.data import load_data
     from amopo_fast.report import plot_run
 
-    data, model_config, config = parse_options(arguments.config, arguments.rest)
-    if not data.train_file:
-        raise ValueError("train_file is missing: give --train_file, or train_file in the YAML file")
+    data_config, model_config, config, _ = parse_options(
+        "train", (DataConfig, ModelConfig, AMoPOConfig), arguments.rest
+    )
+    if not data_config.train_data:
+        raise ValueError("train_data is missing: give --train_data FILE, or train_data in the YAML file")
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir: {folder} is a file; name a folder")
     resume = config.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "last"):
         resume = get_last_checkpoint(config.output_dir)
         if resume is None:
             raise ValueError(f"{config.output_dir} has no checkpoint to resume from; leave resume_from_checkpoint out")
-    model, tokenizer = build_model(model_config, config.seed)
+    with model_errors(model_config.model_name_or_path):
+        model, tokenizer = build_model(model_config, config.seed)
+    data = load_data(data_config, tokenizer, seed=config.seed, folder=folder / "tokens" / f"rank{config.process_index}")
+    if config.process_index == 0:
+        print_counts(data)
     trainer = console_trainer(
         model,
         config,
-        dimensions=data.dimensions,
-        train_dataset=tokenized(data.train_file, data, tokenizer),
-        eval_dataset=tokenized(data.eval_file, data, tokenizer) if data.eval_file else None,
+        dimensions=data_config.dimensions,
+        train_dataset=data.train,
+        eval_dataset=data.evals,
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=resume)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,7 +18,7 @@ _PAD, _START, _END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 # Names are AMoPOConfig's. Found by experiment on this data: half the rate learns the facts too late, twice the rate
 # loses them again.
-DEMO_TRAINING = {
+DEMO_TRAINING: dict[str, Any] = {
     "learning_rate": 3e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,

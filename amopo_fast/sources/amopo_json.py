@@ -5,42 +5,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from amopo_fast.errors import DataError, shown
-from amopo_fast.sources.candidate import MISSING, Candidate, RawRecord
+from amopo_fast.sources.candidate import MISSING, Candidate, Dropped, RawRecord
+from amopo_fast.sources.spec import Source
+
+NAME = "amopo"
+SCORE_RANGE = None  # whatever the configuration says
 
 
-def candidate(raw: RawRecord, dimensions: Sequence[str], source: str) -> Candidate:
-    """Parts of one record; keys other than the configured dimensions are left alone.
+def recognizes(value: dict[str, Any]) -> bool:
+    return any(isinstance(value.get(side), dict) for side in ("chosen", "rejected"))
 
-    Raises DataError where the record or one of its sides is no object, so that there are no parts to look at.
-    """
-    if not isinstance(raw.value, dict):
-        raise DataError(
-            "wrong type",
-            shown(raw.value),
-            "write an object with the keys prompt, chosen and rejected",
-            source=source,
-            record=raw.record,
-            line=raw.line,
-        )
+
+def candidates(
+    raws: Iterator[RawRecord | DataError], source: Source, dimensions: Sequence[str]
+) -> Iterator[Candidate | Dropped | DataError]:
+    """Keys other than the configured dimensions are left alone."""
+    for raw in raws:
+        try:
+            yield raw if isinstance(raw, DataError) else _candidate(raw, dimensions, str(source))
+        except DataError as error:
+            yield error
+
+
+def _candidate(raw: RawRecord, dimensions: Sequence[str], source: str) -> Candidate:
+    value = as_object(raw, source, "write an object with the keys prompt, chosen and rejected")
     for side in ("chosen", "rejected"):
-        if side in raw.value and not isinstance(raw.value[side], dict):
+        if side in value and not isinstance(value[side], dict):
             raise DataError(
                 "wrong type",
-                shown(raw.value[side]),
+                shown(value[side]),
                 "write an object with the key response and one score per dimension",
                 source=source,
                 record=raw.record,
                 line=raw.line,
                 field=side,
             )
-    chosen, rejected = (raw.value.get(side, {}) for side in ("chosen", "rejected"))
+    chosen, rejected = (value.get(side, {}) for side in ("chosen", "rejected"))
     return Candidate(
         record=raw.record,
         line=raw.line,
-        prompt=raw.value.get("prompt", MISSING),
+        prompt=value.get("prompt", MISSING),
         chosen=chosen.get("response", MISSING),
         rejected=rejected.get("response", MISSING),
         chosen_scores={name: chosen[name] for name in dimensions if name in chosen},
@@ -49,11 +57,20 @@ def candidate(raw: RawRecord, dimensions: Sequence[str], source: str) -> Candida
     )
 
 
-def score_names(raw: RawRecord) -> set[str]:
+def as_object(raw: RawRecord, source: str, remedy: str) -> dict[str, Any]:
+    """The record as a mapping. Raises DataError where it is anything else, so that there are no parts to look at."""
+    if not isinstance(raw.value, dict):
+        raise DataError(
+            "wrong type", shown(raw.value), remedy, source=source, record=raw.record, line=raw.line
+        )
+    return raw.value
+
+
+def score_names(value: dict[str, Any]) -> set[str]:
     """Keys of the chosen side that look like scores, to tell a user which dimensions the data has."""
-    chosen = raw.value.get("chosen") if isinstance(raw.value, dict) else None
-    if not isinstance(chosen, dict):
-        return set()
-    return {
-        name for name, value in chosen.items() if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
+    chosen = value.get("chosen")
+    return numbers_of(chosen) if isinstance(chosen, dict) else set()
+
+
+def numbers_of(value: dict[str, Any]) -> set[str]:
+    return {name for name, item in value.items() if isinstance(item, (int, float)) and not isinstance(item, bool)}

@@ -6,11 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+NO_OBJECT = "no_object"  # the dimension whose instruction names all the others and no score
+
 
 class RawRecord(NamedTuple):
     record: int  # number in the source, from 0
     line: int | None  # line of the file, from 1, where records are lines
     value: Any  # whatever the file holds there
+
+
+class Dropped(NamedTuple):
+    """A record without a preference in it (a tie, a single response): no mistake of the file, and no pair."""
+
+    record: int
+    reason: str
 
 
 class Missing:
@@ -29,6 +38,7 @@ class Candidate:
 
     `prompt` is a string or a list of {"role", "content"}; the scores are by dimension, of any type. `names` says how
     the source spells a part ("chosen" -> "chosen.response"), so that errors name the field that the user sees.
+    `part` tells apart the pairs that one record holds.
     """
 
     record: int
@@ -39,3 +49,4 @@ class Candidate:
     rejected_scores: Mapping[str, Any]
     line: int | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    part: int = 0

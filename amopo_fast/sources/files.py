@@ -2,62 +2,153 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from amopo_fast.errors import DataError, shown
 from amopo_fast.sources.candidate import RawRecord
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
-SUFFIXES = (".json", *LINE_SUFFIXES)
+SUFFIXES = (".json", *LINE_SUFFIXES, ".csv", ".parquet")
+_PARQUET_ROWS = 256  # rows in memory at a time
+_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "response", "response_1", "response_2", "instruction")
 
 
-def raw_records(path: str | Path) -> Iterator[RawRecord | DataError]:
-    """Records of a JSON list or a JSONL file, in order, numbered from 0; blank lines of a JSONL file do not count.
+def file_records(path: str | Path) -> Iterator[RawRecord | DataError]:
+    """Records of a file, in order, numbered from 0; blank lines of a JSONL file do not count. Only a JSON list is read
+    whole, the others a piece at a time.
 
     Yields a DataError in the place of a JSONL line that is no JSON. Raises DataError for what spoils the whole file:
     it cannot be read, is not UTF-8, is empty, is cut off, or its top level is no list.
     """
     path = Path(path)
     source = str(path)
-    if path.suffix.lower() not in SUFFIXES:
+    packed = path.suffix.lower() == ".gz"
+    suffix = Path(path.stem).suffix.lower() if packed else path.suffix.lower()
+    if suffix not in SUFFIXES or (packed and suffix == ".parquet"):
         raise DataError(
             "unknown file type",
-            f"the name ends in '{path.suffix}'",
-            f"give the file a name that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}",
+            f"the name ends in '{''.join(path.suffixes[-2:]) if packed else path.suffix}'",
+            f"give the file a name that ends in {', '.join(SUFFIXES[:-1])} (or one of these and .gz) or {SUFFIXES[-1]}",
             source=source,
         )
-    text = _read_text(path, source)
-    if path.suffix.lower() in LINE_SUFFIXES:
-        yield from _lines(text, source)
-    else:
-        yield from _list(text, source)
-
-
-def _read_text(path: Path, source: str) -> str:
     try:
-        data = path.read_bytes()
-    except OSError as error:
+        if suffix == ".parquet":
+            yield from _parquet(path, source)
+            return
+        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+            if suffix in LINE_SUFFIXES:
+                yield from _lines(file, source)
+            elif suffix == ".csv":
+                yield from _rows(file, source)
+            else:
+                yield from _list(_decoded(file.read(), source), source)
+    except (OSError, EOFError, zlib.error) as error:
+        found = getattr(error, "strerror", None) or str(error)
         raise DataError(
-            "unreadable file", error.strerror or str(error), "check the path and its permissions", source=source
+            "unreadable file", found, "check the path, its permissions and that it was copied whole", source=source
         ) from None
+
+
+def _decoded(data: bytes, source: str, line: int | None = None, start: int = 0) -> str:
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig" if start == 0 else "utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
             "not UTF-8",
-            f"byte 0x{data[error.start]:02x} at offset {error.start}",
+            f"byte 0x{data[error.start]:02x} at offset {start + error.start}",
             "save the file as UTF-8",
             source=source,
-            line=data.count(b"\n", 0, error.start) + 1,
+            line=line or data.count(b"\n", 0, error.start) + 1,
         ) from None
-    if not text.strip():
-        raise DataError("empty file", "no records", "check that the export that wrote it finished", source=source)
-    return text
+
+
+def _empty(source: str) -> DataError:
+    return DataError("empty file", "no records", "check that the export that wrote it finished", source=source)
+
+
+def _parquet(path: Path, source: str) -> Iterator[RawRecord]:
+    import pyarrow
+    import pyarrow.parquet
+
+    record = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                for value in batch.to_pylist():
+                    yield RawRecord(record, None, value)
+                    record += 1
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        found = " ".join(str(error).split())
+        raise DataError("invalid Parquet", found, "write the file again, it may be cut off", source=source) from None
+    if not record:
+        raise _empty(source)
+
+
+def _rows(file: IO[bytes], source: str) -> Iterator[RawRecord | DataError]:
+    """Rows of a CSV file under its header. Cells outside the text columns that look like numbers become numbers; empty
+    cells are missing."""
+    lines = (text for text, _, _ in _text_lines(file, source))
+    # Long answers exceed the reader's default limit of 128 KiB a cell.
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(lines, strict=True)
+    try:
+        header = next(reader, None)
+        if not header or not any(name.strip() for name in header):
+            raise _empty(source)
+        if len(set(header)) < len(header):
+            twice = next(name for name in header if header.count(name) > 1)
+            raise DataError("invalid CSV", f"two columns named '{twice}'", "rename one", source=source, line=1)
+        record = 0
+        while (cells := next(reader, None)) is not None:
+            line = reader.line_num
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                yield DataError(
+                    "invalid CSV",
+                    f"{len(cells)} cells under {len(header)} columns",
+                    "put quotes around cells that hold commas or line ends",
+                    source=source,
+                    line=line,
+                    record=record,
+                )
+            else:
+                yield RawRecord(record, line, {n: _cell(n, c) for n, c in zip(header, cells, strict=True) if c != ""})
+            record += 1
+    except csv.Error as error:
+        remedy = "put quotes around cells that hold quotes, commas or line ends, and double the quotes inside them"
+        raise DataError("invalid CSV", str(error), remedy, source=source, line=reader.line_num) from None
+    if not record:
+        raise _empty(source)
+
+
+def _cell(name: str, text: str) -> Any:
+    if name in _TEXT_COLUMNS:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _text_lines(file: IO[bytes], source: str) -> Iterator[tuple[str, int, int]]:
+    """(line with its end, its number from 1, its offset in bytes)."""
+    offset = 0
+    # A binary file splits at \n alone: U+2028 and its like are legal inside a JSON string.
+    for number, line in enumerate(file, start=1):
+        yield _decoded(line, source, number, offset), number, offset
+        offset += len(line)
 
 
 def _list(text: str, source: str) -> Iterator[RawRecord]:
+    if not text.strip():
+        raise _empty(source)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -74,19 +165,18 @@ def _list(text: str, source: str) -> Iterator[RawRecord]:
         yield RawRecord(record, None, item)
 
 
-def _lines(text: str, source: str) -> Iterator[RawRecord | DataError]:
-    if text.lstrip().startswith("["):
-        raise DataError(
-            "no lines of records",
-            "the file begins with a list",
-            "name the file .json if it is one list of objects; a .jsonl file holds one object per line",
-            source=source,
-        )
+def _lines(file: IO[bytes], source: str) -> Iterator[RawRecord | DataError]:
     record = 0
-    # Not splitlines(): U+2028 and its like are line ends to it, and legal inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for line, number, _ in _text_lines(file, source):
         if not line.strip():
             continue
+        if not record and line.lstrip().startswith("["):
+            raise DataError(
+                "no lines of records",
+                "the file begins with a list",
+                "name the file .json if it is one list of objects; a .jsonl file holds one object per line",
+                source=source,
+            )
         try:
             yield RawRecord(record, number, json.loads(line))
         except json.JSONDecodeError as error:
@@ -94,6 +184,8 @@ def _lines(text: str, source: str) -> Iterator[RawRecord | DataError]:
         except (ValueError, RecursionError) as error:
             yield _unloadable(error, source, number, record)
         record += 1
+    if not record:
+        raise _empty(source)
 
 
 def _invalid(error: json.JSONDecodeError, text: str, source: str, line: int, record: int | None = None) -> DataError:

@@ -1,0 +1,175 @@
+"""Options of a command from a YAML file and the command line into its dataclasses, with errors a person can act on."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+
+import yaml
+from transformers import HfArgumentParser
+
+from amopo_fast.errors import shown
+from amopo_fast.sources.spec import did_you_mean, parse_sources
+
+# Keys whose YAML value may be a mapping or a list of them.
+SOURCE_KEYS = ("train_data", "eval_data")
+
+
+class OptionError(ValueError):
+    """An option that cannot be used. The message names the file or the command line, the key and the remedy."""
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"command line: {message}; `{self.prog} --help` lists the options")
+
+
+def parse_options(
+    command: str,
+    classes: Sequence[type],
+    rest: Sequence[str],
+    *,
+    ignore: Sequence[type] = (),
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> tuple[Any, ...]:
+    """An instance of each dataclass, from the keys of `--config FILE` and, over them, the command line's options; last
+    the namespace of the command's own arguments.
+
+    Args:
+        command: name for messages and --help.
+        ignore: dataclasses whose keys the YAML file may hold too, so that one file serves several commands.
+        add_arguments: adds the command's own arguments.
+
+    Raises:
+        OptionError: an unknown key or option, a value of the wrong type, or one that a dataclass refuses.
+    """
+    parser = _Parser(list(classes), prog=f"amopo-fast {command}", allow_abbrev=False)
+    keys = {action.dest for action in parser._actions} - {"help"}
+    parser.add_argument("--config", help="YAML file of options; --key value overrides its keys")
+    if add_arguments:
+        add_arguments(parser)
+    types_of = {name: hint for each in classes for name, hint in typing.get_type_hints(each).items()}
+    origin: dict[str, str] = {}
+    first = _Parser(prog=parser.prog, allow_abbrev=False, add_help=False)
+    first.add_argument("--config")
+    config = first.parse_known_args(list(rest))[0].config
+    if config:
+        others = {f.name for each in ignore for f in dataclasses.fields(each)}
+        values = _from_yaml(config, types_of, keys, others)
+        origin = {key: f"{config}: {key}" for key in values}
+        parser.set_defaults(**values)
+    namespace, unknown = parser.parse_known_args(list(rest))
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        known = [option for action in parser._actions for option in action.option_strings]
+        hint = did_you_mean(flag, known) if flag.startswith("-") else ""
+        raise OptionError(f"command line: unknown option {flag}{hint}; `{parser.prog} --help` lists the options")
+    for token in rest:
+        if token.startswith("--"):
+            name = token[2:].split("=")[0].replace("-", "_")
+            origin[name] = f"command line: --{name}"
+    for key in SOURCE_KEYS:
+        if hasattr(namespace, key):
+            try:
+                parse_sources(getattr(namespace, key))
+            except ValueError as error:
+                raise OptionError(f"{origin.get(key, key)}: {error}") from None
+    given = vars(namespace)
+    return (*(_build(each, given, origin) for each in classes), namespace)
+
+
+def _from_yaml(config: str, types_of: dict[str, Any], known: set[str], others: set[str]) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"{config}: {error.strerror or error}; check the path of the configuration") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise OptionError(f"{config}: not valid YAML: {' '.join(str(error).split())}; correct it there") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise OptionError(f"{config}: write `key: value` lines, found {shown(values)}")
+    checked = {}
+    for key, value in values.items():
+        if key not in known:
+            if key in others:
+                continue
+            raise OptionError(f"{config}: unknown key {key!r}{did_you_mean(key, known)}; write a key that exists")
+        if value is None:  # an empty value is the default
+            continue
+        checked[key] = value if key in SOURCE_KEYS else _typed(f"{config}: {key}", value, types_of[key])
+    return checked
+
+
+def _typed(where: str, value: Any, hint: Any) -> Any:
+    """The value as the dataclass's type. YAML 1.1 reads 3e-7 as text, so numbers may come as text."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        options = [each for each in get_args(hint) if each is not type(None)]
+        if len(options) == 1:
+            return _typed(where, value, options[0])
+        if isinstance(value, tuple(each for each in (get_origin(o) or o for o in options) if isinstance(each, type))):
+            return value
+        if isinstance(value, (list, dict)) and not any((get_origin(each) or each) in (list, dict) for each in options):
+            raise OptionError(f"{where}: write one value, found {shown(value)}")
+        return value if isinstance(value, (list, dict)) else str(value)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise OptionError(f"{where}: found {shown(value)}; choose one of {', '.join(map(str, get_args(hint)))}")
+        return value
+    if origin is list or hint is list:
+        items = value if isinstance(value, list) else [value]
+        inner = get_args(hint)[0] if get_args(hint) else str
+        return [_typed(f"{where}[{index}]", item, inner) for index, item in enumerate(items)]
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise OptionError(f"{where}: write true or false without quotes, found {shown(value)}")
+        return value
+    if hint in (int, float):
+        number = None
+        if not isinstance(value, (bool, list, dict)):
+            try:
+                number = hint(value) if not (hint is int and float(value) % 1) else None
+            except (TypeError, ValueError, OverflowError):
+                number = None
+        if number is None:
+            kind = "a whole number" if hint is int else "a number"
+            raise OptionError(f"{where}: write {kind}, found {shown(value)}")
+        return number
+    if hint is str:
+        if isinstance(value, (list, dict)):
+            raise OptionError(f"{where}: write text, found {shown(value)}")
+        return str(value)
+    return value
+
+
+def _build(each: type, given: dict[str, Any], origin: dict[str, str]) -> Any:
+    inputs = {f.name: given[f.name] for f in dataclasses.fields(each) if f.init and f.name in given}
+    try:
+        return each(**inputs)
+    except Exception as error:  # TrainingArguments raises whatever its libraries raise
+        raise OptionError(f"{_culprit(each, inputs, origin, error)}: {_sentence(error)}") from None
+
+
+def _culprit(each: type, inputs: dict[str, Any], origin: dict[str, str], error: Exception) -> str:
+    """Which of the options that the user set raises the error: the one that raises it alone, or else those it names."""
+    defaults = {f.name: f.default for f in dataclasses.fields(each)}
+    given = [name for name in inputs if name in origin]
+    for name in given:
+        try:
+            each(**{name: inputs[name]})
+        except Exception as alone:
+            if str(alone) == str(error):
+                return origin[name]
+    named = [name for name in given if name in str(error) and inputs[name] != defaults.get(name)]
+    return ", ".join(origin[name] for name in named) or "options"
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 600 else text[:600] + " ..."
