@@ -16,12 +16,11 @@ from amopo_fast.batching import shuffled_order
 from amopo_fast.config import DataConfig
 from amopo_fast.errors import DataError
 from amopo_fast.prompts import PairTokens, PromptBuilder
-from amopo_fast.records import Pair, Reading, iter_records, no_usable_record
+from amopo_fast.records import DEFAULT_SCORE_RANGE, Pair, Reading, iter_records, no_usable_record
 from amopo_fast.sources.formats import OpenSource, open_source
 from amopo_fast.sources.spec import Source, parse_sources
 from amopo_fast.tokens import TokenStore
 
-DEFAULT_SCORE_RANGE = (0.0, 5.0)
 _BATCH = 64  # pairs tokenized together
 _PART = 1 << 32  # keeps the numbers of pairs of one record apart
 _REPEAT = 1 << 40  # and those of a pair that an epoch takes more than once
@@ -153,7 +152,7 @@ class _Loader:
             template=config.prompt_template,
         )
         self.counts: dict[str, Counts] = {}
-        self.prompts: set[bytes] = set()  # of the sources since it was last emptied
+        self.prompts: set[bytes] | None = set() if config.eval_data else None  # of the sources since last emptied
         self.last_record = 0  # number of records of the source that was loaded last
         if config.streaming and folder is None:
             raise ValueError("streaming needs a folder for the token files")
@@ -205,7 +204,8 @@ class _Loader:
                     held_out.append(tokens)
                 else:
                     counts.pairs += 1
-                    self.prompts.add(prompt_key(pair))
+                    if self.prompts is not None:
+                        self.prompts.add(prompt_key(pair))
                     yield tokens
             batch.clear()
 

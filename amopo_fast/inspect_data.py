@@ -11,18 +11,25 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
 from amopo_fast.errors import DataError
 from amopo_fast.prompts import PromptBuilder
-from amopo_fast.records import NO_OBJECT, Pair, read_records
+from amopo_fast.records import DEFAULT_SCORE_RANGE, NO_OBJECT, Pair, Reading, iter_records
+from amopo_fast.sources.formats import OpenSource, open_source
+from amopo_fast.sources.spec import Source, parse_sources
+
+if TYPE_CHECKING:  # it imports transformers, which takes seconds
+    from amopo_fast.config import DataConfig
 
 PERCENTILES = (50, 90, 95, 99)
+
 _BINS = 12
 _LISTED_ERRORS = 20  # as many as a person reads; the counts by kind are complete
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -77,6 +84,8 @@ class ValidationReport:
     pairs: int
     bad_by_kind: dict[str, int]
     errors: list[str]  # the first ones
+    format: str = ""  # one of sources.formats.FORMATS
+    dropped: dict[str, int] = field(default_factory=dict)  # records without a preference, by reason
     dimensions: dict[str, DimensionReport] = field(default_factory=dict)
     repeated_prompts: int = 0  # pairs whose prompt an earlier pair has
     repeated_pairs: int = 0  # pairs that an earlier pair equals in prompt and responses
@@ -95,7 +104,10 @@ class ValidationReport:
         return json.dumps(content, indent=2, ensure_ascii=False)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text.assemble((self.source, "bold"), f": {self.records} records, {self.pairs} usable pairs")
+        kind = f" (format {self.format})" if self.format else ""
+        yield Text.assemble((self.source, "bold"), f"{kind}: {self.records} records, {self.pairs} usable pairs")
+        for reason, count in self.dropped.items():
+            yield Text(f"{count} records dropped: {reason}", "yellow")
         if self.pairs:
             yield self._scores()
             yield self._lengths()
@@ -135,46 +147,143 @@ class ValidationReport:
         return _table(f"Lengths in {self.unit}", columns, rows)
 
 
+@dataclass(frozen=True)
+class DataReport:
+    """The reports of all sources of a configuration. `shared_prompts` are in training and evaluation data alike."""
+
+    training: list[ValidationReport]
+    evaluation: list[ValidationReport]
+    shared_prompts: int
+    errors: list[str] = field(default_factory=list)  # of the configuration as a whole
+
+    @property
+    def ok(self) -> bool:
+        return not self.errors and all(report.ok for report in (*self.training, *self.evaluation))
+
+    def to_json(self) -> str:
+        return json.dumps({"ok": self.ok, **dataclasses.asdict(self)}, indent=2, ensure_ascii=False)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for title, reports in (("Training data", self.training), ("Evaluation data", self.evaluation)):
+            for report in reports:
+                if self.evaluation or len(self.training) > 1:
+                    yield Rule(title, style="dim")
+                yield report
+        for error in self.errors:
+            yield Text(error, "red")
+        if self.evaluation:
+            style = "yellow" if self.shared_prompts else "green"
+            yield Text(f"{self.shared_prompts} prompts are in both training and evaluation data", style)
+
+
+def validate_data(config: DataConfig, tokenizer=None) -> DataReport:
+    """Reads all data of a configuration and reports on it; with a tokenizer also on tokens.
+
+    Raises ValueError for options that make no sense.
+    """
+    from amopo_fast.data import common_score_range
+
+    sources = parse_sources(config.train_data), parse_sources(config.eval_data)
+    opened, failed = [], {}
+    for source in (*sources[0], *sources[1]):
+        try:
+            opened.append(open_source(source))
+        except DataError as error:
+            failed[source] = _failed(source, error)
+    errors = []
+    score_range = DEFAULT_SCORE_RANGE
+    if opened:
+        try:
+            score_range = common_score_range(config, opened)
+        except ValueError as error:
+            errors.append(str(error))
+    reading = Reading(config.dimensions, score_range, config.missing_scores, config.tied_dimensions)
+    builder = None
+    if tokenizer is not None:
+        builder = PromptBuilder(
+            tokenizer,
+            config.dimensions,
+            score_range=score_range,
+            order=config.prompt_order,
+            max_length=config.max_length,
+            template=config.prompt_template,
+        )
+    by_source = {each.source: each for each in opened}
+    prompts: list[set[tuple]] = [set(), set()]
+    reports: list[list[ValidationReport]] = [[], []]
+    for side, own in enumerate(sources):
+        for source in own:
+            report = failed.get(source) or _validate(by_source[source], reading, builder, prompts[side])
+            reports[side].append(report)
+    return DataReport(reports[0], reports[1], len(prompts[0] & prompts[1]), errors)
+
+
 def validate_file(
-    path: str | Path,
+    path: str | Path | Source,
     *,
     dimensions: Sequence[str],
-    score_range: tuple[float, float] = (0, 5),
+    score_range: tuple[float, float] = DEFAULT_SCORE_RANGE,
     missing_scores: Literal["error", "absent"] = "error",
+    tied_dimensions: Literal["keep", "drop"] = "keep",
     builder: PromptBuilder | None = None,
 ) -> ValidationReport:
-    """Reads a whole file and reports on it; with a builder also on tokens, and on pairs that cannot be tokenised.
+    """Reads a whole source and reports on it; with a builder also on tokens, and on pairs that cannot be tokenised.
 
-    Nothing in the file raises: what is wrong, with the file as a whole too, is in the report.
+    Nothing in the source raises: what is wrong, with the source as a whole too, is in the report.
 
     Raises ValueError for arguments that make no sense.
     """
+    source = Source.parse(path)
+    reading = Reading(dimensions, score_range, missing_scores, tied_dimensions)
     try:
-        pairs, errors = read_records(
-            path,
-            dimensions=dimensions,
-            score_range=score_range,
-            missing_scores=missing_scores,
-        )
+        opened = open_source(source)
     except DataError as error:
-        return ValidationReport(str(path), 0, 0, {error.kind: 1}, [str(error)])
-    records = len(pairs) + len(errors)
+        return _failed(source, error)
+    return _validate(opened, reading, builder, set())
+
+
+def _failed(source: Source, error: DataError) -> ValidationReport:
+    return ValidationReport(str(source), 0, 0, {error.kind: 1}, [str(error)])
+
+
+def _validate(
+    opened: OpenSource, reading: Reading, builder: PromptBuilder | None, prompts: set[tuple]
+) -> ValidationReport:
+    """Adds the source's prompts to `prompts`."""
+    pairs: list[Pair] = []
+    errors: list[DataError] = []
+    dropped: Counter[str] = Counter()
+    seen: set[int] = set()
+    try:
+        for item in iter_records(opened, reading):
+            if isinstance(item, Pair):
+                pairs.append(item)
+            elif isinstance(item, DataError):
+                errors.append(item)
+            else:
+                dropped[item.reason] += 1
+            seen.add(-1 if item.record is None else item.record)
+    except DataError as error:
+        errors.append(error)
+    prompts |= {pair.messages for pair in pairs}
     lengths, truncated, max_length = None, None, None
     if builder is not None:
         pairs, lengths, unusable = _token_lengths(pairs, builder)
-        errors = sorted([*errors, *unusable], key=lambda error: error.record)
+        errors = sorted([*errors, *unusable], key=lambda error: -1 if error.record is None else error.record)
         max_length = builder.max_length
         truncated = sum(length > max_length for length in lengths["sequence"])
     elif pairs:
         lengths = _word_lengths(pairs)
     repeated_prompts, repeated_pairs, contradictions = _repetitions(pairs)
     return ValidationReport(
-        source=str(path),
-        records=records,
+        source=str(opened.source),
+        records=len(seen - {-1}),
         pairs=len(pairs),
         bad_by_kind=dict(Counter(error.kind for error in errors).most_common()),
         errors=[str(error) for error in errors[:_LISTED_ERRORS]],
-        dimensions={name: _dimension(pairs, name) for name in dimensions if name != NO_OBJECT},
+        format=opened.format.NAME,
+        dropped=dict(dropped),
+        dimensions={name: _dimension(pairs, name) for name in reading.dimensions if name != NO_OBJECT},
         repeated_prompts=repeated_prompts,
         repeated_pairs=repeated_pairs,
         contradictions=contradictions,

@@ -30,6 +30,7 @@ __all__ = [
     "read_records",
 ]
 
+DEFAULT_SCORE_RANGE = (0.0, 5.0)
 DEFAULT_DIMENSIONS = (NO_OBJECT, "helpfulness", "correctness", "instruction_following")  # the paper's
 ROLES = ("system", "user", "assistant")
 
@@ -339,7 +340,7 @@ def _mapped(scores: dict[str, float], own: tuple[float, float], to: tuple[float,
 def _check_known(reading: Reading, seen: set[str], opened: OpenSource) -> None:
     """A dimension that no record has is a misspelt name, not a thousand bad records."""
     for name in reading.dimensions:
-        if name != NO_OBJECT and name not in seen:
+        if name != NO_OBJECT and name not in seen | opened.score_names:
             raise DataError(
                 "unknown dimension",
                 f"no record has a score '{name}'; scores found: {', '.join(sorted(opened.score_names)) or 'none'}",

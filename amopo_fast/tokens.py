@@ -32,9 +32,9 @@ class TokenStore(Sequence[PairTokens]):
             self._index = np.memmap(self.folder / "index.bin", dtype=np.int64, mode="r").reshape(about["pairs"], -1)
             whole = about["version"] == _VERSION and len(self._tokens) == about["tokens"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder} holds no tokenized pairs ({error}); remove it to have it written again") from None
+            raise ValueError(f"{folder} holds no tokenized pairs ({error}); remove it, it is written again") from None
         if not whole:
-            raise ValueError(f"{folder} is not whole or of another version; remove it to have it written again")
+            raise ValueError(f"{folder} is not whole or of another version; remove it, it is written again")
 
     @classmethod
     def write(cls, folder: str | Path, pairs: Iterable[PairTokens]) -> TokenStore:

@@ -10,7 +10,7 @@ def add_parser(commands) -> None:
         "validate", help="report on data files; exit code 1 if a record is bad", add_help=False
     )
     validate.set_defaults(run=run_validate, takes_rest=True)
-    show = commands.add_parser("show", help="print one record's sequences with tokens and labels marked", add_help=False)
+    show = commands.add_parser("show", help="print one record's sequences, tokens and labels marked", add_help=False)
     show.set_defaults(run=run_show, takes_rest=True)
 
 
@@ -24,7 +24,8 @@ def _parse(command: str, rest, add_arguments):
         parser.add_argument("--tokenizer", help="folder or Hub name of a tokenizer or model")
         add_arguments(parser)
 
-    config, arguments = parse_options(command, (DataConfig,), rest, ignore=(ModelConfig, AMoPOConfig), add_arguments=add)
+    others = (ModelConfig, AMoPOConfig)
+    config, arguments = parse_options(command, (DataConfig,), rest, ignore=others, add_arguments=add)
     if arguments.data:
         config = replace(config, train_data=arguments.data)
     if not config.train_data:

@@ -64,7 +64,7 @@ def print_counts(data: Data) -> None:
             print(f"skipped: {rest} more records of {name}", file=sys.stderr)
         print(f"{name}: {counts}")
     if data.shared_prompts:
-        print(f"warning: {data.shared_prompts} prompts of the evaluation sets are in the training data", file=sys.stderr)
+        print(f"warning: {data.shared_prompts} evaluation prompts are in the training data too", file=sys.stderr)
 
 
 def console_trainer(*args, **kwargs):

@@ -6,9 +6,9 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from amopo_fast.errors import DataError, shown
 from amopo_fast.sources.candidate import RawRecord
@@ -90,7 +90,7 @@ def _parquet(path: Path, source: str) -> Iterator[RawRecord]:
         raise _empty(source)
 
 
-def _rows(file: IO[bytes], source: str) -> Iterator[RawRecord | DataError]:
+def _rows(file: Iterable[bytes], source: str) -> Iterator[RawRecord | DataError]:
     """Rows of a CSV file under its header. Cells outside the text columns that look like numbers become numbers; empty
     cells are missing."""
     lines = (text for text, _, _ in _text_lines(file, source))
@@ -137,7 +137,7 @@ def _cell(name: str, text: str) -> Any:
         return text
 
 
-def _text_lines(file: IO[bytes], source: str) -> Iterator[tuple[str, int, int]]:
+def _text_lines(file: Iterable[bytes], source: str) -> Iterator[tuple[str, int, int]]:
     """(line with its end, its number from 1, its offset in bytes)."""
     offset = 0
     # A binary file splits at \n alone: U+2028 and its like are legal inside a JSON string.
@@ -165,7 +165,7 @@ def _list(text: str, source: str) -> Iterator[RawRecord]:
         yield RawRecord(record, None, item)
 
 
-def _lines(file: IO[bytes], source: str) -> Iterator[RawRecord | DataError]:
+def _lines(file: Iterable[bytes], source: str) -> Iterator[RawRecord | DataError]:
     record = 0
     for line, number, _ in _text_lines(file, source):
         if not line.strip():

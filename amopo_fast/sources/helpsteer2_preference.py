@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from amopo_fast.errors import DataError, shown
-from amopo_fast.sources.candidate import MISSING, NO_OBJECT, Candidate, Dropped, RawRecord
 from amopo_fast.sources import helpsteer2
 from amopo_fast.sources.amopo_json import as_object
+from amopo_fast.sources.candidate import MISSING, NO_OBJECT, Candidate, Dropped, RawRecord
 from amopo_fast.sources.raw import raw_records
 from amopo_fast.sources.spec import Source
 

@@ -75,8 +75,8 @@ class Source:
         if isinstance(value, Path):
             return cls(str(value))
         if isinstance(value, str):
-            path, *options = _OPTION.split(value)
-            value = {"path": path.strip(), **{k.strip(): v.strip() for k, v in (o.split("=", 1) for o in options)}}
+            path, *given = _OPTION.split(value)
+            value = {"path": path.strip(), **{k.strip(): v.strip() for k, v in (item.split("=", 1) for item in given)}}
         if not isinstance(value, Mapping):
             raise ValueError(f"{value!r} is no data set: write a path, or a mapping with the key path")
         known = {f.name: f.type for f in fields(cls)}
@@ -86,7 +86,7 @@ class Source:
         path = value.get("path")
         if not isinstance(path, str) or not path.strip():
             raise ValueError(f"path must be a file, folder or Hub name, got {path!r}")
-        options = {}
+        options: dict[str, Any] = {}
         for key, given in value.items():
             if key in ("weight", "score_min", "score_max"):
                 options[key] = _number(f"{path}: {key}", given)

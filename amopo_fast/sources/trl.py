@@ -52,9 +52,7 @@ def _candidate(raw: RawRecord, source: str, dimensions: Sequence[str]) -> Candid
     sides = [value.get(side, MISSING) for side in _SIDES]
     if any(isinstance(side, list) for side in sides):
         prompt, sides = _conversations(prompt, sides, raw, source)
-    return Candidate(
-        raw.record, prompt, *sides, chosen_scores=scores[0], rejected_scores=scores[1], line=raw.line, names=names
-    )
+    return Candidate(raw.record, prompt, sides[0], sides[1], scores[0], scores[1], raw.line, names)
 
 
 def _score(value: dict[str, Any], name: str, side: str) -> tuple[str, Any]:

@@ -55,7 +55,8 @@ def _candidates(raw: RawRecord, source: Source, dimensions: Sequence[str]) -> It
         return
     by = source.rank_by or "overall_score"
     scores = [_ratings(item) for item in completions]
-    ranks = [rank({**_numbers(item), **found}, by, ASPECTS) for item, found in zip(completions, scores, strict=True)]
+    known = [name for name in dimensions if name in ASPECTS] or ASPECTS
+    ranks = [rank({**_numbers(item), **rated}, by, known) for item, rated in zip(completions, scores, strict=True)]
     if all(number is None for number in ranks):
         remedy = "add the score, or name another with the source's rank_by, as rank_by=mean"
         raise error("missing field", MISSING, remedy, f"completions[0].{by}")

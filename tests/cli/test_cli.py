@@ -32,8 +32,8 @@ def test_train_writes_model_metrics_and_plot_and_resumes(workspace, capsys):
     out = workspace / "run"
     config = workspace / "run.yaml"
     config.write_text(
-        f"model_name_or_path: {workspace / 'model'}\ntrain_file: {workspace / 'pairs.json'}\n"
-        f"eval_file: {workspace / 'pairs.json'}\noutput_dir: {out}\npairs_per_step: 3\nnum_train_epochs: 2\n"
+        f"model_name_or_path: {workspace / 'model'}\ntrain_data: {workspace / 'pairs.json'}\n"
+        f"eval_data: {workspace / 'pairs.json'}\noutput_dir: {out}\npairs_per_step: 3\nnum_train_epochs: 2\n"
         "learning_rate: 1.0e-3\nuse_cpu: true\neval_strategy: epoch\nsave_strategy: epoch\n"
     )
     assert main(["train", "--config", str(config), "--beta", "1.5"]) == 0
@@ -52,7 +52,7 @@ def test_validate_tells_good_from_bad(workspace, capsys):
     assert main(["validate", str(workspace / "bad.json")]) == 1
     assert "record 2" in capsys.readouterr().out.replace("\n", " ")
     assert main(["validate", str(workspace / "pairs.json"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["pairs"] == 6
+    assert json.loads(capsys.readouterr().out)["training"][0]["pairs"] == 6
 
 
 def test_show_prints_a_record_and_refuses_what_is_not_there(workspace, capsys):
@@ -70,8 +70,8 @@ def test_show_prints_a_record_and_refuses_what_is_not_there(workspace, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--train_file", "nowhere.json"], "nowhere.json"),
-        ([], "train_file is missing"),
+        (["--train_data", "nowhere.json"], "nowhere.json"),
+        ([], "train_data is missing"),
         (["--beta", "-1"], "beta=-1"),
         (["--weighting", "best"], "weighting='best'"),
         (["--on_bad_record", "ignore"], "on_bad_record"),
@@ -80,8 +80,8 @@ def test_show_prints_a_record_and_refuses_what_is_not_there(workspace, capsys):
 )
 def test_bad_options_end_with_a_sentence(workspace, tmp_path, capsys, options, message):
     base = ["--model_name_or_path", str(workspace / "model"), "--output_dir", str(tmp_path), "--use_cpu", "true"]
-    if options and options[0] != "--train_file":
-        base += ["--train_file", str(workspace / "pairs.json")]
+    if options and options[0] != "--train_data":
+        base += ["--train_data", str(workspace / "pairs.json")]
     assert main(["train", *base, *options]) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error

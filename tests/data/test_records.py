@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amopo_fast.records import DataError, Message, Pair, make_pair, read_pairs, read_records
+from amopo_fast.records import DataError, Message, Pair, Reading, make_pair, read_pairs, read_records
 from amopo_fast.sources.candidate import Candidate
 
 DIMENSIONS = ("no_object", "helpfulness", "correctness")
@@ -217,7 +217,7 @@ def test_a_file_without_a_good_record_is_an_error_even_when_skipping(tmp_path):
     path = write(tmp_path, [record(0, prompt=""), record(1, prompt="")])
     with pytest.raises(DataError, match="no usable record: all 2 records are bad, the first: .*record 0"):
         read_pairs(path, dimensions=DIMENSIONS, on_bad_record="skip")
-    assert len(read_records(path, dimensions=DIMENSIONS)[1]) == 2
+    assert len(read_records(path, Reading(DIMENSIONS)).errors) == 2
 
 
 def test_conversations(tmp_path):
