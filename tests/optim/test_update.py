@@ -1,0 +1,126 @@
+"""The update of one tensor: torchao's arithmetic, the Triton kernel against it, rounding, compiling."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+from torchao.optim.adam import single_param_adam
+from torchao.optim.subclass_4bit import OptimState4bit
+from torchao.optim.subclass_8bit import OptimState8bit
+
+from amopo_fast.optim import update_triton
+from amopo_fast.optim.states import Moment, moment_bytes, moments_of, new_state, storage
+from amopo_fast.optim.update import PIECE, Step, round_stochastically, rounding_seed, update_
+
+KINDS = ["fp32", "8bit", "4bit"]
+
+
+def hyper(count, seed=None, weight_decay=0.1):
+    return Step(1e-3, 0.9, 0.99, 1e-8, weight_decay, count, seed)
+
+
+def gradients(n, steps=3):
+    # Blocks of very different size: a wrong scale or a block boundary off by one shows.
+    size = 10.0 ** torch.randint(-6, 3, (n // 64 + 1,)).repeat_interleave(64)[:n]
+    return [torch.randn(n) * size for _ in range(steps)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_update_is_torchaos(kind):
+    torch.manual_seed(0)
+    shape = (64, 128)
+    p = torch.randn(shape)
+    reference = p.clone()
+    state = new_state(p, kind)
+    if kind == "fp32":
+        moments = [torch.zeros(shape), torch.zeros(shape)]
+    else:
+        cls, block = (OptimState8bit, 256) if kind == "8bit" else (OptimState4bit, 128)
+        moments = [cls.zeros(shape, signed, block) for signed in (True, False)]
+    for count, g in enumerate(gradients(p.numel()), 1):
+        update_(p.view(-1), g, *moments_of(state), hyper(count))
+        single_param_adam(reference, g.view(shape), torch.tensor(float(count)), *moments, None, torch.tensor(1e-3),
+                          0.9, 0.99, 0.1, 1e-8, True, False)  # fmt: skip
+        torch.testing.assert_close(p, reference, rtol=1e-6, atol=1e-6)
+        for own, theirs in zip(moments_of(state), moments, strict=True):
+            if kind == "fp32":
+                assert torch.equal(own.read(), theirs.view(-1))
+            else:
+                assert torch.equal(own.codes, theirs.codes.view(-1)) and torch.equal(own.scale, theirs.scale)
+                assert torch.equal(own.read(), theirs.dequantize().view(-1))
+    assert (p - reference).abs().max() < 1e-5 < (p - torch.zeros_like(p)).abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numel", [4096, 4096 + 768, 1000])
+def test_kernel_equals_the_plain_update(kind, dtype, numel):
+    torch.manual_seed(numel)
+    p = torch.randn(numel).to(dtype)
+    twin = p.clone()
+    states = [new_state(p, kind), new_state(p, kind)]
+    kind = storage(numel, kind)
+    for count, g in enumerate(gradients(numel), 1):
+        scale = torch.tensor(0.37) if count == 2 else None
+        update_triton.update_(p, g.to(dtype), *moments_of(states[0]), hyper(count), scale)
+        update_(twin, g.to(dtype), *moments_of(states[1]), hyper(count), scale)
+        # A last-bit difference may move a code by one: few elements, by one step of the map.
+        for own, other in zip(*map(moments_of, states), strict=True):
+            torch.testing.assert_close(own.scale, other.scale, rtol=1e-6, atol=0)
+            differing = ~torch.isclose(own.read(), other.read(), rtol=1e-5, atol=0)
+            assert differing.float().mean() < 2e-3, (kind, count)
+        close = torch.isclose(p.float(), twin.float(), rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+        assert (~close).float().mean() < 2e-3
+        for name, value in states[1].items():  # so that one differing code does not multiply
+            states[0][name].copy_(value)
+        p.copy_(twin)
+
+
+def test_pieces_and_whole_agree(monkeypatch):
+    torch.manual_seed(0)
+    results = []
+    for piece in (PIECE, 1024):
+        monkeypatch.setattr("amopo_fast.optim.update.PIECE", piece)
+        torch.manual_seed(1)
+        p = torch.randn(8192)
+        state = new_state(p, "4bit")
+        for count, g in enumerate(gradients(8192), 1):
+            update_(p, g, *moments_of(state), hyper(count))
+        results.append([p, *state.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_rounding_is_unbiased_between_neighbours_and_repeats(kernel):
+    value, numel = 1.0 + 2**-8 * 0.3, 1 << 14  # 0.15 of the way to the next bfloat16, 1 + 2^-7
+    neighbours = torch.tensor([1.0, 1.0 + 2**-7])
+
+    def rounded(seed):
+        p = torch.ones(numel, dtype=torch.bfloat16)
+        if not kernel:
+            return round_stochastically(torch.full((numel,), value), torch.Generator().manual_seed(seed))
+        # One AdamW step of a constant gradient moves every weight by lr: 1 -> value.
+        step = Step(1 - value, 0.9, 0.99, 0.0, 0.0, 1, seed)
+        update_triton.update_(p, torch.ones(numel), *moments_of(new_state(p, "fp32")), step)
+        return p
+
+    p = rounded(rounding_seed(3, 1, 0))
+    assert torch.equal(p.float().unique(), neighbours)
+    share = (p > 1).float()
+    assert abs(share.mean() - 0.15) < 5 * (0.15 * 0.85 / numel) ** 0.5
+    lag = (share[:-1] - 0.15) * (share[1:] - 0.15)
+    assert abs(lag.mean()) < 5 * 0.15 * 0.85 / numel**0.5  # neighbours are independent
+    assert torch.equal(p, rounded(rounding_seed(3, 1, 0)))
+    for other in ((4, 1, 0), (3, 2, 0), (3, 1, 1)):
+        assert not torch.equal(p, rounded(rounding_seed(*other)))
+
+
+def test_bytes_of_states():
+    for kind in KINDS:
+        for shape in ((100,), (4096,), (4097,), (300, 256)):
+            p = torch.empty(shape)
+            actual = sum(t.numel() * t.element_size() for t in new_state(p, kind).values())
+            assert moment_bytes(p.numel(), kind) == actual, (kind, shape)
+    assert isinstance(moments_of(new_state(torch.empty(4096), "4bit"))[0], Moment)
