@@ -7,6 +7,9 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from amopo_fast.optim import IN_BACKWARD
+from amopo_fast.optim.adamw import CLIPPING
+from amopo_fast.precision import WEIGHT_PRECISIONS, autocasts_by_default
 from amopo_fast.records import DEFAULT_DIMENSIONS
 
 
@@ -99,6 +102,30 @@ class AMoPOConfig(TrainingArguments):
     )  # fmt: skip
     tokens_per_micro_batch: int = field(default=8192, metadata={"help": "Computed tokens of a micro-batch, at most."})
     kernel_backend: str = field(default="auto", metadata={"help": "amopo_kernels' backend of the head."})
+    weight_precision: str = field(
+        default="auto",
+        metadata={"help": "fp32: float32 weights, bf16 autocast on GPUs; bf16_stochastic: bfloat16 weights, updates "
+                  "rounded stochastically; bf16: rounded to nearest, which loses small updates; auto: fp32 where it "
+                  "fits into the GPU, else bf16_stochastic."},
+    )  # fmt: skip
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Autocast to bfloat16. Default: on GPUs that have it."}
+    )
+    optim_in_backward: str | None = field(
+        default=None,
+        metadata={"help": "adamw, adamw_8bit or adamw_4bit: step each parameter inside the backward pass and free its "
+                  "gradient. One micro-batch per step, one GPU."},
+    )  # fmt: skip
+    clip_in_backward: str = field(
+        default="previous_norm",
+        metadata={"help": "With optim_in_backward, clip by the previous_norm (global, of the step before) or "
+                  "per_tensor; this step's global norm is not known in time."},
+    )  # fmt: skip
+    keep_layers: int = field(
+        default=0,
+        metadata={"help": "With gradient_checkpointing: the last N layers keep their activations instead of "
+                  "recomputing them."},
+    )  # fmt: skip
     learning_rate: float = field(default=3e-7, metadata={"help": "Initial learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or a share of all steps below 1."})
@@ -110,10 +137,18 @@ class AMoPOConfig(TrainingArguments):
     per_device_eval_batch_size: int = field(default=4, metadata={"help": "Pairs in an evaluation row."})
 
     def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and autocasts_by_default()
         super().__post_init__()
-        for name, choices in (("weighting", ("gaussian", "mean", "uniform")), ("compat", ("paper", "upstream"))):
+        for name, choices in (
+            ("weighting", ("gaussian", "mean", "uniform")),
+            ("compat", ("paper", "upstream")),
+            ("weight_precision", WEIGHT_PRECISIONS),
+            ("optim_in_backward", (None, *IN_BACKWARD)),
+            ("clip_in_backward", CLIPPING),
+        ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(choices)}")
+                raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(filter(None, choices))}")
         for name in ("beta", "tokens_per_micro_batch"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")

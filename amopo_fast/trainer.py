@@ -21,9 +21,11 @@ from transformers import (
     TrainerCallback,
 )
 
+from amopo_fast.activations import KeepLayers
 from amopo_fast.batching import Collator, PairDataset, PlannedBatches, computed_tokens, plan_epochs
 from amopo_fast.config import AMoPOConfig
 from amopo_fast.metrics import Meter, pair_table, table_metrics
+from amopo_fast.optim import backward_grad_norm, choose_optimizer
 from amopo_fast.prompts import PairTokens
 from amopo_fast.scoring import prepare_model, score_wrapped
 from amopo_kernels import amopo_loss
@@ -84,6 +86,10 @@ class AMoPOTrainer(Trainer):
             self._batches = PlannedBatches(schedule)
             args.gradient_accumulation_steps = schedule.accumulation
             callbacks.insert(0, _EpochOfPlan(self._batches))
+            if kwargs.get("optimizers", (None, None))[0] is None:
+                kwargs.setdefault("optimizer_cls_and_kwargs", choose_optimizer(args, model, schedule.accumulation))
+        if args.keep_layers:
+            callbacks.append(KeepLayers(args.keep_layers))
         self.meter = Meter(dimensions)
         super().__init__(
             model=model,
@@ -154,6 +160,14 @@ class AMoPOTrainer(Trainer):
             # The sum over dimensions of a_k * loss_k per pair, so that rows of unequal size weigh by their pairs.
             losses = np.nansum(table[..., 2] * np.logaddexp(0, -table[..., 0]), -1)
         return {**table_metrics(means.tolist(), self.meter.dimensions), "preference_loss": float(losses.mean())}
+
+    def _clip_grad_norm(self, model):
+        norm = backward_grad_norm(self.optimizer)
+        return super()._clip_grad_norm(model) if norm is None else norm
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = backward_grad_norm(self.optimizer)
+        return super()._get_grad_norm(model, grad_norm) if norm is None else norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics of the micro-batches since the last line to a training line."""

@@ -69,7 +69,7 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"clipping={clipping!r}; choose one of {', '.join(CLIPPING)}")
         self._states = states
         self._stochastic_rounding = stochastic_rounding
-        self._in_backward = in_backward
+        self.in_backward = in_backward
         self._max_grad_norm = max_grad_norm
         self._clipping = clipping
         self._seed = seed
@@ -89,7 +89,7 @@ class AdamW(torch.optim.Optimizer):
             self._place[parameter] = (group, len(self._place))
             # States exist from the start: what does not fit fails here, and not between two layers' gradients.
             self.state[parameter] = self._new_state(parameter)
-            if self._in_backward:
+            if self.in_backward:
                 self._register(parameter)
 
     @staticmethod
@@ -179,7 +179,7 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """Step every parameter that has a gradient; with in_backward, end the step that the backward pass took."""
-        if self._in_backward:
+        if self.in_backward:
             if closure is not None:
                 raise ValueError("with in_backward the backward pass is the step: there is no closure to call")
             self._previous_norm = self.grad_norm()
