@@ -1,10 +1,10 @@
 """In which dtype weights are kept and updated: the policy behind `--weight_precision`.
 
-    fp32             float32 master weights; matmuls in bfloat16 by autocast on GPUs
-    bf16_stochastic  bfloat16 weights, updates computed in float32 and rounded stochastically
-    bf16             bfloat16 weights, updates rounded to nearest: loses small updates, warned about
-    auto             fp32 on CPUs and where it fits into the GPU by the estimate, else bf16_stochastic; with an adapter
-                     the frozen base model is bfloat16 on GPUs and the adapter, which alone is trained, float32
+fp32             float32 master weights; matmuls in bfloat16 by autocast on GPUs
+bf16_stochastic  bfloat16 weights, updates computed in float32 and rounded stochastically
+bf16             bfloat16 weights, updates rounded to nearest: loses small updates, warned about
+auto             fp32 on CPUs and where it fits into the GPU by the estimate, else bf16_stochastic; with an adapter
+                 the frozen base model is bfloat16 on GPUs and the adapter, which alone is trained, float32
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _STATES_OF_OPTIM = {"adamw_torch": "fp32", "adamw_torch_fused": "fp32", "adamw_t
 
 PLAIN_BF16_WARNING = (
     "weight_precision=bf16: weights are rounded to the nearest bfloat16 after every update. At learning rates below "
-    "about 1e-5 nearly every update is smaller than half a bfloat16 step and is lost (at 3e-7, three AdamW steps change "
+    "about 1e-5 most updates are smaller than half a bfloat16 step and are lost (at 3e-7, three AdamW steps change "
     "0.5 % of the weights, 2.7 % with stochastic rounding); use --weight_precision bf16_stochastic"
 )
 

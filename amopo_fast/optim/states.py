@@ -29,7 +29,7 @@ def _torchao():
 
 
 def storage(numel: int, states: str) -> str:
-    """"fp32", "8bit" or "4bit": how a tensor of `numel` elements keeps its moments when `states` is asked for."""
+    """ "fp32", "8bit" or "4bit": how a tensor of `numel` elements keeps its moments when `states` is asked for."""
     if states == "fp32" or numel < SMALLEST_QUANTISED or numel % BLOCK_SIZE[states]:
         return "fp32"
     return states
