@@ -36,6 +36,8 @@ class Plan:
     cu_seqlens_q: torch.Tensor  # (B + 1,) int32, tokens of each node
     cu_seqlens_k: torch.Tensor  # (B + 1,) int32, tokens of each node's path, itself included
     kv_indices: torch.Tensor  # (cu_seqlens_k[-1],) int64, rows of the paths, root first
+    kv_order: torch.Tensor  # (cu_seqlens_k[-1],) int32, places in kv_indices sorted by the row they hold, stable
+    kv_offsets: torch.Tensor  # (T + 1,) int32, kv_order[kv_offsets[t]:kv_offsets[t + 1]] are the places of row t
     label_rows: torch.Tensor  # (N,) int64, the row whose hidden state predicts labels[i]
     labels: torch.Tensor  # (N,) int64
     cu_seqlens: torch.Tensor  # (S + 1,) int32, label rows of each sequence; empty where a dimension is absent
@@ -75,58 +77,130 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Trie:
-    """Nodes in the order of the row: parents stand before their children."""
+class _Sequences:
+    """S sequences of a row in one array; an absent one is empty. The last token of each is a label only."""
 
-    parent: np.ndarray  # (B,) int64, -1 for a root
+    tokens: np.ndarray  # int64, all sequences one after another
+    begin: np.ndarray  # (S,) where each starts
+    prompt: np.ndarray  # (S,) tokens of its prompt
+    length: np.ndarray  # (S,) tokens of prompt and response
+    num_dimensions: int
+
+    @property
+    def end_of_inputs(self) -> np.ndarray:
+        """(S,) where the tokens that the model computes end."""
+        return self.begin + np.maximum(self.length - 1, 0)
+
+
+@dataclass(frozen=True)
+class _Trie:
+    """B nodes in the order of the row: parents stand before their children."""
+
     start: np.ndarray  # (B,) depth at which the node's tokens begin
     length: np.ndarray  # (B,) its number of tokens
-    source: np.ndarray  # (B,) a sequence through the node: its tokens are sequences[source][start:start+length]
+    source: np.ndarray  # (B,) a sequence that runs through the node: its tokens are sequence[start : start + length]
+    paths: np.ndarray  # the nodes root..node of every node, one path after another
+    path_nodes: np.ndarray  # (B,) number of nodes on each path
     leaf: np.ndarray  # (S,) the node in which the sequence ends, -1 for an absent sequence
 
 
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    n = min(len(a), len(b))
-    differs = a[:n] != b[:n]
-    first = int(differs.argmax()) if n else 0
-    return first if n and differs[first] else n
+def _spans(begin: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """begin[0], begin[0] + 1, ... (length[0] of them), begin[1], ..."""
+    ends = np.cumsum(length)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(begin - ends + length, length)
 
 
-def _build_trie(sequences: Sequence[np.ndarray | None], min_node_tokens: int) -> _Trie:
-    present = [i for i, s in enumerate(sequences) if s is not None]
+def _sequences(pairs: Sequence[PairTokens]) -> _Sequences:
+    if not pairs:
+        raise ValueError("build_plan needs at least one pair")
+    num_dimensions = len(pairs[0].prompts)
+    parts: list[np.ndarray] = []
+    prompt, length = [], []
+    for pair in pairs:
+        if len(pair.prompts) != num_dimensions:
+            raise ValueError(
+                f"record {pair.record} has {len(pair.prompts)} dimensions, record {pairs[0].record} {num_dimensions}; "
+                "tokenize all pairs of a row with the same dimensions"
+            )
+        for tokens in pair.prompts:
+            for name, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+                if tokens is None:
+                    prompt.append(0)
+                    length.append(0)
+                    continue
+                if len(tokens) == 0 or len(response) == 0:
+                    empty = "prompt" if len(tokens) == 0 else f"{name} response"
+                    raise ValueError(f"record {pair.record}: the {empty} has no tokens; a label needs a row before it")
+                parts += (tokens, response)
+                prompt.append(len(tokens))
+                length.append(len(tokens) + len(response))
+    if not parts:
+        raise ValueError(f"records {[p.record for p in pairs]}: every dimension is absent; leave such pairs out")
+    lengths = np.array(length)
+    tokens = np.concatenate(parts).astype(np.int64, copy=False)
+    return _Sequences(tokens, np.cumsum(lengths) - lengths, np.array(prompt), lengths, num_dimensions)
+
+
+def _common_prefixes(tokens: np.ndarray, begin: list[int], end: list[int]) -> list[int]:
+    """Tokens that each of the sequences tokens[begin:end] shares with the one before it; 0 for the first."""
+    result = [0]
+    for i in range(1, len(begin)):
+        a, b = begin[i - 1], begin[i]
+        n = min(end[i - 1] - a, end[i] - b)
+        differs = tokens[a : a + n] != tokens[b : b + n]
+        first = int(differs.argmax())
+        result.append(first if differs[first] else n)
+    return result
+
+
+def _build_trie(sequences: _Sequences, min_node_tokens: int) -> _Trie:
+    begin, end = sequences.begin.tolist(), sequences.end_of_inputs.tolist()
     # Big-endian bytes sort like the token ids themselves, prefixes first.
-    order = sorted(present, key=lambda i: sequences[i].astype(">u4").tobytes())
-    lcp = [0] + [_common_prefix(sequences[a], sequences[b]) for a, b in zip(order, order[1:], strict=False)]
-    parent, start, length, source = [], [], [], []
-    leaf = np.full(len(sequences), -1, dtype=np.int64)
+    blob = sequences.tokens.astype(">u4").tobytes()
+    order = sorted(
+        (i for i in range(len(begin)) if end[i] > begin[i]), key=lambda i: blob[4 * begin[i] : 4 * end[i]]
+    )
+    lcp = _common_prefixes(sequences.tokens, [begin[i] for i in order], [end[i] for i in order])
+    start, length, source, paths = [], [], [], []
+    leaf = [-1] * len(begin)
 
-    def add(node_parent: int, node_start: int, end: int, sequence: int) -> int:
-        parent.append(node_parent)
-        start.append(node_start)
-        length.append(end - node_start)
-        source.append(sequence)
-        return len(parent) - 1
-
-    # Work on ranges of the sorted order that agree on `depth` tokens, already covered by `node`.
-    stack = [(0, len(order), 0, -1)]
+    # Work on ranges of the sorted order that agree on `depth` tokens, already covered by the path's last node.
+    stack: list[tuple[int, int, int, list[int]]] = [(0, len(order), 0, [])]
     while stack:
-        low, high, depth, node = stack.pop()
-        # Children: maximal runs whose neighbours share more than `depth` tokens.
-        cuts = [i for i in range(low + 1, high) if lcp[i] < depth + min_node_tokens]
+        low, high, depth, path = stack.pop()
+        # Children: maximal runs whose neighbours share at least a node's tokens beyond `depth`.
+        limit = depth + min_node_tokens
+        cuts = [low, *(i for i in range(low + 1, high) if lcp[i] < limit), high]
         children = []
-        for a, b in zip([low, *cuts], [*cuts, high], strict=True):
+        for a, b in zip(cuts, cuts[1:], strict=False):
             first = order[a]
-            shared = min(lcp[a + 1 : b]) if b - a > 1 else len(sequences[first])
-            if shared == depth:  # only a sequence that ends exactly where `node` ends
-                leaf[first] = node
+            shared = min(lcp[a + 1 : b]) if b - a > 1 else end[first] - begin[first]
+            if shared == depth:  # only a sequence that ends exactly where its parent ends
+                leaf[first] = path[-1]
                 continue
-            child = add(node, depth, shared, first)
+            child = [*path, len(start)]
+            start.append(depth)
+            length.append(shared - depth)
+            source.append(first)
+            paths.append(child)
             if b - a == 1:
-                leaf[first] = child
+                leaf[first] = child[-1]
             else:
                 children.append((a, b, shared, child))
         stack.extend(reversed(children))
-    return _Trie(np.array(parent), np.array(start), np.array(length), np.array(source), leaf)
+    return _Trie(
+        np.array(start),
+        np.array(length),
+        np.array(source),
+        np.array([node for path in paths for node in path]),
+        np.array([len(path) for path in paths]),
+        np.array(leaf),
+    )
+
+
+def computed_tokens(pair: PairTokens, min_node_tokens: int = MIN_NODE_TOKENS) -> int:
+    """Tokens that a row of this pair alone computes. In a row of several pairs it is at most that."""
+    return int(_build_trie(_sequences([pair]), min_node_tokens).length.sum())
 
 
 def build_plan(pairs: Sequence[PairTokens], *, min_node_tokens: int = MIN_NODE_TOKENS, share: bool = True) -> Plan:
@@ -140,71 +214,46 @@ def build_plan(pairs: Sequence[PairTokens], *, min_node_tokens: int = MIN_NODE_T
     Raises:
         ValueError: no pairs, differing numbers of dimensions, or an empty prompt or response.
     """
-    if not pairs:
-        raise ValueError("build_plan needs at least one pair")
-    num_dimensions = len(pairs[0].prompts)
-    sequences: list[np.ndarray | None] = []
-    prompt_lengths: list[int] = []
-    for pair in pairs:
-        if len(pair.prompts) != num_dimensions:
-            raise ValueError(
-                f"record {pair.record} has {len(pair.prompts)} dimensions, record {pairs[0].record} {num_dimensions}; "
-                "tokenize all pairs of a row with the same dimensions"
-            )
-        for prompt in pair.prompts:
-            for name, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-                if prompt is None:
-                    sequences.append(None)
-                    prompt_lengths.append(0)
-                    continue
-                if len(prompt) == 0 or len(response) == 0:
-                    empty = "prompt" if len(prompt) == 0 else f"{name} response"
-                    raise ValueError(f"record {pair.record}: the {empty} has no tokens; a label needs a row before it")
-                sequences.append(np.concatenate([prompt, response]))
-                prompt_lengths.append(len(prompt))
-    if all(s is None for s in sequences):
-        raise ValueError(f"records {[p.record for p in pairs]}: every dimension is absent; leave such pairs out")
+    sequences = _sequences(pairs)
+    trie = _build_trie(sequences, min_node_tokens if share else np.iinfo(np.int64).max // 2)
+    node_end = np.cumsum(trie.length)
+    node_begin = node_end - trie.length
+    key_length = trie.start + trie.length
+    key_begin = np.cumsum(key_length) - key_length
 
-    inputs = [None if s is None else s[:-1] for s in sequences]
-    trie = _build_trie(inputs, min_node_tokens if share else np.iinfo(np.int64).max // 2)
-    offset = np.concatenate([[0], np.cumsum(trie.length)])
-    num_nodes = len(trie.length)
+    position_ids = _spans(trie.start, trie.length)
+    input_ids = sequences.tokens[_spans(sequences.begin[trie.source] + trie.start, trie.length)]
+    kv_indices = _spans(node_begin[trie.paths], trie.length[trie.paths])
+    # A row's places: one on the path of every node below its own, in the order of the nodes.
+    below = np.repeat(np.arange(len(trie.length)), trie.path_nodes)[np.argsort(trie.paths, kind="stable")]
+    readers = np.bincount(trie.paths, minlength=len(trie.length))
+    row_readers = np.repeat(readers, trie.length)
+    kv_offsets = np.concatenate([[0], np.cumsum(row_readers)])
+    reader = below[_spans(np.repeat(np.cumsum(readers) - readers, trie.length), row_readers)]
+    kv_order = key_begin[reader] + np.repeat(position_ids, row_readers)
 
-    input_ids = np.empty(offset[-1], dtype=np.int64)
-    position_ids = np.empty(offset[-1], dtype=np.int64)
-    paths: list[np.ndarray] = []  # rows of root..node
-    for b in range(num_nodes):
-        begin, end, depth = offset[b], offset[b + 1], trie.start[b]
-        input_ids[begin:end] = inputs[trie.source[b]][depth : depth + trie.length[b]]
-        position_ids[begin:end] = np.arange(depth, depth + trie.length[b])
-        own = np.arange(begin, end)
-        paths.append(own if trie.parent[b] < 0 else np.concatenate([paths[trie.parent[b]], own]))
-    key_lengths = trie.start + trie.length
-
-    label_rows, labels, segment = [], [], [0]
-    for i, sequence in enumerate(sequences):
-        if sequence is not None:
-            rows = paths[trie.leaf[i]]
-            label_rows.append(rows[prompt_lengths[i] - 1 : len(sequence) - 1])
-            labels.append(sequence[prompt_lengths[i] :])
-            segment.append(segment[-1] + len(labels[-1]))
-        else:
-            segment.append(segment[-1])
-
-    lengths = [len(s) for s in sequences if s is not None]
+    responses = sequences.length - sequences.prompt
+    label_rows = kv_indices[_spans(key_begin[trie.leaf] + sequences.prompt - 1, responses)]
+    labels = sequences.tokens[_spans(sequences.begin + sequences.prompt, responses)]
     return Plan(
         input_ids=torch.from_numpy(input_ids)[None],
         position_ids=torch.from_numpy(position_ids)[None],
-        cu_seqlens_q=torch.from_numpy(offset.astype(np.int32)),
-        cu_seqlens_k=torch.from_numpy(np.concatenate([[0], np.cumsum(key_lengths)]).astype(np.int32)),
-        kv_indices=torch.from_numpy(np.concatenate(paths)),
-        label_rows=torch.from_numpy(np.concatenate(label_rows)),
-        labels=torch.from_numpy(np.concatenate(labels)).long(),
-        cu_seqlens=torch.tensor(segment, dtype=torch.int32),
+        cu_seqlens_q=_offsets(trie.length),
+        cu_seqlens_k=_offsets(key_length),
+        kv_indices=torch.from_numpy(kv_indices),
+        kv_order=torch.from_numpy(kv_order.astype(np.int32)),
+        kv_offsets=torch.from_numpy(kv_offsets.astype(np.int32)),
+        label_rows=torch.from_numpy(label_rows),
+        labels=torch.from_numpy(labels),
+        cu_seqlens=_offsets(responses),
         records=torch.tensor([pair.record for pair in pairs], dtype=torch.int64),
-        num_dimensions=num_dimensions,
+        num_dimensions=sequences.num_dimensions,
         max_seqlen_q=int(trie.length.max()),
-        max_seqlen_k=int(key_lengths.max()),
-        unshared_tokens=sum(lengths),
-        padded_tokens=len(lengths) * max(lengths),
+        max_seqlen_k=int(key_length.max()),
+        unshared_tokens=int(sequences.length.sum()),
+        padded_tokens=int(np.count_nonzero(sequences.length) * sequences.length.max()),
     )
+
+
+def _offsets(lengths: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))

@@ -14,7 +14,15 @@ import torch
 from torch import nn
 
 import amopo_kernels
-from amopo_fast import attention
+from amopo_fast.attention import is_switched, packed_attention, switch_attention
+from amopo_fast.attention_backends import choose_backend
+from amopo_fast.models import (
+    BEYOND_LIMIT,
+    attention_needs,
+    check_packing,
+    check_prompt_learning,
+    position_limit,
+)
 from amopo_fast.plan import Plan
 from amopo_kernels import SequenceStats
 
@@ -58,25 +66,47 @@ def head_of(model: nn.Module) -> Head:
 
 
 def prepare_model(model: nn.Module) -> nn.Module:
-    """Switch a causal LM to packed attention, in place. Padded batches and generate() behave as with "sdpa"."""
-    causal_lm(model).set_attn_implementation(attention.register())
+    """Check that a causal LM can be packed and switch it to packed attention, in place.
+
+    Padded batches and generate() of the same object keep running as before.
+
+    Raises:
+        UnsupportedModelError: `models.check_packing`.
+    """
+    check_prompt_learning(model)
+    check_packing(causal_lm(model))
+    switch_attention(causal_lm(model))
     return model
 
 
-def score(model: nn.Module, plan: Plan, **head_options) -> SequenceStats:
+def score(model: nn.Module, plan: Plan, *, attention_backend: str = "auto", **head_options) -> SequenceStats:
     """Score every sequence of a packed row.
 
     Args:
         model: a causal LM (or a PEFT model around one) after `prepare_model`. Distributed wrappers: `score_wrapped`.
         plan: on the model's device.
+        attention_backend: a name of `attention_backends.BACKENDS`, or "auto".
         head_options: passed to `amopo_kernels.linear_sequence_stats` (backend, logits_cache_bytes, ...).
 
     Returns:
         SequenceStats with S = pairs * K * 2 entries; `logp_sum` is differentiable in the model's parameters.
+
+    Raises:
+        ValueError: the model was not prepared (or its attention implementation was changed since), a sequence is too
+            long for its RoPE (`models.position_limit`), or the attention backend cannot be used.
     """
     language_model = causal_lm(model)
+    if not is_switched(language_model):
+        raise ValueError(
+            f"the attention implementation is {language_model.config._attn_implementation!r}, which takes no packed "
+            "rows; call prepare_model(model) first"
+        )
+    limit = position_limit(language_model.config)
+    if limit is not None and plan.max_seqlen_k > limit:
+        raise ValueError(f"a sequence of {plan.max_seqlen_k} tokens is beyond {limit} positions, {BEYOND_LIMIT}")
     head = head_of(model)
-    with attention.packed_attention(plan) as attention_inputs:
+    backend = choose_backend(attention_backend, attention_needs(language_model, plan.input_ids.device))
+    with packed_attention(plan, backend) as attention_inputs:
         hidden = language_model.get_decoder()(
             input_ids=plan.input_ids, position_ids=plan.position_ids, use_cache=False, **attention_inputs
         ).last_hidden_state[0]

@@ -4,6 +4,7 @@ from . import reference
 from .errors import BackendUnavailableError, DoubleBackwardError, ShardedTensorError, UnsupportedError
 from .logps import linear_logps
 from .loss import amopo_loss, linear_amopo_loss
+from .rows import gather_rows, inverse_index, segment_sum_rows
 from .stats import linear_sequence_stats, sequence_stats
 from .types import AMoPOLoss, SequenceStats
 
@@ -15,9 +16,12 @@ __all__ = [
     "ShardedTensorError",
     "UnsupportedError",
     "amopo_loss",
+    "gather_rows",
+    "inverse_index",
     "linear_amopo_loss",
     "linear_logps",
     "linear_sequence_stats",
     "reference",
+    "segment_sum_rows",
     "sequence_stats",
 ]
