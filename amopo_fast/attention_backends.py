@@ -233,7 +233,7 @@ def _sdpa(q, k, v, cu_q, cu_k, scaling, dropout, window, softcap, sinks):
                 enable_gqa=groups > 1,
             )
         )
-    return torch.cat(out, dim=2)[0].transpose(0, 1)
+    return torch.cat(out, dim=2)[0].transpose(0, 1).contiguous()
 
 
 def _explicit(q, k, v, mask, groups, scaling, dropout, softcap, sinks):
