@@ -10,17 +10,13 @@ bfloat16 after each addition.
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
 from . import validation
-from .errors import DoubleBackwardError
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no Triton on this platform; the torch twin runs everywhere
-    triton = None
+from .errors import DoubleBackwardError, UnsupportedError
 
 
 def inverse_index(indices: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -61,21 +57,30 @@ def segment_sum_rows(values: Tensor, order: Tensor, offsets: Tensor, *, backend:
 
     Args:
         values: (M, ...) floating point. order: (M,) int32. offsets: (T + 1,) int32, ascending from 0 to M.
-        backend: "triton" (CUDA), "torch" (anywhere), "auto".
+        backend: "triton" (CUDA, not float64), "torch" (anywhere), or "auto", the first of them that can.
 
     Returns:
         (T, ...) of values' dtype. Not differentiable.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or backend.
+        ValueError, TypeError: shapes, dtypes or backend. UnsupportedError: float64 under "triton".
     """
     _check(order, offsets, values.shape[0], offsets.shape[0] - 1)
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend={backend!r}; choose one of auto, triton, torch")
     if backend == "auto":
-        backend = "triton" if values.is_cuda and triton is not None and values.dtype != torch.float64 else "torch"
-    run = _segment_sum_triton if backend == "triton" else _segment_sum_torch
-    return run(values.flatten(1), order, offsets).view(-1, *values.shape[1:])
+        triton = values.is_cuda and values.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+        backend = "triton" if triton else "torch"
+    rows = values.flatten(1)
+    if backend == "torch":
+        out = _segment_sum_torch(rows, order, offsets)
+    else:
+        if values.dtype == torch.float64:
+            raise UnsupportedError("backend 'triton' adds in float32; use backend='torch' for float64 values")
+        from .backends import triton_rows
+
+        out = triton_rows.segment_sum_rows(rows.contiguous(), order.contiguous(), offsets.contiguous())
+    return out.view(-1, *values.shape[1:])
 
 
 def _check(order: Tensor, offsets: Tensor, places: int, rows: int) -> None:
@@ -96,47 +101,10 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         if torch.is_grad_enabled() and grad.requires_grad:
             raise DoubleBackwardError("gather_rows has no second derivative; leave create_graph out")
-        return segment_sum_rows(grad.contiguous(), *ctx.saved_tensors), None, None, None
+        return segment_sum_rows(grad, *ctx.saved_tensors), None, None, None
 
 
 def _segment_sum_torch(values: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     accumulate = torch.promote_types(values.dtype, torch.float32)
     rows = values.index_select(0, order).to(accumulate)
     return torch.segment_reduce(rows, "sum", offsets=offsets.long(), axis=0, initial=0).to(values.dtype)
-
-
-def _segment_sum_triton(values: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    places, columns = values.shape
-    out = values.new_empty(offsets.shape[0] - 1, columns)
-    if out.numel():
-        block = min(triton.next_power_of_2(columns), 1024)
-        grid = (out.shape[0], triton.cdiv(columns, block))
-        warps = max(block // 256, 1)
-        segment_sum_kernel[grid](values, order, offsets, out, places, columns, BLOCK=block, num_warps=warps)
-    return out
-
-
-if triton is not None:
-
-    @triton.jit
-    def segment_sum_kernel(
-        values,  # (places, columns) contiguous
-        order,  # (places,) int32
-        offsets,  # (rows + 1,) int32
-        out,  # (rows, columns) contiguous
-        places,
-        columns,
-        BLOCK: tl.constexpr,  # columns of a program, a power of two
-    ):
-        """One program per (row, block of columns): reads its segment's rows one after another, writes one."""
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < columns
-        begin = tl.maximum(tl.load(offsets + row), 0)
-        end = tl.minimum(tl.load(offsets + row + 1), places)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for j in range(begin, end):
-            place = tl.load(order + j).to(tl.int64)
-            held = (place >= 0) & (place < places)
-            total += tl.load(values + place * columns + column, mask=inside & held, other=0.0).to(tl.float32)
-        tl.store(out + row * columns + column, total.to(out.dtype.element_ty), mask=inside)
