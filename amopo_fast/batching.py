@@ -31,11 +31,6 @@ def shuffled_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=[seed, epoch], counter=[0, 0, 1, 0]).random_raw(count), kind="stable")
 
 
-def computed_tokens(pair: PairTokens) -> int:
-    """Tokens that the pair's own packed row computes, when only prompts are shared: an upper bound."""
-    return sum(len(p) + len(pair.chosen) + len(pair.rejected) for p in pair.prompts if p is not None)
-
-
 def _balanced(items: Sequence[int], tokens: np.ndarray, bins: int) -> list[list[int]]:
     """Split `items` into `bins` non-empty groups of about equal tokens, the longest group first; deterministic."""
     groups: list[list[int]] = [[] for _ in range(bins)]

@@ -7,6 +7,7 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from amopo_fast.attention_backends import BACKENDS as ATTENTION_BACKENDS
 from amopo_fast.optim import IN_BACKWARD
 from amopo_fast.optim.adamw import CLIPPING
 from amopo_fast.precision import WEIGHT_PRECISIONS, autocasts_by_default
@@ -102,6 +103,11 @@ class AMoPOConfig(TrainingArguments):
     )  # fmt: skip
     tokens_per_micro_batch: int = field(default=8192, metadata={"help": "Computed tokens of a micro-batch, at most."})
     kernel_backend: str = field(default="auto", metadata={"help": "amopo_kernels' backend of the head."})
+    attention_backend: str = field(
+        default="auto",
+        metadata={"help": "flash_attention_4, flash_attention_3, flash_attention_2, varlen (torch's), sdpa (one call "
+                  "per segment, any device), or auto: the first of them that is installed and fits the model."},
+    )  # fmt: skip
     weight_precision: str = field(
         default="auto",
         metadata={"help": "fp32: float32 weights, bf16 autocast on GPUs; bf16_stochastic: bfloat16 weights, updates "
@@ -149,6 +155,9 @@ class AMoPOConfig(TrainingArguments):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(filter(None, choices))}")
+        if self.attention_backend not in ("auto", *ATTENTION_BACKENDS):
+            choices = ", ".join(("auto", *ATTENTION_BACKENDS))
+            raise ValueError(f"attention_backend={self.attention_backend!r}; choose one of {choices}")
         for name in ("beta", "tokens_per_micro_batch"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")

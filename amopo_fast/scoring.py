@@ -7,7 +7,7 @@ Only label rows reach the head and no logits are materialised.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from amopo_fast.models import (
     position_limit,
 )
 from amopo_fast.plan import Plan
+from amopo_fast.prompts import PairTokens
 from amopo_kernels import SequenceStats
 
 
@@ -77,6 +78,22 @@ def prepare_model(model: nn.Module) -> nn.Module:
     check_packing(causal_lm(model))
     switch_attention(causal_lm(model))
     return model
+
+
+def check_lengths(model: nn.Module, pairs: Iterable[PairTokens]) -> None:
+    """Refuse pairs that are too long to be packed exactly (`models.position_limit`).
+
+    Raises:
+        ValueError: names the record.
+    """
+    limit = position_limit(causal_lm(model).config)
+    if limit is None:
+        return
+    for pair in pairs:
+        prompt = max((len(prompt) for prompt in pair.prompts if prompt is not None), default=0)
+        length = prompt + max(len(pair.chosen), len(pair.rejected)) - 1  # the last token is only a label
+        if length > limit:
+            raise ValueError(f"record {pair.record}: {length} tokens are beyond {limit} positions, {BEYOND_LIMIT}")
 
 
 def score(model: nn.Module, plan: Plan, *, attention_backend: str = "auto", **head_options) -> SequenceStats:

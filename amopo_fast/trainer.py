@@ -22,12 +22,13 @@ from transformers import (
 )
 
 from amopo_fast.activations import KeepLayers
-from amopo_fast.batching import Collator, PairDataset, PlannedBatches, computed_tokens, plan_epochs
+from amopo_fast.batching import Collator, PairDataset, PlannedBatches, plan_epochs
 from amopo_fast.config import AMoPOConfig
 from amopo_fast.metrics import Meter, pair_table, table_metrics
 from amopo_fast.optim import backward_grad_norm, choose_optimizer
+from amopo_fast.plan import computed_tokens
 from amopo_fast.prompts import PairTokens
-from amopo_fast.scoring import prepare_model, score_wrapped
+from amopo_fast.scoring import check_lengths, prepare_model, score_wrapped
 from amopo_kernels import amopo_loss
 
 METRICS_FILE = "metrics.jsonl"
@@ -71,6 +72,7 @@ class AMoPOTrainer(Trainer):
                     f"record {pair.record} has {len(pair.prompts)} dimensions, the trainer {len(dimensions)}: "
                     f"tokenize with dimensions={list(dimensions)}"
                 )
+        check_lengths(model, chain(train_dataset or (), *evals.values()))
         callbacks = list(callbacks or [])
         if train_dataset is not None:
             # A fractional last epoch ends by max_steps, so the plan covers it whole.
@@ -120,7 +122,11 @@ class AMoPOTrainer(Trainer):
         plan = inputs["plan"].to(self.args.device)
         with self.accelerator.autocast():
             stats = score_wrapped(
-                model, self.accelerator.unwrap_model(model), plan, backend=self.args.kernel_backend
+                model,
+                self.accelerator.unwrap_model(model),
+                plan,
+                attention_backend=self.args.attention_backend,
+                backend=self.args.kernel_backend,
             )
         result = amopo_loss(
             stats,

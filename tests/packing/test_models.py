@@ -34,7 +34,7 @@ from amopo_fast import attention, models
 from amopo_fast.models import UnsupportedModelError, check_packing, position_limit, tiny_config
 from amopo_fast.plan import build_plan
 from amopo_fast.prompts import PairTokens
-from amopo_fast.scoring import prepare_model, score
+from amopo_fast.scoring import check_lengths, prepare_model, score
 from amopo_kernels import rows
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
@@ -129,6 +129,9 @@ def test_longrope_packs_up_to_its_original_length_and_is_refused_beyond():
     tiny = prepare_model(MODEL_FOR_CAUSAL_LM_MAPPING[Phi3Config](tiny_config(config)))
     short, long = [PairTokens(0, (np.arange(1, n),), np.array([1]), np.array([2]), False) for n in (41, 42)]
     assert torch.isfinite(score(tiny, build_plan([short])).logp_sum).all()
+    check_lengths(tiny, [short])
+    with pytest.raises(ValueError, match="record 0: 41 tokens are beyond 40 positions"):
+        check_lengths(tiny, [short, long])
     with pytest.raises(ValueError, match="a sequence of 41 tokens is beyond 40 positions"):
         score(tiny, build_plan([long]))
 
