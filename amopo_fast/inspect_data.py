@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.rule import Rule
 from rich.table import Table
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # it imports transformers, which takes seconds
 PERCENTILES = (50, 90, 95, 99)
 
 _BINS = 12
+_SCORE_COLUMNS = 11  # different scores that are counted one by one
 _LISTED_ERRORS = 20  # as many as a person reads; the counts by kind are complete
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -109,7 +111,9 @@ class ValidationReport:
         for reason, count in self.dropped.items():
             yield Text(f"{count} records dropped: {reason}", "yellow")
         if self.pairs:
-            yield self._scores()
+            if self.dimensions:
+                yield self._scores()
+                yield self._preferences()
             yield self._lengths()
             if self.truncated is not None:
                 yield Text(f"{self.truncated} of {self.pairs} pairs are longer than {self.max_length} tokens", "yellow")
@@ -128,13 +132,25 @@ class ValidationReport:
             yield Text(f"and {rest} more", "red")
 
     def _scores(self) -> Table:
+        values = sorted({score for d in self.dimensions.values() for score in (*d.chosen, *d.rejected)})
+        rows = []
+        for name, d in self.dimensions.items():
+            for side, scores in (("chosen", d.chosen), ("rejected", d.rejected)):
+                if len(values) <= _SCORE_COLUMNS:
+                    cells = [str(scores.get(value, "")) for value in values]
+                else:
+                    cells = [_span(scores)]
+                rows.append([name if side == "chosen" else "", side, *cells])
+        columns = [f"{value:g}" for value in values] if len(values) <= _SCORE_COLUMNS else ["scores"]
+        return _table("Pairs by score", ["dimension", "side", *columns], rows)
+
+    def _preferences(self) -> Table:
         rows = [
-            [name, _counts(d.chosen), _counts(d.rejected)]
-            + [str(count) for count in (d.chosen_higher, d.ties, d.reversals, d.absent)]
+            [name, *(str(count) for count in (d.chosen_higher, d.ties, d.reversals, d.absent))]
             for name, d in self.dimensions.items()
         ]
-        columns = ["dimension", "chosen scores", "rejected scores", "chosen higher", "ties", "reversals", "absent"]
-        return _table("Scores (score: pairs)", columns, rows)
+        columns = ["dimension", "chosen higher", "ties", "reversals", "absent"]
+        return _table("Pairs by preference", columns, rows)
 
     def _lengths(self) -> Table:
         rows = []
@@ -413,15 +429,14 @@ def _visible(builder: PromptBuilder, token: int) -> str:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 or not rows[0][index].isdigit() else "right")
+        numbers = all(row[index].isdigit() or not row[index] for row in rows) and index
+        table.add_column(column, justify="right" if numbers else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
 
 
-def _counts(scores: dict[float, int]) -> str:
-    if len(scores) > 12:
-        return f"{len(scores)} values from {min(scores):g} to {max(scores):g}"
-    return "  ".join(f"{score:g}: {count}" for score, count in scores.items())
+def _span(scores: dict[float, int]) -> str:
+    return f"{len(scores)} values from {min(scores):g} to {max(scores):g}" if scores else "none"

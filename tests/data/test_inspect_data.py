@@ -7,7 +7,8 @@ import pytest
 import tokenizers_for_tests as chat
 from rich.console import Console
 
-from amopo_fast.inspect_data import show_record, validate_file
+from amopo_fast.config import DataConfig
+from amopo_fast.inspect_data import show_record, validate_data, validate_file
 from amopo_fast.prompts import PromptBuilder
 from amopo_fast.records import DataError, Message, Pair
 
@@ -96,7 +97,7 @@ def test_the_report_is_readable_and_is_json(path):
     assert content["ok"] is False and content["dimensions"]["helpfulness"]["reversals"] == 1
     assert content["lengths"]["prompt"]["percentiles"]["50"] == 1.0
     text = printed(report)
-    for part in ("8 records, 6 usable pairs", "2.5: 1  3: 1  4: 4", "score out of range", "record 5", "█"):
+    for part in ("8 records, 6 usable pairs", "chosen higher", "score out of range", "record 5", "█"):
         assert part in text
     path.write_text(json.dumps([record(prompt=f"{index}?") for index in range(3)]))
     assert "no bad records" in printed(validate_file(path, dimensions=DIMENSIONS))
@@ -141,3 +142,23 @@ def test_long_prompts_lose_their_middle_in_the_picture_only():
     assert f"… {len(prompt) - 30} tokens …" in text and "assistant" in text.replace("|", "")
     with pytest.raises(DataError, match="record 0"):
         show_record(Pair(0, pair.messages, "</s>", "No.", pair.chosen_scores), builder)
+
+
+def test_data_of_a_run_is_reported_with_shared_prompts_and_fits_a_terminal(path, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps([record(), record(prompt="New?")]))
+    config = DataConfig(
+        train_data=[str(path), str(other)],
+        eval_data={"held": str(other)},
+        dimensions=list(DIMENSIONS),
+        missing_scores="absent",
+    )
+    report = validate_data(config)
+    assert (report.ok, report.shared_prompts, len(report.training)) == (False, 2, 2)
+    assert json.loads(report.to_json())["evaluation"][0]["pairs"] == 2
+    text = printed(report, width=80)
+    assert "2 prompts are in both" in text and max(map(len, text.splitlines())) <= 80
+    for part in ("helpfulness", "correctness", "reversals"):
+        assert part in text
+    both = DataConfig(train_data=[str(other)], eval_data=[str(path)], dimensions=list(DIMENSIONS), score_max=3)
+    assert "both score_min and score_max" in printed(validate_data(both))
