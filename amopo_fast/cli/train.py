@@ -71,7 +71,7 @@ def console_trainer(*args, **kwargs):
     """An AMoPOTrainer that prints one short line per log."""
     from transformers import PrinterCallback, ProgressCallback
 
-    from amopo_fast.report import ConsoleProgress
+    from amopo_fast.report.console import ConsoleProgress
     from amopo_fast.trainer import AMoPOTrainer
 
     trainer = AMoPOTrainer(*args, **kwargs)
@@ -87,7 +87,7 @@ def run(arguments) -> int:
     from amopo_fast.cli.options import parse_options
     from amopo_fast.config import AMoPOConfig, DataConfig, ModelConfig
     from amopo_fast.data import load_data
-    from amopo_fast.report import plot_run
+    from amopo_fast.report.figure import plot_run
 
     data_config, model_config, config, _ = parse_options(
         "train", (DataConfig, ModelConfig, AMoPOConfig), arguments.rest

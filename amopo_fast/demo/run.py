@@ -14,7 +14,7 @@ from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE, TRAIN_FILE, shuffled
 from amopo_fast.demo.model import DEMO_TRAINING, demo_model, demo_tokenizer
 from amopo_fast.prompts import PromptBuilder
 from amopo_fast.records import read_pairs
-from amopo_fast.report import plot_run
+from amopo_fast.report.figure import plot_run
 
 
 def demo_trainer(output_dir: str | Path, seed: int, *, shuffle_labels: bool = False, max_steps: int = -1):
