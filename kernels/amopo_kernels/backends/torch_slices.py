@@ -50,6 +50,16 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b)
 
 
+def _mm_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b; without a temporary where the dtypes allow it (one pass over out less)."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=int(add), out=out)
+    elif add:
+        out += _mm(a, b)
+    else:
+        out.copy_(_mm(a, b))
+
+
 def _slices(vocabulary: int):
     return ((begin, min(begin + SLICE_COLUMNS, vocabulary)) for begin in range(0, vocabulary, SLICE_COLUMNS))
 
@@ -131,9 +141,8 @@ class LinearLogps(torch.autograd.Function):
         # 32- and 64-bit: g stays off the N x V slice and goes on the rows of X and dX. In bf16, rounding g X once more
         # would cost accuracy, so dz is scaled instead.
         factored = not with_entropy and not need_bias and x.dtype in (torch.float32, torch.float64)
-        row_scale = grad_logps[:, None] if factored else None
-        slope = torch.ones_like(grad_logps) if factored else grad_logps
-        slope = (slope / options.temperature)[:, None]
+        slope = (grad_logps / options.temperature)[:, None]
+        row_scale = -slope if factored else None  # what is left of dz is p, and p_y - 1 at the label
         x_scaled = x * row_scale if factored else x
 
         d_hidden = torch.zeros_like(x, dtype=lse.dtype) if need_hidden else None
@@ -144,7 +153,7 @@ class LinearLogps(torch.autograd.Function):
             w = _operand(weight[begin:end], options)
             z = _logits(x, w, bias, begin, end, options)
             inside, column = _label_column(labels, begin, end)
-            at_label = -slope * torch.expm1(logps)
+            at_label = torch.expm1(logps)
             cap_slope = None
             if options.softcap is not None:
                 cap_slope = 1 - (z * (options.temperature / options.softcap)).square_()
@@ -153,9 +162,12 @@ class LinearLogps(torch.autograd.Function):
                 log_p = z.sub_(lse)
                 dz = log_p.exp()
                 dz.mul_(log_p.add_(entropy[:, None]).mul_(e_slope).add_(slope)).neg_()
-                at_label = at_label - e_slope * logps.exp() * (logps + entropy[:, None])
+                at_label = -slope * at_label - e_slope * logps.exp() * (logps + entropy[:, None])
             else:
-                dz = z.sub_(lse).exp_().mul_(-slope)
+                dz = z.sub_(lse).exp_()
+                if not factored:
+                    dz.mul_(-slope)
+                    at_label = -slope * at_label
             dz.scatter_(1, column, torch.where(inside, at_label, dz.gather(1, column)))
             if cap_slope is not None:
                 dz.mul_(cap_slope)
@@ -163,9 +175,9 @@ class LinearLogps(torch.autograd.Function):
                 d_bias[begin:end] = dz.sum(0)
             dz = dz.to(x.dtype)
             if need_weight:
-                d_weight[begin:end] = _mm(dz.T, x_scaled)
+                _mm_into(d_weight[begin:end], dz.T, x_scaled)
             if need_hidden:
-                d_hidden += _mm(dz, w)
+                _mm_into(d_hidden, dz, w, add=True)
         if need_hidden:
             d_hidden = (d_hidden * row_scale if factored else d_hidden).to(hidden.dtype)
         return d_hidden, d_weight, d_bias, None, None, None
