@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from amopo_fast.plan import Plan, build_plan
+from amopo_fast.plan import Plan, build_plan, pair_sizes
 from amopo_fast.prompts import PairTokens
 
 
@@ -43,6 +43,48 @@ def _balanced(items: Sequence[int], tokens: np.ndarray, bins: int) -> list[list[
     return [groups[b] for b in order]
 
 
+def _best_fit(items: Sequence[int], tokens: np.ndarray, budget: int, bins: int = 1) -> list[list[int]]:
+    """Split `items` into groups of at most `budget` tokens, heaviest item first, each into the fullest group that it
+    fits (best-fit decreasing); an item above the budget has a group of its own.
+
+    Groups are split further until there are `bins` of them or none has two items. The heaviest group comes first.
+    """
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(items, key=lambda i: (-tokens[i], i)):
+        size = int(tokens[item])
+        fits = [g for g in range(len(groups)) if room[g] >= size]
+        if fits:
+            target = min(fits, key=lambda g: (room[g], g))
+        else:
+            target = len(groups)
+            groups.append([])
+            room.append(budget)
+        groups[target].append(item)
+        room[target] -= size
+    while len(groups) < bins:
+        several = [g for g in range(len(groups)) if len(groups[g]) > 1]
+        if not several:
+            break
+        heaviest = max(several, key=lambda g: (tokens[groups[g]].sum(), -g))
+        groups += _balanced(groups.pop(heaviest), tokens, 2)
+    return sorted(groups, key=lambda group: (-tokens[group].sum(), group))
+
+
+@dataclass(frozen=True)
+class PairSizes:
+    """Tokens of every pair of a data set, (pairs,) int64 each; see `Plan` for the words."""
+
+    computed: np.ndarray  # in a row of its own, what is shared counted once
+    unshared: np.ndarray  # all its sequences one by one
+    padded: np.ndarray  # its sequences padded to their longest
+    labels: np.ndarray
+
+    @classmethod
+    def of(cls, pairs: Sequence[PairTokens]) -> PairSizes:
+        return cls(*np.array([pair_sizes(pair) for pair in pairs], dtype=np.int64).reshape(-1, 4).T)
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Positions in the data set; `step_pairs` is the optimizer step's number of pairs over all ranks."""
@@ -50,7 +92,7 @@ class MicroBatch:
     pairs: tuple[int, ...]
     epoch: int
     step_pairs: int
-    weight: float = 1.0  # 0 for a filler that keeps a rank busy in a short last step
+    weight: float = 1.0  # 0 for a filler that keeps a rank busy when it has no pairs left for a step
 
 
 @dataclass(frozen=True)
@@ -59,6 +101,25 @@ class Schedule:
 
     epochs: list[list[MicroBatch]]
     accumulation: int
+
+    def describe(self, sizes: PairSizes, budget: int) -> str:
+        """What an epoch costs, in words: token counts of the data set and this rank's longest micro-batch."""
+        padded, unshared, computed, labels = (
+            int(x.sum()) for x in (sizes.padded, sizes.unshared, sizes.computed, sizes.labels)
+        )
+        rows = [[int(sizes.computed[list(batch.pairs)].sum()) for batch in epoch] for epoch in self.epochs]
+        first = max(rows[0][: self.accumulation])
+        steps = -(-len(rows[0]) // self.accumulation)
+        text = (
+            f"{len(sizes.computed):,} pairs an epoch: {padded:,} tokens padded, {unshared:,} without padding, "
+            f"{computed:,} computed ({padded / computed:.2f} padded tokens each), {labels:,} labels\n"
+            f"{steps:,} optimizer steps an epoch, {self.accumulation} micro-batches each; the longest computes "
+            f"{max(map(max, rows)):,} tokens, the first one {first:,}"
+        )
+        above = int((sizes.computed > budget).sum())
+        if above:
+            text += f"\n{above:,} pairs are longer than tokens_per_micro_batch={budget:,}: each is a micro-batch alone"
+        return text
 
 
 def plan_epochs(
@@ -73,9 +134,14 @@ def plan_epochs(
 ) -> Schedule:
     """Split every epoch into optimizer steps of `pairs_per_step` pairs and these into micro-batches.
 
-    The number of micro-batches in a step is one number for the whole run: the least with which every micro-batch of
-    several pairs stays within `tokens_per_micro_batch` computed tokens per rank. The last step of an epoch may hold
-    fewer pairs. Every rank has the same number of micro-batches.
+    Micro-batches are best-fit packed under `tokens_per_micro_batch` computed tokens; a pair above it stands alone.
+    Every step of a run has the same number of them, which Trainer wants: the most that any step needs; a step that
+    needs fewer is split further. The last step of an epoch may hold fewer pairs. Every rank has the same number of
+    micro-batches. In a step the longest micro-batch comes first, and the run begins with the step that holds the
+    longest pair, whatever the budget: memory is known in the first minute.
+
+    Args:
+        tokens: computed tokens of each pair.
 
     Raises:
         ValueError: fewer pairs in a step than ranks, or no pairs.
@@ -85,34 +151,34 @@ def plan_epochs(
     if pairs_per_step < world_size:
         raise ValueError(f"pairs_per_step={pairs_per_step} is less than the {world_size} ranks; raise pairs_per_step")
     sizes = np.asarray(tokens, dtype=np.int64)
-    steps_of = []
+    epochs_steps = []
     for epoch in range(epochs):
         order = shuffled_order(len(sizes), seed, epoch)
         steps = [order[i : i + pairs_per_step].tolist() for i in range(0, len(order), pairs_per_step)]
-        steps_of.append(steps)
+        if epoch == 0 and len(steps) > 1:
+            # A short last step stays last: Trainer gives only the last one fewer micro-batches.
+            full = len(steps) if len(steps[-1]) == pairs_per_step else len(steps) - 1
+            longest = max(range(full), key=lambda i: (sizes[steps[i]].max(), -i))
+            steps[0], steps[longest] = steps[longest], steps[0]
+        epochs_steps.append([_balanced(step, sizes, min(world_size, len(step))) for step in steps])
 
-    accumulation = 1
-    for steps in steps_of:
-        for step in steps:
-            share = _balanced(step, sizes, min(world_size, len(step)))
-            for items in share:
-                while accumulation < len(items) and any(
-                    len(group) > 1 and sizes[group].sum() > tokens_per_micro_batch
-                    for group in _balanced(items, sizes, accumulation)
-                ):
-                    accumulation += 1
-
+    accumulation = max(
+        len(_best_fit(share, sizes, tokens_per_micro_batch))
+        for steps in epochs_steps
+        for shares in steps
+        for share in shares
+    )
     result = []
-    for epoch, steps in enumerate(steps_of):
+    for epoch, steps in enumerate(epochs_steps):
         batches: list[MicroBatch] = []
-        for number, step in enumerate(steps):
-            shares = _balanced(step, sizes, min(world_size, len(step)))
+        for number, shares in enumerate(steps):
+            count = sum(map(len, shares))
             last = number == len(steps) - 1
-            slots = min(accumulation, max(len(s) for s in shares)) if last else accumulation
+            slots = min(accumulation, max(map(len, shares))) if last else accumulation
             own = shares[rank] if rank < len(shares) else []
-            groups = _balanced(own, sizes, min(slots, len(own))) if own else []
-            batches += [MicroBatch(tuple(g), epoch, len(step)) for g in groups]
-            filler = MicroBatch((step[0],), epoch, len(step), 0.0)
+            groups = _best_fit(own, sizes, tokens_per_micro_batch, slots)
+            batches += [MicroBatch(tuple(group), epoch, count) for group in groups]
+            filler = MicroBatch((min(shares[0], key=lambda i: (sizes[i], i)),), epoch, count, 0.0)
             batches += [filler] * (slots - len(groups))
         result.append(batches)
     return Schedule(result, accumulation)

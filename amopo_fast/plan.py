@@ -46,7 +46,7 @@ class Plan:
     max_seqlen_q: int
     max_seqlen_k: int
     unshared_tokens: int  # tokens of the separate sequences
-    padded_tokens: int  # tokens of the separate sequences padded to the longest of the row
+    padded_tokens: int  # tokens of the separate sequences, each pair's padded to the pair's longest
 
     @property
     def num_tokens(self) -> int:
@@ -198,9 +198,20 @@ def _build_trie(sequences: _Sequences, min_node_tokens: int) -> _Trie:
     )
 
 
-def computed_tokens(pair: PairTokens, min_node_tokens: int = MIN_NODE_TOKENS) -> int:
-    """Tokens that a row of this pair alone computes. In a row of several pairs it is at most that."""
-    return int(_build_trie(_sequences([pair]), min_node_tokens).length.sum())
+def pair_sizes(pair: PairTokens, min_node_tokens: int = MIN_NODE_TOKENS) -> tuple[int, int, int, int]:
+    """(computed, unshared, padded, label) tokens of a row of this pair alone; in a longer row it computes no more."""
+    sequences = _sequences([pair])
+    return (
+        int(_build_trie(sequences, min_node_tokens).length.sum()),
+        int(sequences.length.sum()),
+        _padded(sequences),
+        int((sequences.length - sequences.prompt).sum()),
+    )
+
+
+def _padded(sequences: _Sequences) -> int:
+    by_pair = sequences.length.reshape(-1, 2 * sequences.num_dimensions)
+    return int((np.count_nonzero(by_pair, axis=1) * by_pair.max(axis=1)).sum())
 
 
 def build_plan(pairs: Sequence[PairTokens], *, min_node_tokens: int = MIN_NODE_TOKENS, share: bool = True) -> Plan:
@@ -251,7 +262,7 @@ def build_plan(pairs: Sequence[PairTokens], *, min_node_tokens: int = MIN_NODE_T
         max_seqlen_q=int(trie.length.max()),
         max_seqlen_k=int(key_length.max()),
         unshared_tokens=int(sequences.length.sum()),
-        padded_tokens=int(np.count_nonzero(sequences.length) * sequences.length.max()),
+        padded_tokens=_padded(sequences),
     )
 
 

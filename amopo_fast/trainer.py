@@ -22,11 +22,10 @@ from transformers import (
 )
 
 from amopo_fast.activations import KeepLayers
-from amopo_fast.batching import Collator, PairDataset, PlannedBatches, plan_epochs
+from amopo_fast.batching import Collator, PairDataset, PairSizes, PlannedBatches, plan_epochs
 from amopo_fast.config import AMoPOConfig
 from amopo_fast.metrics import Meter, pair_table, table_metrics
 from amopo_fast.optim import backward_grad_norm, choose_optimizer
-from amopo_fast.plan import computed_tokens
 from amopo_fast.prompts import PairTokens
 from amopo_fast.scoring import check_lengths, prepare_model, score_wrapped
 from amopo_kernels import amopo_loss
@@ -76,8 +75,9 @@ class AMoPOTrainer(Trainer):
         callbacks = list(callbacks or [])
         if train_dataset is not None:
             # A fractional last epoch ends by max_steps, so the plan covers it whole.
+            sizes = PairSizes.of(train_dataset)
             schedule = plan_epochs(
-                [computed_tokens(pair) for pair in train_dataset],
+                sizes.computed,
                 pairs_per_step=args.pairs_per_step,
                 tokens_per_micro_batch=args.tokens_per_micro_batch,
                 epochs=_epochs_to_plan(args, len(train_dataset)),
@@ -87,7 +87,7 @@ class AMoPOTrainer(Trainer):
             )
             self._batches = PlannedBatches(schedule)
             args.gradient_accumulation_steps = schedule.accumulation
-            callbacks.insert(0, _EpochOfPlan(self._batches))
+            callbacks.insert(0, _EpochOfPlan(self._batches, schedule.describe(sizes, args.tokens_per_micro_batch)))
             if kwargs.get("optimizers", (None, None))[0] is None:
                 kwargs.setdefault("optimizer_cls_and_kwargs", choose_optimizer(args, model, schedule.accumulation))
         if args.keep_layers:
@@ -196,8 +196,13 @@ def _epochs_to_plan(args: AMoPOConfig, num_pairs: int) -> int:
 
 
 class _EpochOfPlan(TrainerCallback):
-    def __init__(self, batches: PlannedBatches):
+    def __init__(self, batches: PlannedBatches, description: str):
         self.batches = batches
+        self.description = description
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            print(self.description, flush=True)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # On a resume within an epoch, state.epoch is a fraction; rounding keeps 1 - 1e-16 from meaning epoch 0.

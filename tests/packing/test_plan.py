@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packing_cases import random_pairs, sequences_of
 
-from amopo_fast.plan import build_plan, computed_tokens
+from amopo_fast.plan import build_plan, pair_sizes
 from amopo_fast.prompts import PairTokens
 from amopo_kernels import inverse_index
 
@@ -27,20 +27,21 @@ def check_plan(plan, pairs):
     assert sorted(path_of_row) == list(range(plan.num_tokens))
     assert plan.max_seqlen_q == plan.cu_seqlens_q.diff().max() and plan.max_seqlen_k == plan.cu_seqlens_k.diff().max()
     ids = plan.input_ids[0]
-    lengths = []
+    lengths = {}
     for index, item in enumerate(sequences_of(pairs)):
         rows = plan.label_rows[plan.cu_seqlens[index] : plan.cu_seqlens[index + 1]].tolist()
         if item is None:
             assert rows == []
             continue
         sequence, prompt = item
-        lengths.append(len(sequence))
+        lengths.setdefault(index // (2 * plan.num_dimensions), []).append(len(sequence))
         labels = plan.labels[plan.cu_seqlens[index] : plan.cu_seqlens[index + 1]]
         assert labels.tolist() == sequence[prompt:].tolist()
         for position, row in zip(range(prompt - 1, len(sequence) - 1), rows, strict=True):
             assert ids[path_of_row[row]].tolist() == sequence[: position + 1].tolist()
             assert plan.position_ids[0, row] == position
-    assert plan.unshared_tokens == sum(lengths) and plan.padded_tokens == len(lengths) * max(lengths)
+    assert plan.unshared_tokens == sum(map(sum, lengths.values()))
+    assert plan.padded_tokens == sum(len(pair) * max(pair) for pair in lengths.values())
     order, offsets = inverse_index(plan.kv_indices, plan.num_tokens)
     assert torch.equal(plan.kv_order, order) and torch.equal(plan.kv_offsets, offsets)
 
@@ -80,8 +81,12 @@ def test_the_same_pairs_give_the_same_plan_and_a_pair_alone_is_counted_exactly(s
         value = getattr(plan, field.name)
         same = getattr(again, field.name)
         assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
-    assert [computed_tokens(pair) for pair in pairs] == [build_plan([pair]).num_tokens for pair in pairs]
-    assert plan.num_tokens <= sum(computed_tokens(pair) for pair in pairs)
+    alone = [build_plan([pair]) for pair in pairs]
+    assert [pair_sizes(pair) for pair in pairs] == [
+        (p.num_tokens, p.unshared_tokens, p.padded_tokens, len(p.labels)) for p in alone
+    ]
+    assert plan.num_tokens <= sum(p.num_tokens for p in alone)
+    assert plan.padded_tokens == sum(p.padded_tokens for p in alone)
 
 
 def pair(prompts, chosen, rejected):
