@@ -156,8 +156,8 @@ class AMoPOConfig(TrainingArguments):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose one of {', '.join(filter(None, choices))}")
         if self.attention_backend not in ("auto", *ATTENTION_BACKENDS):
-            choices = ", ".join(("auto", *ATTENTION_BACKENDS))
-            raise ValueError(f"attention_backend={self.attention_backend!r}; choose one of {choices}")
+            names = ", ".join(("auto", *ATTENTION_BACKENDS))
+            raise ValueError(f"attention_backend={self.attention_backend!r}; choose one of {names}")
         for name in ("beta", "tokens_per_micro_batch"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -52,13 +51,20 @@ class Counts:
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenized pairs of a run. `evals` is None, one set, or sets by name; `counts` by source."""
+    """Tokenized pairs of a run. `evals` by name, "" for a single set without one; `counts` by source."""
 
     train: Sequence[PairTokens]
-    evals: Sequence[PairTokens] | dict[str, Sequence[PairTokens]] | None
+    evals: dict[str, Sequence[PairTokens]]
     counts: dict[str, Counts]
     score_range: tuple[float, float]
     shared_prompts: int = 0  # prompts of evaluation sets that training has too
+
+    @property
+    def eval_dataset(self) -> Sequence[PairTokens] | dict[str, Sequence[PairTokens]] | None:
+        """As Trainer takes it: nothing, one set, or several by name."""
+        if list(self.evals) == [""]:
+            return self.evals[""]
+        return self.evals or None
 
 
 def load_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | None = None) -> Data:
@@ -75,7 +81,7 @@ def load_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | 
     sources = parse_sources(config.train_data)
     if not sources:
         raise ValueError("train_data is missing: give --train_data FILE, or train_data in the YAML file")
-    eval_sources = _named(parse_sources(config.eval_data))
+    eval_sources = named_sources(parse_sources(config.eval_data))
     if not 0 <= config.eval_share < 1:
         raise ValueError(f"eval_share={config.eval_share} must be from 0 to below 1")
     if eval_sources and config.eval_share:
@@ -90,23 +96,36 @@ def load_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | 
         held_out.append(_Part(evaluation, 1.0, loader.last_record))
     if not any(len(part.pairs) for part in parts):
         raise ValueError("no pair is left to train on")
-    evals: Any = None
+    evals: dict[str, Sequence[PairTokens]] = {}
     train_prompts = loader.prompts
     shared = 0
     if eval_sources:
-        evals = {}
         for name, source in zip(eval_sources, opened[len(sources) :], strict=True):
             loader.prompts = set()
             evals[name], _ = loader.load(source, 0.0)
             shared += len(loader.prompts & train_prompts)
-        if list(evals) == [""]:
-            evals = evals[""]
     elif config.eval_share:
-        evals = Mixture(held_out, seed)
-        if not len(evals):
+        evals = {"": Mixture(held_out, seed)}
+        if not len(evals[""]):
             raise ValueError(f"eval_share={config.eval_share} holds out no prompt of this data; raise it")
     train = parts[0].pairs if len(parts) == 1 and parts[0].weight == 1 else Mixture(parts, seed)
     return Data(train, evals, loader.counts, score_range, shared)
+
+
+def load_eval_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | None = None) -> Data:
+    """The evaluation sets alone, by name ("" for a single one): those of eval_data, or what eval_share holds out.
+
+    Raises as `load_data`.
+    """
+    if not config.eval_data:
+        if not config.eval_share:
+            raise ValueError("eval_data is missing: give --eval_data FILE, or --train_data with --eval_share")
+        return replace(load_data(config, tokenizer, seed=seed, folder=folder), train=[])
+    opened = {name: open_source(source) for name, source in named_sources(parse_sources(config.eval_data)).items()}
+    score_range = common_score_range(config, list(opened.values()))
+    loader = _Loader(config, tokenizer, score_range, seed, None if folder is None else Path(folder))
+    evals = {name: loader.load(source, 0.0)[0] for name, source in opened.items()}
+    return Data([], evals, loader.counts, score_range)
 
 
 def common_score_range(config: DataConfig, opened: Sequence[OpenSource]) -> tuple[float, float]:
@@ -128,7 +147,7 @@ def common_score_range(config: DataConfig, opened: Sequence[OpenSource]) -> tupl
     return next(iter(ranges.values()))
 
 
-def _named(sources: list[Source]) -> dict[str, Source]:
+def named_sources(sources: list[Source]) -> dict[str, Source]:
     if len(sources) == 1 and not sources[0].name:
         return {"": sources[0]}
     named: dict[str, Source] = {}

@@ -189,8 +189,8 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
                         setattr(part, size, value)
         return tiny
     depth = _depth(config) if depth is None else depth
-    for name, value in _per_layer(config):
-        setattr(tiny, name, value[:depth])
+    for name, values in _per_layer(config):
+        setattr(tiny, name, values[:depth])
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     tiny.num_attention_heads = 4

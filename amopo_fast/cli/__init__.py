@@ -10,17 +10,18 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from amopo_fast.cli import data, demo, plot, train
+from amopo_fast.cli import data, demo, evaluate, plot, train
 
 DESCRIPTION = "AMoPO: multi-objective preference optimization of causal language models."
 EXAMPLES = """examples:
   amopo-fast demo                                  train a tiny model on the bundled data, in minutes, on a CPU
   amopo-fast validate pairs.json                   what is in a data file and what is wrong with it
   amopo-fast show pairs.json --record 3            one record's sequences, tokens and labels
+  amopo-fast eval runs/a --eval_data heldout.json  accuracy and margin per dimension, with intervals
   amopo-fast plot runs/a runs/b                    metrics of runs, overlaid: PNG, SVG and a page
   amopo-fast train --config run.yaml --beta 1.0    train; any key of the YAML file can be given as --key value
 """
-COMMANDS = (demo, train, data, plot)
+COMMANDS = (demo, train, evaluate, plot, data)
 # Both write lines about their own internals while transformers imports torchao.
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 

@@ -112,7 +112,7 @@ def run(arguments) -> int:
         config,
         dimensions=data_config.dimensions,
         train_dataset=data.train,
-        eval_dataset=data.evals,
+        eval_dataset=data.eval_dataset,
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=resume)

@@ -120,7 +120,7 @@ def new_state(parameter: Tensor, states: str, values_dtype: torch.dtype = torch.
     return state
 
 
-def moments_of(state: dict[str, Tensor]) -> tuple[Moment, Moment]:
+def moments_of(state: dict[str, Tensor]) -> tuple[Moment, ...]:
     """The two moments that `new_state` laid out."""
     if MOMENTS[0] in state:
         return tuple(Moment(state[name], None, name == MOMENTS[0]) for name in MOMENTS)

@@ -61,11 +61,11 @@ def test_weights_take_whole_sets_and_shares_and_no_record_number_twice(tmp_path,
 def test_held_out_prompts_are_in_no_training_pair(tmp_path, tokenizer):
     path = pairs_file(tmp_path, "A", 200, prompts=50)
     data = load_data(DataConfig(train_data=[path], dimensions=DIMENSIONS, eval_share=0.3), tokenizer, seed=1)
-    prompts = [{tokenizer.decode(pair.prompts[0]) for pair in side} for side in (data.train, data.evals)]
+    prompts = [{tokenizer.decode(pair.prompts[0]) for pair in side} for side in (data.train, data.eval_dataset)]
     assert not prompts[0] & prompts[1] and len(prompts[0] | prompts[1]) == 50 and 5 < len(prompts[1]) < 28
-    assert len(data.train) + len(data.evals) == 200
+    assert len(data.train) + len(data.eval_dataset) == 200
     counts = data.counts[path]
-    assert (counts.pairs, counts.held_out) == (len(data.train), len(data.evals))
+    assert (counts.pairs, counts.held_out) == (len(data.train), len(data.eval_dataset))
 
 
 def test_evaluation_sets_by_name_and_prompts_that_training_has_too(tmp_path, tokenizer):
@@ -75,7 +75,7 @@ def test_evaluation_sets_by_name_and_prompts_that_training_has_too(tmp_path, tok
     assert {name: len(pairs) for name, pairs in data.evals.items()} == {"own": 6, "other": 4}
     assert data.shared_prompts == 6
     one = load_data(DataConfig(train_data=[a], eval_data=[b], dimensions=DIMENSIONS), tokenizer, seed=0)
-    assert len(one.evals) == 4 and one.shared_prompts == 0
+    assert len(one.eval_dataset) == 4 and one.shared_prompts == 0
     with pytest.raises(ValueError, match="two evaluation sets are named 'A'"):
         load_data(DataConfig(train_data=[a], eval_data=[a, a], dimensions=DIMENSIONS), tokenizer, seed=0)
 

@@ -1,0 +1,203 @@
+"""`amopo-fast eval`: what models, adapters or all checkpoints of a run prefer on held-out pairs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+@dataclass
+class Objective:
+    """Keys of a training run's configuration that its evaluation needs."""
+
+    beta: float = field(default=0.8, metadata={"help": "Scale of the log-probability difference in the margin."})
+    gamma: float = field(default=2.0, metadata={"help": "Target margin."})
+    seed: int = field(default=42, metadata={"help": "With eval_share: the training run's seed."})
+
+    def __post_init__(self):
+        if self.beta <= 0:
+            raise ValueError(f"beta={self.beta} must be positive")
+
+
+def add_parser(commands) -> None:
+    evaluate = commands.add_parser(
+        "eval", help="accuracy and margin per dimension of models, adapters or a run's checkpoints", add_help=False
+    )
+    evaluate.set_defaults(run=run, takes_rest=True)
+
+
+def _add_arguments(parser) -> None:
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folder or Hub name of a model or adapter, or a run")
+    parser.add_argument("--checkpoints", action="store_true", help="every checkpoint of a run, and its final model")
+    parser.add_argument("--output", help="folder for eval.json and eval.html (default: the first model's folder)")
+    parser.add_argument("--tokens_per_row", type=int, default=8192, help="computed tokens of a packed row, at most")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                        help="of the weights; auto: the model's own on a GPU, float32 on a CPU")  # fmt: skip
+    parser.add_argument("--device", default=None, help="default: cuda where there is a GPU, else cpu")
+    parser.add_argument("--json", action="store_true", help="print the JSON instead of a table")
+
+
+def run(arguments) -> int:
+    from amopo_fast.cli.data import load_tokenizer
+    from amopo_fast.cli.options import parse_options
+    from amopo_fast.config import AMoPOConfig, DataConfig, ModelConfig
+    from amopo_fast.data import load_eval_data
+    from amopo_fast.evaluate import difference, score_pairs, summary
+
+    config, objective, options = parse_options(
+        "eval", (DataConfig, Objective), arguments.rest, ignore=(ModelConfig, AMoPOConfig), add_arguments=_add_arguments
+    )
+    models = [found for name in options.models for found in find_models(name, options.checkpoints)]
+    tokenizer = load_tokenizer(tokenizer_folder(models[0]))
+    data = load_eval_data(config, tokenizer, seed=objective.seed)
+    sets: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in data.evals}
+    first = {}
+    for name in models:
+        model = load_model(name, options.dtype, options.device)
+        for label, pairs in data.evals.items():
+            scores = score_pairs(
+                model,
+                pairs,
+                dimensions=config.dimensions,
+                beta=objective.beta,
+                gamma=objective.gamma,
+                tokens_per_row=options.tokens_per_row,
+            )
+            result = summary(scores)
+            result["step"] = step_of(name)
+            if label in first:
+                result["difference"] = difference(first[label], scores)
+            first.setdefault(label, scores)
+            sets[label][_short(name, models)] = result
+        del model
+    folder = Path(options.output or (options.models[0] if Path(options.models[0]).is_dir() else "amopo-eval"))
+    text = json.dumps({label or "eval": found for label, found in sets.items()}, indent=1, default=str)
+    _write(folder, sets, text)
+    if options.json:
+        print(text)
+    else:
+        _print(sets)
+        print(f"{folder / 'eval.json'}  {', '.join(str(folder / page) for page in _pages(sets).values())}")
+    return 0
+
+
+def find_models(name: str, checkpoints: bool) -> list[str]:
+    """The model itself, or the checkpoints of a run by step and its final model behind them.
+
+    A folder that holds no model but checkpoints is a run. Raises ValueError for one that holds neither.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.exists() or name.startswith((".", "/", "~")):
+            raise ValueError(f"{name} is no folder of a model; give a folder with config.json or adapter_config.json")
+        return [name]
+    whole = any((folder / file).is_file() for file in _MODEL_FILES)
+    found = [p for p in folder.iterdir() if p.is_dir() and _CHECKPOINT.fullmatch(p.name)]
+    found = [p for p in found if any((p / file).is_file() for file in _MODEL_FILES)]
+    if (checkpoints or not whole) and found:
+        ordered = sorted(found, key=lambda p: int(p.name.split("-")[1]))
+        return [str(p) for p in ordered] + ([name] if whole else [])
+    if not whole:
+        raise ValueError(f"{name} holds no model: no config.json, no adapter_config.json and no checkpoint-N folder")
+    return [name]
+
+
+def step_of(name: str) -> int | None:
+    """The optimizer step of a checkpoint folder, or of a run's final model by its last metrics."""
+    match = _CHECKPOINT.fullmatch(Path(name).name)
+    if match:
+        return int(match[1])
+    from amopo_fast.report.runs import read_metrics
+
+    try:
+        return int(read_metrics(name)[-1]["step"])
+    except (OSError, ValueError):
+        return None
+
+
+def tokenizer_folder(name: str) -> str:
+    """Where the tokenizer of a model is: its own folder, its run's, or its base model's."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    for place in (folder, folder.parent):
+        if (place / "tokenizer.json").is_file():
+            return str(place)
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        return str(json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or name)
+    return name
+
+
+def load_model(name: str, dtype: str, device: str | None):
+    """A causal LM, with its adapter if the folder is one's; safetensors without remote code.
+
+    Raises ValueError that names the folder where it cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from amopo_fast.cli.train import model_errors
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind: Any = dtype if dtype != "auto" else ("float32" if device == "cpu" else "auto")
+    with model_errors(name):
+        if (Path(name) / "adapter_config.json").is_file():
+            from peft import PeftConfig, PeftModel
+
+            base = PeftConfig.from_pretrained(name).base_model_name_or_path
+            model = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, dtype=kind)
+            model = PeftModel.from_pretrained(model, name)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, dtype=kind)
+        return model.to(device)
+
+
+def _short(name: str, models: list[str]) -> str:
+    tails = ["/".join(Path(model).parts[-2:]) for model in models]
+    return "/".join(Path(name).parts[-2:]) if len(set(tails)) == len(tails) else name
+
+
+def _pages(sets) -> dict[str, str]:
+    return {label: f"eval-{label}.html" if label else "eval.html" for label in sets}
+
+
+def _write(folder: Path, sets, text: str) -> None:
+    from amopo_fast.report.evaluation import evaluation_page
+    from amopo_fast.report.page import write
+
+    write(folder / "eval.json", text + "\n")
+    for label, page in _pages(sets).items():
+        write(folder / page, evaluation_page(f"Evaluation: {label}" if label else "Evaluation", sets[label]))
+
+
+def _print(sets) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    for label, found in sets.items():
+        first = next(iter(found.values()))
+        title = f"{label or 'held out'}: {first['pairs']} pairs, accuracy in % with half its 95 % interval"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("model", overflow="fold")
+        for name in ("mean", *first["dimensions"]):
+            table.add_column(name.replace("_", " "), justify="right")
+        for model, result in found.items():
+            values = [result["mean"]["accuracy"], *(each["accuracy"] for each in result["dimensions"].values())]
+            table.add_row(model, *(_interval(value) for value in values))
+        Console().print(table)
+
+
+def _interval(value: dict[str, float]) -> str:
+    if math.isnan(value["value"]):
+        return "absent"
+    half = max(value["high"] - value["value"], value["value"] - value["low"])
+    return f"{100 * value['value']:.1f} ±{100 * half:.1f}"
