@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "flash-attn", "trl", "torchao",
             "bitsandbytes", "peft", "nvidia-cutlass-dsl", "numpy")  # fmt: skip
 
+SLOW_SECONDS = 20
+
 Variant = Callable[[Any], Any]
 
 
@@ -128,10 +130,15 @@ class Report:
         self._write()
 
     def add(self, **row: Any) -> None:
-        """Append a row and print it. `status` is "ok" or "not run: REASON"."""
+        """Append a row and print its gist. `status` is "ok", "not run: REASON" or "wrong: WHAT"."""
         self._content["rows"].append(row)
         self._write()
-        print(json.dumps(row), flush=True)
+        gist = [str(row[name]) for name in ("case", "mode", "variant", "status") if name in row]
+        if "median_ms" in row:
+            gist.append(f"{row['median_ms']:.3f} ms ({row['p20_ms']:.3f} to {row['p80_ms']:.3f})")
+        if row.get("extra_memory_bytes") is not None:
+            gist.append(f"{row['extra_memory_bytes'] / 2**20:.0f} MiB extra")
+        print(" | ".join(gist), flush=True)
 
     def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +166,7 @@ def measure(
 
     Returns:
         per variant {"median_ms", "p20_ms", "p80_ms", "min_ms", "runs"}. After the deadline no new round begins, but
-        one round is always run.
+        one round is always run. A variant that takes longer than `SLOW_SECONDS` is run twice at most.
     """
     cuda = device.startswith("cuda")
     flush = None
@@ -167,9 +174,16 @@ def measure(
         size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
         flush = torch.empty(size, dtype=torch.int8, device=device)
     times: dict[str, list[float]] = {name: [] for name in variants}
+    slow = set()
     for name in variants:
         for run in range(warmup):
+            begin = time.perf_counter()
             variants[name](inputs[run % len(inputs)])
+            if cuda:
+                torch.cuda.synchronize()
+            if time.perf_counter() - begin > SLOW_SECONDS:
+                slow.add(name)
+                break
     names = list(variants)
     for round_ in range(rounds):
         if round_ and deadline is not None and deadline.over():
@@ -177,6 +191,8 @@ def measure(
         # Another one begins every round: none always runs after the same neighbour on a warm or a cold chip.
         for offset in range(len(names)):
             name = names[(round_ + offset) % len(names)]
+            if name in slow and round_:
+                continue
             times[name].append(_time(variants[name], inputs[round_ % len(inputs)], flush))
     return {name: _summary(values) for name, values in times.items()}
 

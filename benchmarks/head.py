@@ -1,0 +1,186 @@
+"""The language-model head from hidden states to log-probabilities, statistics and gradients, beside its peers.
+
+    python benchmarks/head.py --out head.json                     cases A and B in every mode
+    python benchmarks/head.py --out head_sweeps.json --sweeps     one sweep per axis, forward+backward
+    python benchmarks/head.py --out head_cpu.json --device cpu    the torch backend in float32
+
+Every output is compared with a sliced float64 oracle before it is timed. A variant that is absent, refuses the case or
+runs out of memory is a row "not run: reason"; one whose output is off is a row "wrong: ...", without a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Sequence
+
+import torch
+
+import harness
+from head_problem import Case, Inputs, Oracle, random_inputs
+from head_variants import PEERS, Variant, our_variants
+
+CASES = {
+    "cuda": [Case("A", 4096, 5120, 152064), Case("B", 4096, 896, 151936)],
+    "cpu": [Case("C", 512, 896, 151936, torch.float32), Case("D", 1024, 256, 100003, torch.float32)],
+}
+BASE = Case("base", 4096, 3584, 152064)
+SWEEPS = {
+    "N": (512, 1024, 2048, 4096, 8192, 16384, 32768),
+    "H": (896, 1536, 2048, 3584, 5120, 8192),
+    "V": (32000, 65536, 131072, 262144),
+}
+SWEEP_PEERS = ("plain logits", "torch linear_cross_entropy", "Liger scaled CE", "Liger FLCE, per row", "CCE, exact")
+# Above these a variant computes something else: |error| / (1 + max |logit|) of logps, ||error|| / ||.|| of gradients.
+TOLERANCES = {torch.bfloat16: (5e-3, 3e-2), torch.float32: (1e-5, 1e-4)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    name: str
+    variants: Callable[[str], list[Variant]]  # of a device
+    backward: bool = True
+    frozen: bool = False  # no gradient of the weight
+    logits: str = "normal"
+
+
+def modes(case: Case) -> list[Mode]:
+    """In order of importance. The cache may hold every logit in bf16, and what goes with it."""
+    cache = int(2.1 * case.N * case.V)
+    result = [
+        Mode("forward+backward", lambda device: our_variants(device) + PEERS),
+        Mode("cached", lambda device: our_variants(device, ", cached", logits_cache_bytes=cache)),
+        Mode("frozen head", lambda device: our_variants(device) + PEERS, frozen=True),
+        Mode("forward", lambda device: our_variants(device) + PEERS, backward=False),
+    ]
+    for logits in ("zipf, permuted ids", "zipf, ordered ids"):
+        result.append(Mode(f"filtered, {logits}", filtered, logits=logits))
+    return result
+
+
+def filtered(device: str) -> list[Variant]:
+    peers = [peer for peer in PEERS if peer.name.startswith("CCE")]
+    return [
+        *our_variants(device, ", exact", backends=("fused",)),
+        *our_variants(device, ", filtered", backends=("fused",), gradient="filtered"),
+        *peers,
+    ]
+
+
+def runner(function, mode: Mode) -> harness.Variant:
+    """Inputs to (logps or None, dX or None, dW or None), the work of one timed run."""
+
+    def run(inputs: Inputs):
+        if not mode.backward:
+            with torch.no_grad():
+                return function(inputs)[2], None, None
+        output, upstream, logps = function(inputs)
+        wanted = (inputs.hidden,) if mode.frozen else (inputs.hidden, inputs.weight)
+        gradients = torch.autograd.grad(output, wanted, upstream)
+        return None if logps is None else logps.detach(), *gradients, *([None] if mode.frozen else [])
+
+    return run
+
+
+def judge(outputs, inputs: Inputs, oracle: Oracle, variant: Variant) -> dict[str, float]:
+    """{"logps_error", "dx_error", "dw_error"} of what was returned; NaN is kept."""
+    logps, dx, dw = outputs
+    errors = {}
+    if logps is not None:
+        difference = (logps.double() - oracle.logps).abs().max().item()
+        errors["logps_error"] = difference / (1 + oracle.largest_logit)
+    if dx is not None:
+        wanted_dx, wanted_dw = oracle.gradients(variant.gradient(inputs, oracle))
+        errors["dx_error"] = harness.relative_error(dx[oracle.rows], wanted_dx)
+        if dw is not None:
+            errors["dw_error"] = harness.relative_error(dw[oracle.columns], wanted_dw)
+    return errors
+
+
+def prepare(variant: Variant, mode: Mode, case: Case, inputs: Inputs, oracle: Oracle):
+    """(runner or None, the row's fields): builds the variant, runs it once and compares it with the oracle."""
+    device = inputs.hidden.device.type
+    try:
+        if variant.minimum_cuda is not None and device != "cuda":
+            raise NotImplementedError("needs a CUDA device")
+        run = runner(variant.build(), mode)
+        outputs = run(inputs)
+        if not mode.backward and outputs[0] is None:
+            raise NotImplementedError("gives a loss, no log-probabilities")
+        errors = judge(outputs, inputs, oracle, variant)
+        del outputs
+        extra = harness.extra_memory(run, inputs, device=device)
+    except torch.OutOfMemoryError:
+        gc.collect()
+        torch.cuda.empty_cache()
+        return None, {"status": "not run: out of memory"}
+    except Exception as error:  # a peer may fail in any way, and must not end the others' measurement
+        message = (str(error).strip() or "no message").splitlines()[0][:200]
+        return None, {"status": f"not run: {type(error).__name__}: {message}"}
+    logps_limit, gradient_limit = TOLERANCES[case.dtype]
+    for name, error in errors.items():
+        if not error <= (logps_limit if name == "logps_error" else gradient_limit):
+            return None, {"status": f"wrong: {name} {error:.1e}", **errors, "extra_memory_bytes": extra}
+    return run, {"status": "ok", **errors, "extra_memory_bytes": extra}
+
+
+def benchmark(case: Case, mode: Mode, variants: Sequence[Variant], report, arguments, deadline) -> None:
+    case = dataclasses.replace(case, logits=mode.logits)
+    common = {
+        "case": case.name, "N": case.N, "H": case.H, "V": case.V, "dtype": str(case.dtype).removeprefix("torch."),
+        "logits": case.logits, "mode": mode.name,
+    }  # fmt: skip
+    if deadline.over():
+        for variant in variants:
+            report.add(**common, variant=variant.name, options=variant.options, status="not run: no time left")
+        return
+    inputs = [random_inputs(case, arguments.device, seed) for seed in range(2 if arguments.device == "cuda" else 1)]
+    if mode.frozen:
+        inputs = [dataclasses.replace(one, weight=one.weight.detach()) for one in inputs]
+    oracle = Oracle(inputs[0])
+    if case.logits != "normal":
+        common |= {"entropy_nats": oracle.mean_entropy(), "p_label": oracle.mean_label_probability()}
+    runs, rows = {}, {}
+    for variant in variants:
+        run, fields = prepare(variant, mode, case, inputs[0], oracle)
+        rows[variant.name] = {**common, "variant": variant.name, "options": variant.options, **fields}
+        if run is not None:
+            runs[variant.name] = run
+    times = harness.measure(
+        runs, inputs, device=arguments.device, rounds=arguments.rounds, warmup=2, deadline=deadline
+    )  # fmt: skip
+    for name, row in rows.items():
+        report.add(**row, **times.get(name, {}))
+
+
+def sweep_cases() -> list[Case]:
+    return [dataclasses.replace(BASE, name=f"{axis}={n}", **{axis: n}) for axis, ns in SWEEPS.items() for n in ns]
+
+
+def main() -> None:
+    parser = harness.parser(__doc__.splitlines()[0])
+    parser.add_argument("--sweeps", action="store_true", help="one sweep per axis instead of the cases")
+    parser.add_argument("--case", action="append", help="only this case; may be repeated")
+    parser.add_argument("--mode", action="append", help="only this mode; may be repeated")
+    arguments = parser.parse_args()
+    deadline = harness.Deadline(arguments.minutes)
+    report = harness.Report("head_sweeps" if arguments.sweeps else "head", arguments)
+    cases = sweep_cases() if arguments.sweeps else CASES["cuda" if arguments.device == "cuda" else "cpu"]
+    if arguments.smoke:
+        cases = [dataclasses.replace(case, N=16, H=32, V=300) for case in cases[:2]]
+    for case in cases:
+        if arguments.case and case.name not in arguments.case:
+            continue
+        for mode in modes(case):
+            if arguments.mode and mode.name not in arguments.mode:
+                continue
+            variants = mode.variants(arguments.device)
+            if arguments.sweeps:
+                if mode.name != "forward+backward":
+                    continue
+                variants = [x for x in variants if x.name.startswith("ours") or x.name in SWEEP_PEERS]
+            benchmark(case, mode, variants, report, arguments, deadline)
+
+
+if __name__ == "__main__":
+    main()
