@@ -53,10 +53,34 @@ class Meter:
     def add(self, table: torch.Tensor, plan: Plan) -> None:
         present = ~torch.isnan(table)
         sums = torch.stack([table.nan_to_num(0.0).sum(0), present.float().sum(0)])
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
         self._computed += plan.num_tokens
         self._labels += plan.labels.shape[0]
         self._padded += plan.padded_tokens
+
+    def state_dict(self) -> dict:
+        """For a checkpoint: the sums since the last log line and the seconds that passed."""
+        return {
+            "sums": None if self._sums is None else self._sums.cpu(),
+            "tokens": [self._computed, self._labels, self._padded],
+            "elapsed": time.perf_counter() - self._since,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self._sums = state["sums"]  # `add` moves it to the device of the tables
+        self._computed, self._labels, self._padded = state["tokens"]
+        self._since = time.perf_counter() - state["elapsed"]
+
+    def combine_states(self, states: list[dict], rank: int) -> dict:
+        """Rank 0 takes the sums of all old ranks, the others begin empty."""
+        if rank:
+            return {"sums": None, "tokens": [0, 0, 0], "elapsed": states[0]["elapsed"]}
+        sums = [state["sums"] for state in states if state["sums"] is not None]
+        return {
+            "sums": torch.stack(sums).sum(0) if sums else None,
+            "tokens": [sum(counts) for counts in zip(*(state["tokens"] for state in states), strict=True)],
+            "elapsed": states[0]["elapsed"],
+        }
 
     def read(self, reduce=lambda tensor: tensor) -> dict[str, float]:
         """Metrics since the last call; `reduce` sums a tensor over ranks. Empty if nothing was added."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
-import os
 from collections.abc import Sequence
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -20,17 +19,23 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
+from transformers.trainer_utils import TrainOutput
 
 from amopo_fast.activations import KeepLayers
 from amopo_fast.batching import Collator, PairDataset, PairSizes, PlannedBatches, plan_epochs
+from amopo_fast.checkpointer import AlreadyFinished, Checkpointer
+from amopo_fast.checkpoints import CheckpointError
 from amopo_fast.config import AMoPOConfig
+from amopo_fast.guard import Guard, NumbersError
 from amopo_fast.metrics import Meter, pair_table, table_metrics
+from amopo_fast.metrics_file import MetricsFile
 from amopo_fast.optim import backward_grad_norm, choose_optimizer
 from amopo_fast.prompts import PairTokens
 from amopo_fast.scoring import check_lengths, prepare_model, score_wrapped
+from amopo_fast.termination import Termination
 from amopo_kernels import amopo_loss
 
-METRICS_FILE = "metrics.jsonl"
+logger = logging.getLogger(__name__)
 
 
 class AMoPOTrainer(Trainer):
@@ -93,6 +98,9 @@ class AMoPOTrainer(Trainer):
         if args.keep_layers:
             callbacks.append(KeepLayers(args.keep_layers))
         self.meter = Meter(dimensions)
+        self.termination = Termination()
+        self.guard = Guard(self, self.termination)
+        self.checkpointer = Checkpointer(self, {"meter": self.meter, "guard": self.guard}, self.guard.stop_requested)
         super().__init__(
             model=model,
             args=args,
@@ -106,7 +114,45 @@ class AMoPOTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
-        self.add_callback(_MetricsFile(Path(args.output_dir) / METRICS_FILE))
+        # In this order: when training begins, the checkpointer restores what the other two have just reset.
+        for callback in (MetricsFile(args.output_dir), self.guard, self.checkpointer):
+            self.add_callback(callback)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
+        """Trainer.train; `resume_from_checkpoint` is a folder, "last" (or True) or "auto" (see `checkpoints.resolve`).
+
+        SIGTERM during training saves a checkpoint and returns; `self.checkpointer.stopped` tells.
+
+        Raises:
+            CheckpointError: nothing to resume from, another run's checkpoint, or one that could not be saved.
+            NumbersError: a NaN or infinite loss, gradient or weight; nothing was changed by it.
+        """
+        folder = self.checkpointer.begin(resume_from_checkpoint)
+        try:
+            with self.termination:
+                result = super().train(resume_from_checkpoint=folder, **kwargs)
+        except AlreadyFinished:
+            self.log({"train_loss": 0.0})
+            result = TrainOutput(self.state.global_step, 0.0, {})
+        except Exception as error:
+            if not isinstance(error, (CheckpointError, NumbersError)):
+                logger.error(
+                    "training stopped after step %d. %s", self.state.global_step, self.checkpointer.where_to_resume()
+                )
+            raise
+        return result._replace(training_loss=self._mean_loss())
+
+    def _mean_loss(self) -> float:
+        """Mean over all steps of the run; Trainer's own covers the steps since the resume."""
+        return self._total_loss_scalar / max(self.state.global_step, 1)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.guard.check_weights("before saving")
+        self.checkpointer.save(lambda: super(AMoPOTrainer, self)._save_checkpoint(model, trial))
+
+    def _get_output_dir(self, trial) -> str:
+        # Lets _save_checkpoint write to a staging folder: there is no other way to tell it where to.
+        return self.checkpointer.run_dir(super()._get_output_dir(trial))
 
     def get_train_dataloader(self) -> DataLoader:
         """The planned micro-batches. Not prepared by accelerate: the plan already splits them over ranks."""
@@ -147,9 +193,16 @@ class AMoPOTrainer(Trainer):
         weight = inputs["weight"].to(self.args.device)
         plan, stats, result = self._score(model, inputs, self.args.weighting, num_pairs)
         table = pair_table(stats, result, self.args.gamma)
-        self.meter.add(torch.where(weight > 0, table, float("nan")), plan)
+        table = torch.where(weight > 0, table, float("nan"))
+        self.meter.add(table, plan)
         loss = result.loss * weight
+        self.guard.add(loss, table, plan.records)
+        if self._steps_in_backward() and self.accelerator.sync_gradients:
+            self.guard.require_finite_loss()
         return (loss, result) if return_outputs else loss
+
+    def _steps_in_backward(self) -> bool:
+        return bool(self.args.optim_in_backward) or self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(loss, table (P, K, metrics), records (P,)) without noise: weighting "mean", or "uniform" if trained so."""
@@ -173,13 +226,17 @@ class AMoPOTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = backward_grad_norm(self.optimizer)
-        return super()._get_grad_norm(model, grad_norm) if norm is None else norm
+        self.guard.grad_norm = super()._get_grad_norm(model, grad_norm) if norm is None else norm
+        return self.guard.grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics of the micro-batches since the last line to a training line."""
         if "loss" in logs:
             # Trainer averages the loss over ranks; each rank's was multiplied by their number.
             logs = {**logs, **self.meter.read(lambda tensor: self.accelerator.reduce(tensor, "sum"))}
+            logs["loss_spikes"] = self.guard.read_spikes()
+        if "train_loss" in logs:
+            logs = {**logs, "train_loss": self._mean_loss()}
         super().log(logs, start_time)
 
 
@@ -207,31 +264,3 @@ class _EpochOfPlan(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         # On a resume within an epoch, state.epoch is a fraction; rounding keeps 1 - 1e-16 from meaning epoch 0.
         self.batches.set_epoch(math.floor(round(state.epoch or 0.0, 6)))
-
-
-class _MetricsFile(TrainerCallback):
-    """One JSON object per log line. A resumed run drops the lines past its checkpoint, so none is there twice."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if state.global_step and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= state.global_step:
-                        kept.append(line + "\n")
-                except (json.JSONDecodeError, KeyError):  # a line cut off by a kill
-                    continue
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **logs}) + "\n")

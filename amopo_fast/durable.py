@@ -1,0 +1,44 @@
+"""Files and folders that are either whole or not there: flush, rename, flush the parent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def flush(path: Path) -> None:
+    """fsync a file, or a folder (which makes the names in it durable)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """fsync every file and folder below `folder`, and `folder`."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            flush(Path(parent) / name)
+        flush(Path(parent))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content: a reader sees the old text or the new, also after a power cut."""
+    partial = path.with_name(f".{path.name}.tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    flush(path.parent)
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder; killed half-way it is left under a hidden name, never as half a folder under its own."""
+    if folder.is_dir():
+        hidden = folder.with_name(f".removing-{folder.name.lstrip('.')}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(folder, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
