@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from amopo_fast.errors import DataError
 from amopo_fast.plan import Plan, build_plan, pair_sizes
 from amopo_fast.prompts import PairTokens
 
@@ -202,7 +203,10 @@ class PlannedBatches(Sampler):
 
 
 class PairDataset(Dataset):
-    """Tokenized pairs: by int one pair (evaluation), by MicroBatch its pairs with what training needs of it."""
+    """Tokenized pairs: by int one pair (evaluation), by MicroBatch its pairs with what training needs of it.
+
+    The sequence is read while training, so it may live on disk; a pair that cannot be read raises DataError.
+    """
 
     def __init__(self, pairs: Sequence[PairTokens]):
         self.pairs = pairs
@@ -212,8 +216,15 @@ class PairDataset(Dataset):
 
     def __getitem__(self, key: int | MicroBatch):
         if isinstance(key, MicroBatch):
-            return [self.pairs[i] for i in key.pairs], key
-        return self.pairs[key]
+            return [self._read(i) for i in key.pairs], key
+        return self._read(key)
+
+    def _read(self, index: int) -> PairTokens:
+        try:
+            return self.pairs[index]
+        except Exception as error:
+            remedy = "check the file and its disk, then resume: no step is lost that a checkpoint holds"
+            raise DataError("unreadable", f"{type(error).__name__}: {error}", remedy, record=index) from error
 
 
 class Collator:

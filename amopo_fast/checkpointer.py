@@ -111,12 +111,20 @@ class Checkpointer(TrainerCallback):
             checkpoints.supersede(output_dir, state.global_step)
         if self._resumed is not None:
             self._load_state(self._resumed)
-            if self._evaluation_due:
-                self._evaluation_due = False
-                self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
+            if state.global_step >= state.max_steps:
+                self._evaluate_if_due()
             # Trainer's loop looks at max_steps after a step only.
             if state.global_step >= state.max_steps and not float(state.epoch).is_integer():
                 raise AlreadyFinished
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        # Not when training begins: Trainer restores the random state later, and an evaluation draws from it.
+        self._evaluate_if_due()
+
+    def _evaluate_if_due(self) -> None:
+        if self._evaluation_due:
+            self._evaluation_due = False
+            self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.stop_requested():

@@ -48,9 +48,7 @@ def model_digests(model: nn.Module) -> dict[str, str]:
             frozen.update(sample.view(torch.uint8).numpy().tobytes())
     config = getattr(model, "config", None)
     options = config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}
-    options = {
-        key: value for key, value in options.items() if key not in _VOLATILE and not key.endswith("_token_id")
-    }
+    options = {key: value for key, value in options.items() if key not in _VOLATILE and not key.endswith("_token_id")}
     text = json.dumps(options, sort_keys=True, default=str)
     return {
         "configuration": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
