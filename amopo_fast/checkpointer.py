@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from amopo_fast import checkpoints, durable
-from amopo_fast.checkpoints import CheckpointError
+from amopo_fast.errors import CheckpointError
 from amopo_fast.fingerprint import differences, run_fingerprint
 
 logger = logging.getLogger(__name__)

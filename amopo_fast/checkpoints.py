@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amopo_fast import durable
+from amopo_fast.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +25,6 @@ MARKER = "complete.json"
 STAGING = ".saving"
 SUPERSEDED = "superseded"
 _NAME = re.compile(r"checkpoint-(\d+)")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, read or used; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +101,10 @@ def resolve(output_dir: str | Path, resume: str | bool | Path | None) -> Path | 
     if word == "auto":
         logger.warning("%s has no complete checkpoint%s: starting from the beginning", output_dir, reasons)
         return None
+    found = "complete checkpoint" if skipped else "checkpoint"
     raise CheckpointError(
-        f"{output_dir} has no complete checkpoint to resume from{reasons}. Leave resume_from_checkpoint out to start "
-        "from the beginning"
+        f"{output_dir} has no {found} to resume from{reasons}. Leave resume_from_checkpoint out to start from the "
+        "beginning"
     )
 
 

@@ -1,4 +1,4 @@
-"""The error that every reader of data raises: it names the place, what was found there and what to do about it."""
+"""The errors of a run. Each message names the place, what was found there and what to do about it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
 _short.maxlist = _short.maxdict = 4
 _short.maxlevel = 2
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, read or used; the message names it and the remedy."""
+
+
+class NumbersError(RuntimeError):
+    """A NaN or an infinity; the message says where, in which step, and which file holds the step's records."""
 
 
 def shown(value: object) -> str:

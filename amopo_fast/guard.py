@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from amopo_fast import durable
+from amopo_fast.errors import NumbersError
 from amopo_fast.metrics import PER_DIMENSION
 
 logger = logging.getLogger(__name__)
@@ -27,10 +28,6 @@ SPIKES_FILE = "spikes.jsonl"
 WINDOW = 64  # steps that a spike is judged against
 MIN_STEPS = 16  # before that nothing is called a spike
 SPIKE = 8.0  # robust standard deviations above the median: about one false alarm in 1e15 steps of a normal loss
-
-
-class NumbersError(RuntimeError):
-    """A NaN or an infinity; the message says where, in which step, and which file holds the step's records."""
 
 
 class Guard(TrainerCallback):
@@ -166,8 +163,11 @@ class Guard(TrainerCallback):
             durable.write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
         named = (everyone[0] or {}).get("weights") or (everyone[0] or {}).get("gradients") or []
         where = f" ({', '.join(named[:3])}{', ...' if len(named) > 3 else ''})" if named else ""
+        # A loss is checked before the backward pass there, a gradient is known when it has been applied.
+        applied = what.startswith("the gradient") and args.optim_in_backward
+        changed = "were changed by it (the optimizer steps in the backward pass)" if applied else "were not changed"
         raise NumbersError(
-            f"step {step}: {what}{where}. The weights were not changed. The step's records and statistics are in "
+            f"step {step}: {what}{where}. The weights {changed}. The step's records and statistics are in "
             f"{path}; look at them with `amopo-fast show DATA --failed_step {path}`. "
             f"{trainer.checkpointer.where_to_resume()}"
         )

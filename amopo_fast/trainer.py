@@ -24,9 +24,9 @@ from transformers.trainer_utils import TrainOutput
 from amopo_fast.activations import KeepLayers
 from amopo_fast.batching import Collator, PairDataset, PairSizes, PlannedBatches, plan_epochs
 from amopo_fast.checkpointer import AlreadyFinished, Checkpointer
-from amopo_fast.checkpoints import CheckpointError
 from amopo_fast.config import AMoPOConfig
-from amopo_fast.guard import Guard, NumbersError
+from amopo_fast.errors import CheckpointError, NumbersError
+from amopo_fast.guard import Guard
 from amopo_fast.metrics import Meter, pair_table, table_metrics
 from amopo_fast.metrics_file import MetricsFile
 from amopo_fast.optim import backward_grad_norm, choose_optimizer

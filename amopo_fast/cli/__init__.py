@@ -1,4 +1,5 @@
-"""The command line `amopo-fast`. Exit codes: 0 done, 1 failed or bad data, 2 bad usage.
+"""The command line `amopo-fast`. Exit codes: 0 done, 1 failed or bad data, 2 bad usage, 3 stopped by SIGTERM after
+saving a checkpoint, 4 a NaN or infinite number.
 
 One module per command; each has `add_parser(commands)`, which makes its parser and names the function that runs it.
 """
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from amopo_fast.cli import data, demo, evaluate, plot, train
+from amopo_fast.errors import CheckpointError, NumbersError
 
 DESCRIPTION = "AMoPO: multi-objective preference optimization of causal language models."
 EXAMPLES = """examples:
@@ -43,6 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return arguments.run(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CheckpointError, NumbersError) as error:
         print(f"amopo-fast {arguments.command}: error: {error}", file=sys.stderr)
-        return 1
+        return 4 if isinstance(error, NumbersError) else 1

@@ -12,6 +12,9 @@ if TYPE_CHECKING:  # transformers takes seconds to import, which `amopo-fast --h
     from amopo_fast.data import Data
 
 
+STOPPED = 3  # exit code: SIGTERM arrived, a checkpoint was saved
+
+
 def add_parser(commands) -> None:
     train = commands.add_parser("train", help="train a model", add_help=False)
     train.set_defaults(run=run, takes_rest=True)
@@ -82,8 +85,7 @@ def console_trainer(*args, **kwargs):
 
 
 def run(arguments) -> int:
-    from transformers.trainer_utils import get_last_checkpoint
-
+    from amopo_fast import checkpoints
     from amopo_fast.cli.options import parse_options
     from amopo_fast.config import AMoPOConfig, DataConfig, ModelConfig
     from amopo_fast.data import load_data
@@ -97,11 +99,8 @@ def run(arguments) -> int:
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir: {folder} is a file; name a folder")
-    resume = config.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() in ("true", "last"):
-        resume = get_last_checkpoint(config.output_dir)
-        if resume is None:
-            raise ValueError(f"{config.output_dir} has no checkpoint to resume from; leave resume_from_checkpoint out")
+    # Before the model is loaded, which can take minutes. The trainer asks rank 0 alone.
+    resume = checkpoints.resolve(folder, config.resume_from_checkpoint) if config.process_index == 0 else None
     with model_errors(model_config.model_name_or_path):
         model, tokenizer = build_model(model_config, config.seed)
     data = load_data(data_config, tokenizer, seed=config.seed, folder=folder / "tokens" / f"rank{config.process_index}")
@@ -116,6 +115,11 @@ def run(arguments) -> int:
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=resume)
+    if trainer.checkpointer.stopped:
+        if trainer.is_world_process_zero():
+            step = trainer.state.global_step
+            print(f"stopped by SIGTERM after step {step}. {trainer.checkpointer.where_to_resume()}", file=sys.stderr)
+        return STOPPED
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(f"model: {config.output_dir}  metrics: {Path(config.output_dir) / 'metrics.jsonl'}  "

@@ -14,7 +14,8 @@ from small_run import small_model, small_pairs, small_trainer
 from transformers import TrainerCallback
 
 from amopo_fast import checkpoints
-from amopo_fast.checkpoints import MARKER, CheckpointError, complete_checkpoints, problem_of, resolve
+from amopo_fast.checkpoints import MARKER, complete_checkpoints, problem_of, resolve
+from amopo_fast.errors import CheckpointError
 
 KEPT = ("loss", "learning_rate", "grad_norm", "eval_preference_loss", "train_loss", "epoch", "step")
 

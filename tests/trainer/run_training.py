@@ -1,17 +1,8 @@
-"""A tiny training run as a process of its own: `run_training.py OUTPUT_DIR [STEP TO DIE IN] [BUDGET]`.
-
-With a step, the process kills itself with SIGKILL in that step's second micro-batch. A checkpoint in OUTPUT_DIR is
-resumed.
-"""
-
-import os
-import signal
-import sys
+"""A tiny training run of eight steps."""
 
 import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from transformers.trainer_utils import get_last_checkpoint
 
 from amopo_fast.config import AMoPOConfig
 from amopo_fast.prompts import PairTokens
@@ -39,26 +30,3 @@ def trainer(output_dir, budget=120, **options):
         learning_rate=1e-2, save_steps=2, save_strategy="steps", disable_tqdm=True, **options,
     )  # fmt: skip
     return AMoPOTrainer(model, config, dimensions=["first", "second"], train_dataset=list(pairs(14)))
-
-
-def main(output_dir, die_in=None, budget=120):
-    run = trainer(output_dir, int(budget))
-    if die_in is not None:
-        original = run.compute_loss
-        calls = {"in_step": 0, "step": -1}
-
-        def compute_loss(*args, **kwargs):
-            if calls["step"] != run.state.global_step:
-                calls.update(step=run.state.global_step, in_step=0)
-            calls["in_step"] += 1
-            if run.state.global_step == int(die_in) and calls["in_step"] == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        run.compute_loss = compute_loss
-    run.train(resume_from_checkpoint=get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None)
-    run.save_model()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
