@@ -161,8 +161,12 @@ def load_model(name: str, dtype: str, device: str | None):
 
 
 def _short(name: str, models: list[str]) -> str:
-    tails = ["/".join(Path(model).parts[-2:]) for model in models]
-    return "/".join(Path(name).parts[-2:]) if len(set(tails)) == len(tails) else name
+    """The shortest end of the path that no other model has."""
+    for depth in (1, 2):
+        tails = ["/".join(Path(model).parts[-depth:]) for model in models]
+        if len(set(tails)) == len(tails):
+            return tails[models.index(name)]
+    return name
 
 
 def _pages(sets) -> dict[str, str]:

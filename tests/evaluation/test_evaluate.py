@@ -131,7 +131,7 @@ def test_all_checkpoints_of_a_run(run_folder, capsys):
     assert [step_of(name) for name in find_models(str(run), True)] == [2, 10, 12]
     data = str(run_folder / "heldout.jsonl")
     assert main(["eval", str(run), "--checkpoints", "--eval_data", data, f"{data},name=again"]) == 0
-    assert "checkpoint" in capsys.readouterr().out
+    assert "±" in capsys.readouterr().out
     found = json.loads((run / "eval.json").read_text())
     assert list(found) == ["heldout", "again"] and [m["step"] for m in found["again"].values()] == [2, 10, 12]
     last = list(found["again"].values())
