@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from amopo_fast.metrics import PER_DIMENSION, pair_table
-from amopo_fast.plan import build_plan, computed_tokens
+from amopo_fast.plan import build_plan
 from amopo_fast.prompts import PairTokens
 from amopo_fast.scoring import check_lengths, prepare_model, score
 from amopo_kernels import amopo_loss
@@ -97,7 +97,8 @@ def _rows(pairs: Sequence[PairTokens], budget: int) -> Iterator[list[PairTokens]
     row: list[PairTokens] = []
     used = 0
     for pair in pairs:
-        tokens = computed_tokens(pair)
+        # Of a row in which only prompts are shared: the row itself is never longer.
+        tokens = sum(len(p) + len(pair.chosen) + len(pair.rejected) for p in pair.prompts if p is not None)
         if row and used + tokens > budget:
             yield row
             row, used = [], 0
