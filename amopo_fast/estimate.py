@@ -13,9 +13,8 @@ the allocator's fragmentation.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Iterator
+import json
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +76,7 @@ def parse_gpu(text: str) -> Gpu:
 class Setup:
     """How a model is trained, as far as memory is concerned."""
 
-    states: str = "fp32"  # fp32, 8bit, 4bit
+    states: str = "fp32"  # fp32, 8bit, 4bit; bf16: torch's AdamW over bfloat16 weights
     weights: str = "bf16"  # fp32, bf16
     in_backward: bool = False
     checkpointing: bool = True
@@ -88,6 +87,12 @@ class Setup:
     nested: bool = False
     accumulates: bool = False  # gradients of earlier micro-batches are alive
     gpus: int = 1  # sharded over
+
+    @property
+    def shards(self) -> bool:
+        """Whether FSDP can serve it: not the step in backward, quantised models, or this package's own AdamW."""
+        own_adamw = self.lora_rank is None and self.weights == "bf16" and self.states == "fp32"
+        return not (self.in_backward or self.quantised or own_adamw)
 
     @property
     def weight_bytes(self) -> int:
@@ -127,7 +132,6 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Parameter:
-    name: str
     numel: int
     trained: bool
     place: str  # layer, head (embedding too where tied), embedding, other
@@ -136,7 +140,7 @@ class _Parameter:
 
 @functools.lru_cache(maxsize=8)
 def _parameters_of(config_json: str, config_class, lora_rank: int | None) -> tuple[_Parameter, ...]:
-    config = config_class.from_dict(__import__("json").loads(config_json))
+    config = config_class.from_dict(json.loads(config_json))
     model = meta_model(config, torch.bfloat16, lora_rank)
     base = model if lora_rank is None else model.get_base_model()
     head, embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
@@ -148,11 +152,9 @@ def _parameters_of(config_json: str, config_class, lora_rank: int | None) -> tup
             place = "head"
         elif parameter is embedding:
             place = "embedding"
-        elif ".layers." in name or ".h." in name or ".blocks." in name:
+        elif ".layers." in name or ".h." in name:
             place = "layer"
-        result.append(
-            _Parameter(name, parameter.numel(), parameter.requires_grad, place, id(parameter) in linear)
-        )
+        result.append(_Parameter(parameter.numel(), parameter.requires_grad, place, id(parameter) in linear))
     return tuple(result)
 
 
@@ -180,7 +182,7 @@ def gradient_bytes(setup: Setup) -> int:
 
 @functools.lru_cache(maxsize=32)
 def _body(config_json: str, config_class, row: Row, dtype: torch.dtype, checkpointing: bool, lora_rank: int | None):
-    config = config_class.from_dict(__import__("json").loads(config_json))
+    config = config_class.from_dict(json.loads(config_json))
     return profile_body(
         config, tokens=row.tokens, kv_tokens=row.kv_tokens, dtype=dtype, checkpointing=checkpointing,
         lora_rank=lora_rank,
@@ -208,7 +210,7 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     weights = weights_bytes(parameters, setup)
     per_gradient = gradient_bytes(setup)
     all_gradients = per_gradient * sum(p.numel for p in trained)
-    states = sum(moment_bytes(p.numel, setup.states) for p in trained)
+    states = sum(4 * p.numel if setup.states == "bf16" else moment_bytes(p.numel, setup.states) for p in trained)
     in_layers = sum(p.numel for p in parameters if p.place == "layer")
     layers = text.num_hidden_layers
     gathered = 0
@@ -241,11 +243,11 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     head_trained = any(p.trained and p.place == "head" for p in parameters)
     tied = not any(p.place == "embedding" for p in parameters)
     head_gradient = (setup.weight_bytes if gpus == 1 else 2) * vocabulary * hidden if head_trained else 0
-    head_working = row.label_tokens * HEAD_SLICE * HEAD_SLICE_BYTES + rows * (2 + 2 + 4)
+    head_working = row.label_tokens * min(HEAD_SLICE, vocabulary) * HEAD_SLICE_BYTES + rows * (2 + 2 + 4)
 
-    largest = per_gradient * max((p.numel for p in trained if p.place != "head"), default=0)
     if setup.in_backward:
-        carried, waiting, complete = 0, head_gradient if tied else 0, max(largest, head_gradient if tied else 0)
+        # the profile holds the layers' gradients until they are stepped; a tied head's waits for the embedding's
+        carried, waiting, complete = 0, head_gradient if tied else 0, head_gradient if tied else 0
     elif setup.accumulates or setup.lora_rank is not None:
         carried = waiting = complete = all_gradients
     else:
@@ -284,7 +286,9 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
 
 def _attention_flops(text: PretrainedConfig, row: Row, setup: Setup) -> int:
     """Causal: a query sees half of its sequence. Forward 4 per query, key and channel, backward 2.5 times that."""
-    channels = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    channels = text.num_attention_heads * (
+        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    )
     recomputed = (text.num_hidden_layers - setup.keep_layers) / text.num_hidden_layers if setup.checkpointing else 0
     forward = 4 * row.tokens * (row.sequence_tokens / 2) * channels * text.num_hidden_layers
     return int(forward * (1 + 2.5 + recomputed))
@@ -293,68 +297,3 @@ def _attention_flops(text: PretrainedConfig, row: Row, setup: Setup) -> int:
 def tokens_per_second(prediction: Estimate, row: Row, gpu: Gpu, gpus: int = 1, efficiency: float = EFFICIENCY) -> float:
     """Computed tokens/s over all GPUs, each with a micro-batch of its own; 0.0 if the GPU's peak is not known."""
     return gpus * row.tokens * gpu.flops * efficiency / prediction.flops
-
-
-# ----- what to change -----
-
-OPTIMIZERS: dict[str, tuple[Setup, str]] = {
-    "AdamW, float32 weights": (Setup(weights="fp32"), "--weight_precision fp32"),
-    "AdamW, step in backward, float32 weights": (
-        Setup(weights="fp32", in_backward=True), "--weight_precision fp32 --optim_in_backward adamw"),
-    "AdamW, bfloat16 weights": (Setup(), "--weight_precision bf16_stochastic"),
-    "AdamW 8-bit": (Setup(states="8bit"), "--weight_precision bf16_stochastic --optim adamw_torch_8bit"),
-    "AdamW 8-bit, step in backward": (
-        Setup(states="8bit", in_backward=True), "--weight_precision bf16_stochastic --optim_in_backward adamw_8bit"),
-    "AdamW 4-bit, step in backward": (
-        Setup(states="4bit", in_backward=True), "--weight_precision bf16_stochastic --optim_in_backward adamw_4bit"),
-    "LoRA, rank 16": (Setup(lora_rank=16), "--use_peft true"),
-    "QLoRA, rank 16": (Setup(lora_rank=16, quantised=True), "--use_peft true --load_in_4bit true"),
-}  # fmt: skip
-
-
-def remedies(setup: Setup, row: Row, gpus_available: int = 1) -> Iterator[tuple[str, Setup, Row]]:
-    """(flags, setup, row) that need less and less memory, in the order in which a user would give things up."""
-    flags = ""
-
-    def changed(new: str, **changes) -> tuple[str, Setup, Row]:
-        nonlocal setup, flags
-        setup = dataclasses.replace(setup, **changes)
-        flags = f"{flags} {new}".strip()
-        return flags, setup, row
-
-    if not setup.checkpointing:
-        yield changed("--gradient_checkpointing true", checkpointing=True)
-    if setup.lora_rank is None:
-        if setup.weights == "fp32":
-            yield changed("--weight_precision bf16_stochastic", weights="bf16")
-        if setup.states == "fp32" and setup.gpus == 1:
-            flags_before = flags
-            yield changed("--optim_in_backward adamw_8bit", states="8bit", in_backward=True, accumulates=False)
-            flags = flags_before
-        if setup.states != "4bit" and setup.gpus == 1:
-            yield changed("--optim_in_backward adamw_4bit", states="4bit", in_backward=True, accumulates=False)
-    if setup.keep_layers:
-        yield changed("--keep_layers 0", keep_layers=0)
-    if not setup.offload:
-        yield changed("""--gradient_checkpointing_kwargs '{"offload": true}'""", offload=True)
-    if row.tokens > 2048:
-        half = dataclasses.replace(
-            row, tokens=row.tokens // 2, label_tokens=row.label_tokens // 2, kv_tokens=row.kv_tokens // 2
-        )
-        yield f"{flags} --tokens_per_micro_batch {half.tokens} (and fewer pairs_per_step)".strip(), setup, half
-    if setup.lora_rank is None:
-        adapter = Setup(checkpointing=True, lora_rank=16, gpus=setup.gpus)
-        yield "--use_peft true --gradient_checkpointing true", adapter, row
-        quantised = dataclasses.replace(adapter, quantised=True)
-        yield "--use_peft true --load_in_4bit true --gradient_checkpointing true", quantised, row
-    elif not setup.quantised:
-        yield changed("--load_in_4bit true", quantised=True)
-
-
-def first_remedy(config: PretrainedConfig, row: Row, setup: Setup, memory: int) -> tuple[str, Estimate] | None:
-    """The least change that fits into `memory` bytes, if one does."""
-    for flags, other, smaller in remedies(setup, row):
-        prediction = estimate(config, smaller, other)
-        if prediction.needed <= memory:
-            return flags, prediction
-    return None

@@ -95,7 +95,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _attention(module, query, key, value, attention_mask, profile_kv_tokens=None, **kwargs):
-    rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # (T, heads, D)
+    rows = [x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value)]  # (T, heads, D)
     return _Attention.apply(*rows, profile_kv_tokens)[None], None
 
 
@@ -158,9 +158,7 @@ def profile_body(
         ValueError: a configuration that AutoModelForCausalLM does not build.
     """
     layers = config.get_text_config().num_hidden_layers
-    two, three = (
-        _run(shortened(config, n), tokens, kv_tokens, dtype, checkpointing, lora_rank) for n in (2, 3)
-    )
+    two, three = (_run(shortened(config, n), tokens, kv_tokens, dtype, checkpointing, lora_rank) for n in (2, 3))
     kept, forward, backward, flops = (a + (layers - 2) * (b - a) for a, b in zip(two, three, strict=True))
     return BodyProfile(kept, forward - kept, backward - kept, flops, three[0] - two[0], layers)
 

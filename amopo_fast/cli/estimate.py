@@ -1,0 +1,142 @@
+"""`amopo-fast estimate`: memory and speed of training a model, before there is a GPU or a weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+DEFAULT_TOKENS = 8192
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "estimate",
+        help="memory by part and tokens/s of training a model, without a GPU and without its weights",
+        description="Predicts peak memory and speed of each optimizer, alone and sharded. Shapes come from the model's "
+        "configuration; activations and FLOP from running it on tensors without memory.",
+    )
+    parser.add_argument("--model", required=True, help="Hub name, folder or config.json of a causal LM")
+    parser.add_argument("--config_overrides", help="num_hidden_layers=8,hidden_size=1024,...")
+    parser.add_argument("--gpu", default="h200", help="h200, h100, a100-80, ... or GiB of memory (default: h200)")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the model by FSDP (default: 1)")
+    parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS,
+                        help=f"computed tokens of a micro-batch (default: {DEFAULT_TOKENS})")  # fmt: skip
+    parser.add_argument("--label_tokens", type=int, help="response tokens that predict a label (default: half of them)")
+    parser.add_argument("--max_length", type=int, default=1024, help="tokens of a sequence (default: 1024)")
+    parser.add_argument("--no_checkpointing", action="store_true", help="keep every layer's activations")
+    parser.add_argument("--keep_layers", type=int, default=0, help="checkpoint all but the last N layers")
+    parser.add_argument("--offload", action="store_true", help="layer checkpoints in host memory")
+    parser.add_argument("--efficiency", type=float, help="share of the GPU's dense bfloat16 peak that is reached")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run, takes_rest=False)
+
+
+def load_config(name: str, overrides: str | None = None):
+    """A causal LM's configuration from a Hub name, a folder or a config.json."""
+    from transformers import AutoConfig
+
+    path = Path(name)
+    config = AutoConfig.from_pretrained(path.parent if path.is_file() else name)
+    if overrides:
+        config.update_from_string(overrides)
+        text = config.get_text_config()
+        if getattr(text, "layer_types", None):
+            text.layer_types = (text.layer_types * text.num_hidden_layers)[: text.num_hidden_layers]
+    return config
+
+
+def run(arguments) -> int:
+    from amopo_fast import estimate as prediction
+    from amopo_fast.cli.train import model_errors
+    from amopo_fast.estimate_advice import OPTIMIZERS
+
+    gpu = prediction.parse_gpu(arguments.gpu)
+    with model_errors(arguments.model):
+        config = load_config(arguments.model, arguments.config_overrides)
+    row = prediction.Row(
+        arguments.tokens, arguments.label_tokens or arguments.tokens // 2, 2 * arguments.tokens, arguments.max_length
+    )
+    efficiency = arguments.efficiency or prediction.EFFICIENCY
+    changes = {
+        "checkpointing": not arguments.no_checkpointing,
+        "keep_layers": arguments.keep_layers,
+        "offload": arguments.offload,
+    }
+    rows = []
+    for name, (setup, flags) in OPTIMIZERS.items():
+        for gpus in sorted({1, arguments.gpus}):
+            if gpus > 1 and not setup.shards:
+                continue
+            setup_here = dataclasses.replace(setup, gpus=gpus, **changes)
+            result = prediction.estimate(config, row, setup_here)
+            speed = prediction.tokens_per_second(result, row, gpu, gpus, efficiency)
+            rows.append({"optimizer": name, "gpus": gpus, "flags": flags, "parts": result.parts, "peak": result.peak,
+                         "needed": result.needed, "fits": result.needed <= gpu.memory, "moment": result.moment,
+                         "parameters": result.parameters, "trained": result.trained,
+                         "tokens_per_second": speed})  # fmt: skip
+    report = {"model": arguments.model, "gpu": dataclasses.asdict(gpu), "row": dataclasses.asdict(row),
+              "efficiency": efficiency, "efficiency_source": "given" if arguments.efficiency else "assumed",
+              "reserve": prediction.RESERVE, "checkpointing": changes, "rows": rows}  # fmt: skip
+    print(json.dumps(report, indent=1)) if arguments.json else _print(report)
+    return 0
+
+
+def _print(report: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from amopo_fast.estimate import GIB
+
+    gpu, row, rows = report["gpu"], report["row"], report["rows"]
+    console = Console()
+    total = next(r["parameters"] for r in rows if r["trained"] == r["parameters"])
+    console.print(
+        f"{report['model']}: {total:,} parameters, {row['tokens']:,} computed tokens in a micro-batch", soft_wrap=True
+    )
+    table = Table(
+        title="GiB on each GPU",
+        caption=f"needed: the tensors' peak and {report['reserve'] / GIB:.0f} GiB for CUDA's context and fragmentation",
+    )
+    table.add_column("optimizer", overflow="fold")
+    for column in ("GPUs", "weights", "states", "grads", "activations", "working", "needed", "tokens/s"):
+        table.add_column(column, justify="right")
+    for entry in rows:
+        parts = entry["parts"]
+        cells = (parts["weights"], parts["optimizer states"], parts["gradients"], parts["activations"],
+                 parts["working memory"] + parts["head"])  # fmt: skip
+        speed = f"{entry['tokens_per_second']:,.0f}" if entry["fits"] and entry["tokens_per_second"] else "-"
+        table.add_row(
+            entry["optimizer"], str(entry["gpus"]), *(f"{cell / GIB:.1f}" for cell in cells),
+            f"{entry['needed'] / GIB:.1f}", speed, style="" if entry["fits"] else "dim",
+        )  # fmt: skip
+    console.print(table)
+    fitting = [entry for entry in rows if entry["fits"]]
+    memory = f"{gpu['memory'] / GIB:.1f} GiB"
+    if not fitting:
+        least = min(rows, key=lambda entry: entry["needed"])
+        console.print(
+            f"Nothing fits into {memory}; {least['optimizer']} needs {least['needed'] / GIB:.1f} GiB. "
+            "Lower --tokens, offload the checkpoints (--offload), or share the model (--gpus).", soft_wrap=True,
+        )  # fmt: skip
+        return
+    best = fitting[0]
+    console.print(f"Fits into {memory}, from the least compromise on:", soft_wrap=True)
+    for entry in fitting:
+        where = "" if entry["gpus"] == 1 else f", with FSDP on {entry['gpus']} GPUs"
+        console.print(f"  {entry['optimizer']}: {entry['flags']}{_checkpoint_flags(report)}{where}", soft_wrap=True)
+    if best["tokens_per_second"]:
+        console.print(
+            f"tokens/s: FLOP at {report['efficiency']:.0%} of the GPU's dense bfloat16 peak; that share is "
+            f"{report['efficiency_source']}, not measured.", soft_wrap=True,
+        )  # fmt: skip
+
+
+def _checkpoint_flags(report: dict) -> str:
+    changes = report["checkpointing"]
+    flags = " --gradient_checkpointing true" if changes["checkpointing"] else ""
+    if changes["keep_layers"]:
+        flags += f" --keep_layers {changes['keep_layers']}"
+    if changes["offload"]:
+        flags += """ --gradient_checkpointing_kwargs '{"offload": true}'"""
+    return flags

@@ -1,0 +1,178 @@
+"""The estimate against real models, a real step's measured memory, and the arithmetic of the 32B table."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from amopo_fast.cli import main
+from amopo_fast.estimate import GIB, GPUS, Row, Setup, estimate, parameters_of, parse_gpu, tokens_per_second
+from amopo_fast.estimate_advice import OPTIMIZERS, first_remedy
+from amopo_fast.optim import AdamW
+from amopo_fast.plan import build_plan
+from amopo_fast.profile_memory import LiveBytes, profile_body
+from amopo_fast.prompts import PairTokens
+from amopo_fast.scoring import prepare_model, score
+
+SMALL = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2)  # fmt: skip
+QWEN_32B = Qwen2Config(vocab_size=152064, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64,
+                       num_attention_heads=40, num_key_value_heads=8, tie_word_embeddings=False)  # fmt: skip
+STEP = Row(tokens=8192, label_tokens=4096, kv_tokens=16384)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen2Config(**SMALL),
+        Qwen2Config(**SMALL, tie_word_embeddings=True),
+        Qwen3Config(**SMALL, head_dim=32),
+        LlamaConfig(**SMALL),
+        MistralConfig(**SMALL, head_dim=16),
+        GemmaConfig(**SMALL, head_dim=16),
+    ],
+    ids=lambda config: f"{config.model_type}-{'tied' if config.tie_word_embeddings else 'untied'}",
+)
+def test_parameters_are_those_of_the_real_model(config):
+    model = AutoModelForCausalLM.from_config(config)
+    real = sum(p.numel() for p in model.parameters())
+    assert sum(p.numel for p in parameters_of(config)) == real
+    prediction = estimate(config, Row(64, 32, 64), Setup(weights="fp32"))
+    assert prediction.parameters == prediction.trained == real
+    assert prediction.parts["weights"] == 4 * real
+
+
+def test_an_adapters_parameters_are_those_of_the_real_one():
+    from peft import LoraConfig, get_peft_model
+
+    config = LlamaConfig(**SMALL)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(config), LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    prediction = estimate(config, Row(64, 32, 64), Setup(lora_rank=16))
+    trained, total = model.get_nb_trainable_parameters()
+    assert (prediction.trained, prediction.parameters) == (trained, total)
+    assert prediction.parts["weights"] == 2 * (total - trained) + 4 * trained
+
+
+def measured_peak(config, plan, *, checkpointing, in_backward):
+    """Peak of the tensors' bytes over two real steps on the CPU, states made, in bfloat16 autocast."""
+    model = AutoModelForCausalLM.from_config(config).train()
+    prepare_model(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    with LiveBytes() as live:
+        for parameter in model.parameters():
+            live._watch(parameter.untyped_storage())
+        optimizer = AdamW(model.parameters(), in_backward=in_backward)
+        for _ in range(2):
+            live.peak = live.live
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                stats = score(model, plan, backend="torch")
+            stats.logp_sum.sum().backward()
+            del stats
+            optimizer.step()
+            optimizer.zero_grad()
+    return live.peak
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("in_backward", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_within_five_percent_of_a_real_step(checkpointing, in_backward, tied):
+    rng = np.random.default_rng(0)
+    pairs = []
+    for record in range(6):
+        user = rng.integers(0, 512, 60)
+        prompts = tuple(np.concatenate([[k] * 20, user]) for k in range(2))
+        pairs.append(PairTokens(record, prompts, rng.integers(0, 512, 40), rng.integers(0, 512, 50), False))
+    plan = build_plan(pairs)
+    config = Qwen2Config(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=6,
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied)  # fmt: skip
+    row = Row(plan.num_tokens, plan.labels.shape[0], plan.kv_indices.shape[0], 130)
+    setup = Setup(weights="fp32", checkpointing=checkpointing, in_backward=in_backward)
+    measured = measured_peak(config, plan, checkpointing=checkpointing, in_backward=in_backward)
+    assert estimate(config, row, setup).peak == pytest.approx(measured, rel=0.05)
+
+
+def test_the_line_through_two_depths_goes_through_a_third():
+    from amopo_fast.profile_memory import _run, shortened
+
+    for checkpointing, dtype in ((True, torch.bfloat16), (False, torch.bfloat16), (True, torch.float32)):
+        profile = profile_body(shortened(QWEN_32B, 7), tokens=256, kv_tokens=512, dtype=dtype,
+                               checkpointing=checkpointing)  # fmt: skip
+        kept, forward, backward, flops = _run(shortened(QWEN_32B, 7), 256, 512, dtype, checkpointing, None)
+        assert (profile.kept, profile.forward, profile.backward, profile.flops) == (
+            kept, forward - kept, backward - kept, flops)  # fmt: skip
+
+
+def test_the_32b_table():
+    """Sizes that follow from the shape alone: 32.76e9 parameters, bfloat16, states, 64 checkpoints of 80 MiB."""
+    four = estimate(QWEN_32B, STEP, OPTIMIZERS["AdamW 4-bit, step in backward"][0])
+    eight = estimate(QWEN_32B, STEP, OPTIMIZERS["AdamW 8-bit, step in backward"][0])
+    assert four.parameters == 32_763_876_352
+    assert four.parts["weights"] / GIB == pytest.approx(61.0, abs=0.05)
+    assert four.parts["optimizer states"] / GIB == pytest.approx(32.4, abs=0.05)
+    assert eight.parts["optimizer states"] / GIB == pytest.approx(62.0, abs=0.05)
+    assert four.parts["activations"] / GIB == pytest.approx(5.0, abs=0.4)
+    assert four.parts["working memory"] / GIB == pytest.approx(3.5, abs=0.3)
+    assert four.needed < 108.6 * GIB and four.peak < 125 * GIB
+    offloaded = estimate(QWEN_32B, STEP, dataclasses.replace(OPTIMIZERS["AdamW 8-bit, step in backward"][0],
+                                                             offload=True))  # fmt: skip
+    assert eight.peak - offloaded.peak == 62 * 8192 * 5120 * 2
+    assert estimate(QWEN_32B, STEP, Setup()).needed > GPUS["h200"].memory
+
+
+def test_less_memory_costs_what_it_should():
+    """Every way to save memory saves it, and recomputation costs the FLOP of one more forward."""
+    config = dataclasses.replace(QWEN_32B, num_hidden_layers=8, layer_types=None)
+    recomputed = estimate(config, STEP, Setup(in_backward=True))
+    kept = estimate(config, STEP, Setup(in_backward=True, checkpointing=False))
+    some = estimate(config, STEP, Setup(in_backward=True, keep_layers=3))
+    assert recomputed.peak < some.peak < kept.peak
+    assert recomputed.flops > some.flops > kept.flops
+    assert estimate(config, STEP, Setup()).peak > recomputed.peak
+    assert estimate(config, STEP, Setup(lora_rank=16, quantised=True)).peak < estimate(
+        config, STEP, Setup(lora_rank=16)).peak  # fmt: skip
+    assert estimate(config, STEP, Setup(gpus=8)).peak < estimate(config, STEP, Setup()).peak
+    with pytest.raises(ValueError, match="keep_layers=9: the model has 8 layers"):
+        estimate(config, STEP, Setup(keep_layers=9))
+    # 6 FLOP per parameter and token without the embedding, and attention: by hand for the kept activations
+    layers = sum(p.numel for p in parameters_of(config) if p.place == "layer" and p.linear)
+    by_hand = 6 * layers * 8192 + 8 * 4096 * 5120 * 152064 + 3.5 * 4 * 8192 * 512 * 5120 * 8
+    assert kept.flops == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_remedies_name_the_least_change_that_fits():
+    flags, prediction = first_remedy(QWEN_32B, STEP, Setup(weights="fp32", checkpointing=False), GPUS["h200"].memory)
+    assert "--optim_in_backward adamw_8bit" in flags and "--gradient_checkpointing true" in flags
+    assert prediction.needed < GPUS["h200"].memory
+    flags, _ = first_remedy(QWEN_32B, STEP, Setup(weights="fp32"), GPUS["h100"].memory)
+    assert flags.startswith("--use_peft true")
+    assert first_remedy(QWEN_32B, STEP, Setup(weights="fp32"), 8 * GIB) is None
+
+
+def test_gpus_by_name_and_by_size():
+    assert parse_gpu("H200").memory == 139 * GIB and parse_gpu("24GiB").memory == parse_gpu("24").memory == 24 * GIB
+    with pytest.raises(ValueError, match="--gpu h300: give GiB or one of"):
+        parse_gpu("h300")
+    prediction = estimate(QWEN_32B, STEP, Setup())
+    assert tokens_per_second(prediction, STEP, parse_gpu("24")) == 0.0
+    assert tokens_per_second(prediction, STEP, GPUS["h200"], 2, 0.5) == 2 * 8192 * 989e12 * 0.5 / prediction.flops
+
+
+def test_command(tmp_path, capsys):
+    QWEN_32B.save_pretrained(tmp_path)
+    assert main(["estimate", "--model", str(tmp_path / "config.json"), "--gpu", "h200", "--gpus", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "32,763,876,352 parameters" in shown and "assumed, not measured" in shown
+    assert "--optim_in_backward adamw_8bit --gradient_checkpointing true" in shown
+    assert main(["estimate", "--model", str(tmp_path), "--gpu", "10", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert not any(row["fits"] for row in report["rows"]) and report["efficiency_source"] == "assumed"
+    assert sum(report["rows"][0]["parts"].values()) == report["rows"][0]["peak"]
+    assert main(["estimate", "--model", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
