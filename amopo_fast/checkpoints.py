@@ -71,7 +71,7 @@ def complete_checkpoints(output_dir: str | Path) -> list[Checkpoint]:
     return [checkpoint for checkpoint in checkpoints_in(output_dir) if not checkpoint.problem]
 
 
-def resolve(output_dir: str | Path, resume: str | bool | Path | None) -> Path | None:
+def resolve(output_dir: str | Path, resume: str | bool | None) -> Path | None:
     """The folder to resume from.
 
     Args:
@@ -85,10 +85,10 @@ def resolve(output_dir: str | Path, resume: str | bool | Path | None) -> Path | 
         return None
     word = str(resume).lower()
     if word not in ("true", "last", "auto"):
-        problem = problem_of(Path(resume)) if Path(resume).is_dir() else "there is no such folder"
+        problem = problem_of(Path(str(resume))) if Path(str(resume)).is_dir() else "there is no such folder"
         if problem:
             raise CheckpointError(f"{resume} cannot be resumed: {problem}. Give a complete one, or `last`")
-        return Path(resume)
+        return Path(str(resume))
     skipped = []
     for checkpoint in reversed(checkpoints_in(output_dir)):
         if not checkpoint.problem:

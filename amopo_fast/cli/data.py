@@ -53,6 +53,7 @@ def run_show(arguments) -> int:
     from rich.console import Console
 
     from amopo_fast.data import common_score_range
+    from amopo_fast.failed_step import FailedStep
     from amopo_fast.inspect_data import show_record
     from amopo_fast.prompts import PromptBuilder
     from amopo_fast.records import Reading, iter_records
@@ -60,13 +61,20 @@ def run_show(arguments) -> int:
     from amopo_fast.sources.formats import open_source
     from amopo_fast.sources.spec import parse_sources
 
-    config, options = _parse(
-        "show",
-        arguments.rest,
-        lambda parser: parser.add_argument("--record", type=int, default=0, help="number of the record, from 0"),
-    )
-    opened = open_source(parse_sources(config.train_data)[0])
-    score_range = common_score_range(config, [opened])
+    def add_arguments(parser) -> None:
+        parser.add_argument("--record", type=int, default=0, help="number of the record, from 0")
+        parser.add_argument("--failed_step", help="failed-step-N.json of a run: shows that step's numbers and records")
+
+    config, options = _parse("show", arguments.rest, add_arguments)
+    sources = parse_sources(config.train_data)
+    if options.failed_step:
+        report = FailedStep.read(options.failed_step)
+        Console().print(report.table())
+        wanted = report.records
+    else:
+        sources, wanted = sources[:1], {options.record}
+    opened = [open_source(source) for source in sources]
+    score_range = common_score_range(config, opened)
     reading = Reading(config.dimensions, score_range, config.missing_scores, config.tied_dimensions)
     builder = PromptBuilder(
         load_tokenizer(options.tokenizer),
@@ -76,22 +84,26 @@ def run_show(arguments) -> int:
         max_length=config.max_length,
         template=config.prompt_template,
     )
-    last = -1
     shown = False
-    for item in iter_records(opened, reading):
-        last = max(last, item.record)
-        if item.record != options.record:
-            if shown:
-                break
-            continue
-        if isinstance(item, Dropped):
-            raise ValueError(f"{opened.source}, record {item.record} makes no pair: it is {item.reason}")
-        if isinstance(item, Exception):
-            raise item
-        Console().print(show_record(item, builder))
-        shown = True
+    base = 0  # a run numbers the records of its second source behind the first one's
+    for source in opened:
+        last = -1
+        for item in iter_records(source, reading):
+            last = max(last, item.record)
+            if base + item.record not in wanted:
+                if shown and len(wanted) == 1:
+                    break
+                continue
+            if isinstance(item, Dropped):
+                raise ValueError(f"{source.source}, record {item.record} makes no pair: it is {item.reason}")
+            if isinstance(item, Exception):
+                raise item
+            Console().print(show_record(item, builder))
+            shown = True
+        base += last + 1
     if not shown:
-        raise ValueError(f"{opened.source} has {last + 1} records, numbered from 0; there is no {options.record}")
+        names = ", ".join(str(source.source) for source in opened)
+        raise ValueError(f"{names} has {base} records, numbered from 0; there is no {min(wanted)}")
     return 0
 
 

@@ -140,3 +140,34 @@ def test_loss_spikes_are_flagged_with_their_records_and_survive_a_resume(tmp_pat
     assert [line["step"] for line in logged if line.get("loss_spikes")] == [23]
     small_trainer(tmp_path, **options()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-25"))
     assert [json.loads(line)["step"] for line in (tmp_path / "spikes.jsonl").read_text().splitlines()] == [23]
+
+
+def test_show_prints_the_failed_step_and_its_records(tmp_path, capsys):
+    from amopo_fast.cli import main
+    from amopo_fast.demo.data import DIMENSIONS, TRAIN_FILE
+    from amopo_fast.demo.run import demo_trainer
+
+    run = demo_trainer(tmp_path, seed=0, max_steps=3)
+    run.add_callback(BeforeStep(1, break_weight))
+    with pytest.raises(NumbersError):
+        run.train()
+    report = json.loads((tmp_path / "failed-step-2.json").read_text())
+    options = ["--dimensions", *DIMENSIONS, "--failed_step", str(tmp_path / "failed-step-2.json")]
+    assert main(["show", str(TRAIN_FILE), *options]) == 0
+    output = capsys.readouterr().out
+    assert "step 2: the loss is not finite" in output and "model.layers.1.mlp.up_proj.weight" in output
+    for record in report["records"]:
+        assert f"record {record}" in output
+    assert main(["show", str(TRAIN_FILE), "--failed_step", str(tmp_path / "metrics.jsonl")]) == 1
+    assert "is no report of a failed step" in capsys.readouterr().err
+
+
+def test_the_command_line_ends_with_4_on_a_bad_number(tmp_path, monkeypatch, capsys):
+    from amopo_fast.cli import main, train
+
+    def fail(arguments):
+        raise NumbersError("step 7: the loss is not finite")
+
+    monkeypatch.setattr(train, "run", fail)
+    assert main(["train"]) == 4
+    assert capsys.readouterr().err == "amopo-fast train: error: step 7: the loss is not finite\n"
