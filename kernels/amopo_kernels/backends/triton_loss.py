@@ -5,8 +5,8 @@
 
 The gradient needs nothing that the forward has not in registers, so it is stored at once; the backward multiplies it by
 the upstream number. One program walks over the pairs in tiles of (BLOCK_P, BLOCK_K): a sum in a fixed order, hence the
-same bits in every run, without a second launch or an atomic. It reads 28 bytes and writes 24 per pair, dimension and
-two sides, so one multiprocessor is enough: a batch of thousands of pairs is still under a megabyte, next to the head's
+same bits in every run, without a second launch or an atomic. It reads 40 bytes and writes 24 per pair and dimension,
+so one multiprocessor is enough: a batch of thousands of pairs is still under a megabyte, next to the head's
 gigabytes. compat "upstream", whose softmax spans the call, walks over the pairs twice.
 """
 

@@ -1,0 +1,281 @@
+"""Write the benchmark tables of the documentation, and their plots, from the JSON under results/.
+
+    python benchmarks/tables.py                          every block in README.md, docs/*.md and benchmarks/*.md
+    python benchmarks/tables.py --add DIR/suite.json     first file the reports of gpu_suite.py (or one report) there
+    python benchmarks/tables.py --check                  change nothing; exit status 1 where a block is out of date
+
+A block is what stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is "head A", "head B", "head cpu",
+"sweeps", "floors", or a benchmark's name for a plain table of its rows. Without a result the table says "not measured".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from floors import PATHS
+from harness import ROOT
+from head import CASES as HEAD_CASES
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
+BLOCK = re.compile(r"(<!-- table: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NOT_MEASURED = "not measured"
+# Targets of the head on an H200, bf16, milliseconds: docs/design.md. Mode: (exact backends' rows) -> target.
+TARGETS = {
+    "A": {"forward+backward": 38, "cached": 29, "frozen head": 19},
+    "B": {"forward+backward": 8, "cached": 6.5, "frozen head": 4},
+}
+PLOTTED = ROOT / "benchmarks" / "results" / "head_sweeps.png"
+# Not shown in a plain table: they only refine or repeat another column.
+HIDDEN = ("p20_ms", "p80_ms", "min_ms", "runs", "dtype", "options")
+
+
+# ----- results -----
+
+
+def add(path: Path) -> list[Path]:
+    """File a suite's reports, or one report, under results/ by benchmark and device; smoke runs are refused."""
+    content = json.loads(path.read_text())
+    reports = [content] if "rows" in content else [entry["report"] for entry in content["entries"].values()]
+    written = []
+    for report in filter(None, reports):
+        if report["arguments"].get("smoke"):
+            raise ValueError(f"{path} holds a smoke run, whose times mean nothing; run without --smoke")
+        target = RESULTS / f"{report['benchmark']}-{_device_slug(report)}.json"
+        RESULTS.mkdir(exist_ok=True)
+        target.write_text(json.dumps(report, indent=1) + "\n")
+        written.append(target)
+    return written
+
+
+def _device_slug(report: dict) -> str:
+    name = report["environment"].get("gpu") or "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def results(benchmark: str, device: str) -> list[dict]:
+    """The stored reports of a benchmark, of GPUs or of the CPU."""
+    paths = sorted(RESULTS.glob(f"{benchmark}-*.json"))
+    return [json.loads(path.read_text()) for path in paths if (path.stem == f"{benchmark}-cpu") == (device == "cpu")]
+
+
+def caption(report: dict) -> str:
+    """Where and with what it was measured."""
+    e = report["environment"]
+    machine = e.get("gpu") or f"{e['cpu']}, {e['threads']} threads"
+    names = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "transformers")
+    versions = [f"{name} {e['versions'][name]}" for name in names if name in e["versions"]]
+    driver = f"driver {e['driver']}" if e.get("driver") else ""
+    commit = f"commit {(e['commit'] or 'unknown')[:9]}"
+    return ", ".join(filter(None, [machine, driver, *versions, commit, e["date"]])) + "."
+
+
+# ----- formatting -----
+
+
+def markdown(heading: list[str], rows: list[list[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def timing(row: dict | None) -> str:
+    if row is None:
+        return NOT_MEASURED
+    if "median_ms" not in row:
+        return row["status"]
+    spread = f"{milliseconds(row['p20_ms'])} to {milliseconds(row['p80_ms'])}"
+    return f"{milliseconds(row['median_ms'])} ({spread})"
+
+
+def mebibytes(value: int | None) -> str:
+    return NOT_MEASURED if value is None else f"{value / 2**20:,.0f}"
+
+
+def error(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def cell(name: str, value) -> str:
+    if value is None:
+        return ""
+    if name.endswith("_bytes"):
+        return f"{value / 2**30:.3g} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# ----- blocks -----
+
+
+def head_table(case: str, device: str) -> str:
+    """Variants by mode: median milliseconds and 20 to 80 % of the runs; memory and errors of forward+backward."""
+    reports = [r for r in results("head", device) if any(row["case"] == case for row in r["rows"])]
+    if not reports:
+        return _targets_only(case)
+    return "\n\n".join(_head_table(case, report) for report in reports)
+
+
+def _targets_only(case: str) -> str:
+    targets = TARGETS.get(case, {"forward+backward": ""})
+    rows = [[mode, f"{target} ms" if target else "", NOT_MEASURED] for mode, target in targets.items()]
+    return markdown(["mode", "target, H200", "ours and peers"], rows)
+
+
+def _head_table(case: str, report: dict) -> str:
+    rows = [row for row in report["rows"] if row["case"] == case]
+    heading = ["variant", "forward+backward, ms", "forward, ms", "frozen head, ms", "extra memory, MiB",
+               "logp error", "dX error", "dW error"]  # fmt: skip
+    table = []
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        modes = {row["mode"]: row for row in rows if row["variant"] == variant}
+        main = modes.get("forward+backward") or modes.get("cached")
+        if main is None:
+            continue
+        table.append(
+            [variant, timing(main), *(timing(modes[m]) if m in modes else "" for m in ("forward", "frozen head")),
+             mebibytes(main.get("extra_memory_bytes")),
+             *(error(main.get(f"{name}_error")) for name in ("logps", "dx", "dw"))]
+        )  # fmt: skip
+    parts = [markdown(heading, table)]
+    filtered = [row for row in rows if row["mode"].startswith("filtered")]
+    if any("median_ms" in row for row in filtered):
+        heading = ["logits", "variant", "forward+backward, ms", "entropy, nats", "p of the label", "kept share r"]
+        parts.append(
+            markdown(
+                heading,
+                [[row["logits"], row["variant"], timing(row), cell("", row.get("entropy_nats")),
+                  cell("", row.get("p_label")), cell("", row.get("kept_share"))] for row in filtered],
+            )  # fmt: skip
+        )
+    if case in TARGETS:
+        parts.append(
+            "Targets on an H200: " + ", ".join(f"{mode} {ms} ms" for mode, ms in TARGETS[case].items()) + "."
+        )  # fmt: skip
+    return "\n\n".join([*parts, caption(report)])
+
+
+def sweeps_table() -> str:
+    reports = results("head_sweeps", "cuda")
+    if not reports:
+        return markdown(["N, H, V", "variants"], [["one sweep per axis", NOT_MEASURED]])
+    parts = []
+    for report in reports:
+        cases = list(dict.fromkeys(row["case"] for row in report["rows"]))
+        times = {(row["case"], row["variant"]): row for row in report["rows"]}
+        variants = list(dict.fromkeys(row["variant"] for row in report["rows"]))
+        table = [[variant, *(timing(times.get((case, variant))) for case in cases)] for variant in variants]
+        parts.append(markdown(["forward+backward, ms", *cases], table) + "\n\n" + caption(report))
+    return "\n\n".join(parts) + f"\n\n![rate by axis](results/{PLOTTED.name})"
+
+
+def floors_table() -> str:
+    """FLOP, bytes, floor and predicted time of every path for cases A and B, and what was measured."""
+    measured = {
+        (row["case"], row["variant"], row["mode"]): row for report in results("head", "cuda") for row in report["rows"]
+    }
+    rows = []
+    for case in HEAD_CASES["cuda"]:
+        for path in PATHS:
+            name, _, mode = path.name.partition(", ")
+            mode = "forward+backward" if mode in ("", "exact") else mode
+            variant = name if name == "plain logits" else f"ours, {name}" + (", cached" if mode == "cached" else "")
+            rows.append([
+                case.name, path.name, f"{2e-12 * path.matmuls * case.N * case.H * case.V:.1f}",
+                f"{path.bytes(case) / 1e9:.1f}", f"{path.floor_ms(case):.1f}", f"{path.memory_ms(case):.1f}",
+                f"{path.predicted_ms(case):.1f}", timing(measured.get((case.name, variant, mode))),
+            ])  # fmt: skip
+    heading = ["case", "path", "TFLOP", "GB", "floor, ms", "memory, ms", "predicted, ms", "measured, ms"]
+    return markdown(heading, rows)
+
+
+def plain_table(benchmark: str) -> str:
+    """Every row of every report, with the columns that its rows have."""
+    reports = results(benchmark, "cuda") + results(benchmark, "cpu")
+    if not reports:
+        return markdown(["case", "variant", "result"], [["all", "all", NOT_MEASURED]])
+    parts = []
+    for report in reports:
+        names = dict.fromkeys(name for row in report["rows"] for name in row if name not in HIDDEN)
+        rows = [[cell(name, row.get(name)) for name in names] for row in report["rows"]]
+        heading = [name.removesuffix("_bytes").replace("_", " ").replace(" ms", ", ms") for name in names]
+        parts.append(markdown(heading, rows) + "\n\n" + caption(report))
+    return "\n\n".join(parts)
+
+
+def block(name: str) -> str:
+    match name.split():
+        case ["head", "cpu"]:
+            return "\n\n".join(f"Case {case}\n\n{head_table(case, 'cpu')}" for case in ("C", "D"))
+        case ["head", case_name]:
+            return head_table(case_name, "cuda")
+        case ["sweeps"]:
+            return sweeps_table()
+        case ["floors"]:
+            return floors_table()
+        case _:
+            return plain_table(name)
+
+
+def fill(text: str) -> str:
+    """The text with every block written anew."""
+    return BLOCK.sub(lambda match: f"{match[1]}{block(match['name'])}\n{match[3]}", text)
+
+
+# ----- plots -----
+
+
+def plot_sweeps() -> None:
+    """Rate by axis, one line per variant; every variant is credited with the exact path's 8 N V H FLOP."""
+    reports = results("head_sweeps", "cuda")
+    if not reports:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in reports[0]["rows"] if "median_ms" in row]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
+    for axis, name in zip(axes, "NHV", strict=True):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for row in rows:
+            if row["case"].startswith(f"{name}="):
+                tflops = 8 * row["N"] * row["H"] * row["V"] / row["median_ms"] / 1e9
+                lines.setdefault(row["variant"], []).append((row[name], tflops))
+        for variant, points in lines.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=variant)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel({"N": "label rows N", "H": "hidden size H", "V": "vocabulary V"}[name])
+    axes[0].set_ylabel("8 N V H FLOP / time, TFLOP/s")
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(PLOTTED, dpi=150)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--add", type=Path, action="append", default=[])
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    for path in arguments.add:
+        for written in add(path):
+            print(f"wrote {written.relative_to(ROOT)}")
+    stale = [page for page in PAGES if page.exists() and fill(page.read_text()) != page.read_text()]
+    for page in stale:
+        if not arguments.check:
+            page.write_text(fill(page.read_text()))
+        print(f"{'out of date' if arguments.check else 'wrote'}: {page.relative_to(ROOT)}")
+    if not arguments.check:
+        plot_sweeps()
+    return 1 if arguments.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
