@@ -27,8 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "flash-attn", "trl", "torchao",
             "bitsandbytes", "peft", "nvidia-cutlass-dsl", "numpy")  # fmt: skip
 
-SLOW_SECONDS = 20
-
 Variant = Callable[[Any], Any]
 
 
@@ -166,7 +164,7 @@ def measure(
 
     Returns:
         per variant {"median_ms", "p20_ms", "p80_ms", "min_ms", "runs"}. After the deadline no new round begins, but
-        one round is always run. A variant that takes longer than `SLOW_SECONDS` is run twice at most.
+        one round is always run.
     """
     cuda = device.startswith("cuda")
     flush = None
@@ -174,16 +172,9 @@ def measure(
         size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
         flush = torch.empty(size, dtype=torch.int8, device=device)
     times: dict[str, list[float]] = {name: [] for name in variants}
-    slow = set()
     for name in variants:
         for run in range(warmup):
-            begin = time.perf_counter()
             variants[name](inputs[run % len(inputs)])
-            if cuda:
-                torch.cuda.synchronize()
-            if time.perf_counter() - begin > SLOW_SECONDS:
-                slow.add(name)
-                break
     names = list(variants)
     for round_ in range(rounds):
         if round_ and deadline is not None and deadline.over():
@@ -191,10 +182,8 @@ def measure(
         # Another one begins every round: none always runs after the same neighbour on a warm or a cold chip.
         for offset in range(len(names)):
             name = names[(round_ + offset) % len(names)]
-            if name in slow and round_:
-                continue
             times[name].append(_time(variants[name], inputs[round_ % len(inputs)], flush))
-    return {name: _summary(values) for name, values in times.items()}
+    return {name: summary(values) for name, values in times.items()}
 
 
 def _time(variant: Variant, inputs: Any, flush: torch.Tensor | None) -> float:
@@ -215,7 +204,8 @@ def _time(variant: Variant, inputs: Any, flush: torch.Tensor | None) -> float:
     return start.elapsed_time(end)
 
 
-def _summary(times: Sequence[float]) -> dict[str, Any]:
+def summary(times: Sequence[float]) -> dict[str, Any]:
+    """Of times in milliseconds."""
     ordered = sorted(times)
     last = len(ordered) - 1
     return {

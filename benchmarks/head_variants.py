@@ -79,21 +79,29 @@ def compiled_plain():
     return lambda inputs: _per_row(function(inputs.hidden, inputs.weight, inputs.labels), inputs)
 
 
-def torch_linear_cross_entropy():
-    if not hasattr(F, "linear_cross_entropy"):
-        raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy (2.13 has)")
-    options = torch.nn.LinearCrossEntropyOptions()
+def torch_linear_cross_entropy(chunks: int | None = None):
+    """With its own choice of chunks, or this many."""
 
-    def run(inputs: Inputs) -> Result:
-        with warnings.catch_warnings():
-            # It warns where it leaves the chunked path: a row under its name must not be another algorithm.
-            warnings.simplefilter("error")
-            losses = F.linear_cross_entropy(
-                inputs.hidden, inputs.weight, inputs.labels, reduction="none", options=options
-            )
-        return _per_row(-losses, inputs)
+    def build():
+        if not hasattr(F, "linear_cross_entropy"):
+            raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy (2.13 has)")
 
-    return run
+        def run(inputs: Inputs) -> Result:
+            chosen = {} if chunks is None else {
+                "chunking_method": None, "batch_chunk_size": -(-inputs.labels.numel() // chunks)
+            }  # fmt: skip
+            with warnings.catch_warnings():
+                # It warns where it leaves the chunked path: a row under its name must not be another algorithm.
+                warnings.simplefilter("error")
+                losses = F.linear_cross_entropy(
+                    inputs.hidden, inputs.weight, inputs.labels, reduction="none",
+                    options=torch.nn.LinearCrossEntropyOptions(**chosen),
+                )  # fmt: skip
+            return _per_row(-losses, inputs)
+
+        return run
+
+    return build
 
 
 def liger_scaled():
@@ -149,7 +157,8 @@ BACKENDS = {"cuda": ("fused", "chunked", "torch"), "cpu": ("torch",)}
 PEERS = [
     Variant("plain logits", plain, options="cross_entropy(linear(x, w).float())"),
     Variant("plain logits, torch.compile", compiled_plain),
-    Variant("torch linear_cross_entropy", torch_linear_cross_entropy, options="LinearCrossEntropyOptions()"),
+    Variant("torch linear_cross_entropy", torch_linear_cross_entropy(), options="LinearCrossEntropyOptions()"),
+    Variant("torch linear_cross_entropy, 8 chunks", torch_linear_cross_entropy(8), options="batch_chunk_size=N/8"),
     Variant("Liger scaled CE", liger_scaled, options="LigerFusedLinearScaledCrossEntropyFunction"),
     Variant("Liger FLCE, per row", liger_flce("none"), minimum_cuda=(7, 0)),
     Variant("Liger FLCE, mean", liger_flce("mean"), of_a_mean, minimum_cuda=(7, 0)),

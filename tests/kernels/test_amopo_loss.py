@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from amopo_kernels import SequenceStats, amopo_loss, linear_amopo_loss, reference
+from amopo_kernels import SequenceStats, UnsupportedError, amopo_loss, linear_amopo_loss, reference
 
 PAIRS, DIMENSIONS = 4, 3
 ABSENT = {
@@ -141,6 +141,18 @@ def test_linear_against_reference(lengths, compat):
         gradients.append(torch.autograd.grad(results[-1].loss, (hidden, weight, bias)))
     for a, b in zip((*results[0], *gradients[0]), (*results[1], *gradients[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "option", [{"logits_cache_bytes": 1}, {"gradient": "filtered"}, {"filter_stats": torch.zeros(2)}], ids=str
+)
+def test_head_options_reach_the_head(option):
+    hidden, weight, labels = torch.randn(2, 6), torch.randn(40, 6), torch.tensor([3, 5])
+    with pytest.raises(UnsupportedError, match="backend 'torch'"):
+        linear_amopo_loss(
+            hidden, weight, labels, torch.tensor([0, 1, 2]), num_dimensions=1, beta=0.8, gamma=1.5, weighting="mean",
+            backend="torch", **option,
+        )  # fmt: skip
 
 
 def test_unchecked_bad_offsets_reach_the_loss_as_nan():
