@@ -8,6 +8,7 @@ from typing import Literal
 from transformers import TrainingArguments
 
 from amopo_fast.attention_backends import BACKENDS as ATTENTION_BACKENDS
+from amopo_fast.body import liger_by_default, liger_config
 from amopo_fast.optim import IN_BACKWARD
 from amopo_fast.optim.adamw import CLIPPING
 from amopo_fast.precision import WEIGHT_PRECISIONS, autocasts_by_default
@@ -108,6 +109,14 @@ class AMoPOConfig(TrainingArguments):
         metadata={"help": "flash_attention_4, flash_attention_3, flash_attention_2, varlen (torch's), sdpa (one call "
                   "per segment, any device), or auto: the first of them that is installed and fits the model."},
     )  # fmt: skip
+    use_liger_kernel: bool | None = field(
+        default=None,
+        metadata={"help": "liger-kernel's RMSNorm, RoPE and SwiGLU in the model's body, never its cross-entropy. "
+                  "Default: on a GPU, where liger-kernel is installed."},
+    )  # fmt: skip
+    compile_layers: bool = field(
+        default=False, metadata={"help": "torch.compile the decoder layers, once for all row lengths."}
+    )
     weight_precision: str = field(
         default="auto",
         metadata={"help": "fp32: float32 weights, bf16 autocast on GPUs; bf16_stochastic: bfloat16 weights, updates "
@@ -145,7 +154,13 @@ class AMoPOConfig(TrainingArguments):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and autocasts_by_default()
+        if self.use_liger_kernel is None:
+            self.use_liger_kernel = not self.use_cpu and liger_by_default()
         super().__post_init__()
+        if self.use_liger_kernel:
+            self.liger_kernel_config = liger_config(self.liger_kernel_config)
+        if self.torch_compile:
+            raise ValueError("torch_compile compiles the whole model, for every row anew; use compile_layers")
         for name, choices in (
             ("weighting", ("gaussian", "mean", "uniform")),
             ("compat", ("paper", "upstream")),

@@ -2,14 +2,15 @@
 
 Packing is exact if tokens of a row meet each other in the attention interface only, and there as the plan says. A model
 class promises neither, so `check_packing` tries it: the same class and configuration flags with small sizes and random
-weights, float32, on the CPU; a packed row against its sequences one by one, log-probs and all gradients. It takes
-about a tenth of a second and nothing of the model itself is touched.
+weights, float32, on the CPU; a packed row against its sequences one by one, log-probs and all gradients. It takes about
+a tenth of a second and nothing of the model itself is touched.
 """
 
 from __future__ import annotations
 
 import copy
 import re
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -238,7 +239,7 @@ def _reinitialise(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         scale = 1.0 if parameter.dim() < 2 else 1.5 / parameter.shape[-1] ** 0.5
-        noise = torch.randn(parameter.shape, generator=generator)
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
         parameter.data = parameter.data + 0.1 * noise if parameter.dim() < 2 else scale * noise
 
 
@@ -265,10 +266,11 @@ def check_packing(model: nn.Module) -> None:
             f"{name} cannot be packed: its architecture could not be tried in miniature "
             f"({type(error).__name__}: {error})"
         ) from error
+    device = next(tiny.parameters()).device
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # operations this small only wait for each other's threads
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             _reinitialise(tiny)
             _compare(tiny, name)
     finally:
@@ -290,15 +292,24 @@ def _tiny_model(model: nn.Module) -> nn.Module:
 
 
 def _own_classes(model: nn.Module) -> set[str]:
-    """Classes of the modules that the model's own file defines: not those of PEFT, quantisation or sharding."""
-    return {type(module).__name__ for module in model.modules() if type(module).__module__ == type(model).__module__}
+    """Classes of the modules that the model's own file defines: not those of PEFT, quantisation, sharding or Liger."""
+    file = sys.modules[type(model).__module__]
+    names = {type(module).__name__ for module in model.modules() if type(module).__module__ == file.__name__}
+    return {name for name in names if getattr(getattr(file, name, None), "__module__", None) == file.__name__}
+
+
+def _check_device(model_class: type[nn.Module]) -> str:
+    """The CPU, unless Liger has patched the model's file (for the whole process): its kernels need CUDA."""
+    file = sys.modules[model_class.__module__]
+    patched = any(str(getattr(value, "__module__", "")).startswith("liger_kernel") for value in vars(file).values())
+    return "cuda" if patched else "cpu"
 
 
 def _build(model_class: type[nn.Module], config: PretrainedConfig) -> nn.Module:
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]), torch.device(_check_device(model_class)):
             torch.manual_seed(0)
             # The class itself, not from_config: that would shard the miniature under DeepSpeed.
             return model_class(config).float().eval()
@@ -310,7 +321,8 @@ def _compare(tiny: nn.Module, name: str) -> None:
     from amopo_fast.scoring import score  # scoring prepares models with this module
 
     pairs = _check_pairs()
-    weights = torch.linspace(-1.0, 1.0, 5)
+    device = next(tiny.parameters()).device
+    weights = torch.linspace(-1.0, 1.0, 5, device=device)
 
     def gradients(logps: torch.Tensor) -> dict[str, torch.Tensor]:
         tiny.zero_grad()
@@ -322,13 +334,14 @@ def _compare(tiny: nn.Module, name: str) -> None:
         for pair in pairs:
             for prompt in pair.prompts:
                 for response in (pair.chosen, pair.rejected):
-                    ids = torch.from_numpy(np.concatenate([prompt, response]))
+                    ids = torch.from_numpy(np.concatenate([prompt, response])).to(device)
                     logits = tiny(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1].float()
                     separate.append(logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0].sum())
         expected = torch.stack(separate)
         expected_gradients = gradients(expected)
         switch_attention(tiny)
-        packed = score(tiny, build_plan(pairs, min_node_tokens=3), attention_backend="sdpa", backend="torch").logp_sum
+        plan = build_plan(pairs, min_node_tokens=3).to(device)
+        packed = score(tiny, plan, attention_backend="sdpa", backend="torch").logp_sum
         packed_gradients = gradients(packed)
     except Exception as error:
         raise UnsupportedModelError(

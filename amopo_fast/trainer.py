@@ -23,6 +23,7 @@ from transformers.trainer_utils import TrainOutput
 
 from amopo_fast.activations import KeepLayers
 from amopo_fast.batching import Collator, PairDataset, PairSizes, PlannedBatches, plan_epochs
+from amopo_fast.body import compile_layers
 from amopo_fast.checkpointer import AlreadyFinished, Checkpointer
 from amopo_fast.config import AMoPOConfig
 from amopo_fast.errors import CheckpointError, NumbersError
@@ -69,6 +70,8 @@ class AMoPOTrainer(Trainer):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True)
         prepare_model(model)
+        if args.compile_layers:
+            compile_layers(model)
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset or ()}
         for pair in chain(train_dataset or (), *evals.values()):
             if len(pair.prompts) != len(dimensions):
