@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from amopo_fast import checkpoints, durable
 from amopo_fast.errors import CheckpointError
 from amopo_fast.fingerprint import differences, run_fingerprint
+from amopo_fast.safety import check_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class Checkpointer(TrainerCallback):
             pairs_per_step=args.pairs_per_step,
         )
         if folder is not None:
+            check_sharded(folder)
             changed = differences(checkpoints.read_marker(folder)["fingerprint"], self._fingerprint)
             if changed:
                 raise CheckpointError(

@@ -32,6 +32,7 @@ from amopo_fast.metrics import Meter, pair_table, table_metrics
 from amopo_fast.metrics_file import MetricsFile
 from amopo_fast.optim import backward_grad_norm, choose_optimizer
 from amopo_fast.prompts import PairTokens
+from amopo_fast.safety import write_arguments
 from amopo_fast.scoring import check_lengths, prepare_model, score_wrapped
 from amopo_fast.termination import Termination
 from amopo_kernels import amopo_loss
@@ -67,8 +68,8 @@ class AMoPOTrainer(Trainer):
         **kwargs,
     ):
         if isinstance(model, str):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True)
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
         prepare_model(model)
         if args.compile_layers:
             compile_layers(model)
@@ -152,6 +153,11 @@ class AMoPOTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         self.guard.check_weights("before saving")
         self.checkpointer.save(lambda: super(AMoPOTrainer, self)._save_checkpoint(model, trial))
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # Trainer pickles its arguments, tokens included
+            write_arguments(output_dir or self.args.output_dir, self.args)
 
     def _get_output_dir(self, trial) -> str:
         # Lets _save_checkpoint write to a staging folder: there is no other way to tell it where to.

@@ -116,7 +116,7 @@ def load_tokenizer(name: str | None):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception for a broken file
         text = " ".join(str(error).split())[:300]
         raise ValueError(

@@ -37,7 +37,7 @@ def load_config(name: str, overrides: str | None = None):
     from transformers import AutoConfig
 
     path = Path(name)
-    config = AutoConfig.from_pretrained(path.parent if path.is_file() else name)
+    config = AutoConfig.from_pretrained(path.parent if path.is_file() else name, trust_remote_code=False)
     if overrides:
         config.update_from_string(overrides)
         text = config.get_text_config()

@@ -153,10 +153,14 @@ def load_model(name: str, dtype: str, device: str | None):
             from peft import PeftConfig, PeftModel
 
             base = PeftConfig.from_pretrained(name).base_model_name_or_path
-            model = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, dtype=kind)
+            model = AutoModelForCausalLM.from_pretrained(
+                base, use_safetensors=True, dtype=kind, trust_remote_code=False
+            )
             model = PeftModel.from_pretrained(model, name)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, dtype=kind)
+            model = AutoModelForCausalLM.from_pretrained(
+                name, use_safetensors=True, dtype=kind, trust_remote_code=False
+            )
         return model.to(device)
 
 

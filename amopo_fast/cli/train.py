@@ -45,12 +45,16 @@ def build_model(config: ModelConfig, seed: int):
 
     if not config.model_name_or_path:
         raise ValueError("model_name_or_path is missing: give a folder or a Hub name")
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path or config.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(
+        config.tokenizer_name_or_path or config.model_name_or_path, trust_remote_code=False
+    )
     if not config.random_weights:
         if config.config_overrides:
             raise ValueError("config_overrides needs --random_weights: trained weights have one shape")
-        return AutoModelForCausalLM.from_pretrained(config.model_name_or_path, use_safetensors=True), tokenizer
-    shape = AutoConfig.from_pretrained(config.model_name_or_path)
+        return AutoModelForCausalLM.from_pretrained(
+            config.model_name_or_path, use_safetensors=True, trust_remote_code=False
+        ), tokenizer
+    shape = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=False)
     if config.config_overrides:
         shape.update_from_string(config.config_overrides)
     set_seed(seed)

@@ -49,6 +49,10 @@ class Source:
     score_min: float | None = field(default=None)
     score_max: float | None = field(default=None)
 
+    def __post_init__(self):
+        if self.name and not re.fullmatch(r"\w[\w. +-]*", self.name):  # it becomes part of file names
+            raise ValueError(f"{self.path}: name={self.name!r} may hold letters, digits, spaces and . _ + - only")
+
     @property
     def is_file(self) -> bool:
         """Whether the path is read as a local file; otherwise as a folder or a Hub name."""
