@@ -22,7 +22,7 @@ from rich.text import Text
 
 from amopo_fast.errors import DataError
 from amopo_fast.prompts import PromptBuilder
-from amopo_fast.records import DEFAULT_SCORE_RANGE, NO_OBJECT, Pair, Reading, iter_records
+from amopo_fast.records import DEFAULT_SCORE_RANGE, NO_OBJECT, Pair, Reading, iter_records, no_usable_record
 from amopo_fast.sources.formats import OpenSource, open_source
 from amopo_fast.sources.spec import Source, parse_sources
 
@@ -281,6 +281,8 @@ def _validate(
             seen.add(-1 if item.record is None else item.record)
     except DataError as error:
         errors.append(error)
+    if not pairs and not errors:
+        errors.append(no_usable_record(str(opened.source), [], dropped))
     prompts |= {pair.messages for pair in pairs}
     lengths, truncated, max_length = None, None, None
     if builder is not None:
