@@ -173,9 +173,14 @@ class AMoPOConfig(TrainingArguments):
         if self.attention_backend not in ("auto", *ATTENTION_BACKENDS):
             names = ", ".join(("auto", *ATTENTION_BACKENDS))
             raise ValueError(f"attention_backend={self.attention_backend!r}; choose one of {names}")
-        for name in ("beta", "tokens_per_micro_batch"):
+        positive = ["beta", "tokens_per_micro_batch", "per_device_train_batch_size", "per_device_eval_batch_size",
+                    "gradient_accumulation_steps"]  # fmt: skip
+        for name in positive if self.max_steps > 0 else [*positive, "num_train_epochs"]:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("seed", "learning_rate", "sft_coef", "max_grad_norm", "dataloader_num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.pairs_per_step is None:
             self.pairs_per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if self.pairs_per_step < self.world_size:

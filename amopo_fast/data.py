@@ -136,6 +136,8 @@ def common_score_range(config: DataConfig, opened: Sequence[OpenSource]) -> tupl
     if (config.score_min is None) != (config.score_max is None):
         raise ValueError("give both score_min and score_max, or neither")
     if config.score_min is not None:
+        if config.score_min >= config.score_max:
+            raise ValueError(f"score_min={config.score_min:g} must be below score_max={config.score_max:g}")
         return float(config.score_min), float(config.score_max)
     ranges = {str(each.source): each.score_range or DEFAULT_SCORE_RANGE for each in opened}
     if len(set(ranges.values())) > 1:

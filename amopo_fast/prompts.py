@@ -110,6 +110,11 @@ class PromptBuilder:
         special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = set(special) | set(tokenizer.all_special_ids)
         self._special = _any_of({*special.values(), *tokenizer.all_special_tokens})
+        if not len(self._encode([_PROBE])[0]):
+            raise ValueError(
+                f"the tokenizer makes no tokens of {_PROBE!r}: its vocabulary is empty, as where a model folder has no "
+                "tokenizer.json; save the tokenizer beside the model, or name it with tokenizer_name_or_path"
+            )
         self.end_id, self._closing, self._before_end = self._end_of_turn()
 
     # Text

@@ -24,6 +24,17 @@ class OptionError(ValueError):
     """An option that cannot be used. The message names the file or the command line, the key and the remedy."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice instead of taking the last one."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} is there twice, the second time before {node.end_mark}")
+        return super().construct_mapping(node, deep)
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise OptionError(f"command line: {message}; `{self.prog} --help` lists the options")
@@ -76,7 +87,7 @@ def parse_options(
     for key in SOURCE_KEYS:
         if hasattr(namespace, key):
             try:
-                parse_sources(getattr(namespace, key))
+                parse_sources(getattr(namespace, key), named=key == "eval_data")
             except ValueError as error:
                 raise OptionError(f"{origin.get(key, key)}: {error}") from None
     given = vars(namespace)
@@ -85,7 +96,7 @@ def parse_options(
 
 def _from_yaml(config: str, types_of: dict[str, Any], known: set[str], others: set[str]) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        values = yaml.load(Path(config).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise OptionError(f"{config}: {error.strerror or error}; check the path of the configuration") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:

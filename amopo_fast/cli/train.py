@@ -26,13 +26,27 @@ def model_errors(name: str | None):
     try:
         yield
     except Exception as error:
+        if isinstance(error, ValueError) and _raised_here(error):
+            raise  # says what to do already
         text = " ".join(str(error).split())
-        if name and name in text and isinstance(error, ValueError):
-            raise
         raise ValueError(
             f"model_name_or_path: {name!r} cannot be loaded: {type(error).__name__}: {text[:400]}; "
             "give a folder with config.json, tokenizer.json and whole .safetensors files, or a Hub name"
         ) from error
+
+
+def _raised_here(error: Exception) -> bool:
+    place = error.__traceback__
+    while place.tb_next:
+        place = place.tb_next
+    return place.tb_frame.f_globals.get("__name__", "").startswith("amopo_fast")
+
+
+def check_output_dir(folder: Path) -> None:
+    """Raises ValueError where something that is no folder is in the way."""
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"output_dir: {place} is a file; name a folder")
 
 
 def build_model(config: ModelConfig, seed: int):
@@ -56,7 +70,10 @@ def build_model(config: ModelConfig, seed: int):
         ), tokenizer
     shape = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=False)
     if config.config_overrides:
-        shape.update_from_string(config.config_overrides)
+        try:
+            shape.update_from_string(config.config_overrides)
+        except ValueError as error:
+            raise ValueError(f"config_overrides: {error}; write NAME=NUMBER,... of the model's config.json") from None
     set_seed(seed)
     return AutoModelForCausalLM.from_config(shape), tokenizer
 
@@ -101,8 +118,7 @@ def run(arguments) -> int:
     if not data_config.train_data:
         raise ValueError("train_data is missing: give --train_data FILE, or train_data in the YAML file")
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir: {folder} is a file; name a folder")
+    check_output_dir(folder)
     # Before the model is loaded, which can take minutes. The trainer asks rank 0 alone.
     resume = checkpoints.resolve(folder, config.resume_from_checkpoint) if config.process_index == 0 else None
     with model_errors(model_config.model_name_or_path):
@@ -118,7 +134,12 @@ def run(arguments) -> int:
         eval_dataset=data.eval_dataset,
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise ValueError(error.args[0]) from None
     if trainer.checkpointer.stopped:
         if trainer.is_world_process_zero():
             step = trainer.state.global_step

@@ -11,7 +11,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,19 +114,15 @@ _TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv")
 _FILE_SUFFIXES = (*_TEXT_SUFFIXES, ".parquet", ".gz")
 
 
-def parse_sources(value: Any) -> list[Source]:
-    """Sources of a configuration key: one, a list of them, or a mapping of names to them.
+def parse_sources(value: Any, *, named: bool = True) -> list[Source]:
+    """Sources of a configuration key: one, a list of them, or (`named`) a mapping of names to them.
 
     Raises ValueError as `Source.parse`.
     """
     if value is None:
         return []
-    if isinstance(value, Mapping) and "path" not in value:
-        named = []
-        for name, item in value.items():
-            source = Source.parse(item)
-            named.append(Source(**{**vars(source), "name": str(name)}))
-        return named
+    if named and isinstance(value, Mapping) and "path" not in value:
+        return [replace(Source.parse(item), name=str(name)) for name, item in value.items()]
     return [Source.parse(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
 
 
