@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import validation
+from . import dispatch, validation
 from .backends import torch_slices
 
 
@@ -30,7 +30,8 @@ def linear_logps(
         softcap: cap(x) = softcap * tanh(x / softcap), applied after the bias and before the temperature.
         ignore_index: rows with this label give 0.0 and no gradient.
         return_entropy: also return the entropy of each row's distribution, in nats.
-        backend: "torch" or "auto"; "chunked" and "fused" are not built yet.
+        backend: "fused" (Triton matmuls), "chunked" (vendor matmuls over slices of the vocabulary, Triton epilogues),
+            "torch" (slices in plain torch: any device and dtype) or "auto", the rule in `dispatch`.
         validate: check label values, which synchronises; default: on the CPU only. Unchecked bad labels give NaN.
 
     Returns:
@@ -39,26 +40,66 @@ def linear_logps(
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, labels. ShardedTensorError: a DTensor.
-        BackendUnavailableError: the backend. DoubleBackwardError: a gradient of a gradient.
+        BackendUnavailableError: the backend cannot run here. UnsupportedError: it cannot do this.
+        DoubleBackwardError: a gradient of a gradient.
     """
-    validation.choose_backend(backend)
     validation.check_linear(hidden, weight, labels, bias)
-    if softcap is not None and softcap <= 0 or temperature <= 0:
-        raise ValueError(f"softcap and temperature must be positive, got {softcap} and {temperature}")
     if validation.wants_values(validate, labels):
         validation.check_labels(labels, weight.shape[0], ignore_index)
-    shape = labels.shape
-    labels = labels.reshape(-1).long()
-    ignored = labels == ignore_index
+    logps, entropy = label_logps(
+        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), bias,
+        softcap=softcap, temperature=temperature, ignore_index=ignore_index, entropy=return_entropy, backend=backend,
+    )[:2]  # fmt: skip
+    logps = logps.reshape(labels.shape)
+    return (logps, entropy.reshape(labels.shape)) if return_entropy else logps
+
+
+def label_logps(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (N,)
+    bias: Tensor | None,
+    *,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    entropy: bool,
+    backend: str,
+    cache_bytes: int = 0,
+    gradient: str = "exact",
+    filter_stats: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, str]:
+    """(logps (N,), entropy (N,) or None, the backend that ran) of checked shapes and labels: dispatch and compute."""
+    if softcap is not None and softcap <= 0 or temperature <= 0:
+        raise ValueError(f"softcap and temperature must be positive, got {softcap} and {temperature}")
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        compute_dtype = torch.get_autocast_dtype(device)
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
     else:
-        compute_dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    options = torch_slices.Options(softcap, temperature, compute_dtype, return_entropy)
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    backend = dispatch.choose_backend(backend, hidden, dtype, gradient)
+    needs_grad = torch.is_grad_enabled() and hidden.requires_grad
+    mode = dispatch.choose_mode(
+        backend, dtype, gradient=gradient, entropy=entropy, cache_bytes=cache_bytes,
+        only_hidden_needs_grad=needs_grad and not any(x.requires_grad for x in (weight, bias) if x is not None),
+    )  # fmt: skip
+    if filter_stats is not None:
+        validation.check_filter_stats(filter_stats, gradient, hidden.device)
+    labels = labels.long()
     with torch.autocast(device, enabled=False):
-        logps, entropy = torch_slices.LinearLogps.apply(
-            hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.masked_fill(ignored, -1), ignored, options
-        )
-    logps = logps.reshape(shape)
-    return (logps, entropy.reshape(shape)) if return_entropy else logps
+        if backend == "torch":
+            dispatch.count(backend, mode)
+            ignored = labels == ignore_index
+            options = torch_slices.Options(softcap, temperature, dtype, entropy)
+            results = torch_slices.LinearLogps.apply(
+                hidden, weight, bias, labels.masked_fill(ignored, -1), ignored, options
+            )
+            return *results, backend
+        from .backends import ops
+
+        results = ops.linear_logps(
+            hidden, weight, bias, labels, ignore_index, softcap, temperature, dtype, backend, mode, entropy,
+            cache_bytes, filter_stats,
+        )  # fmt: skip
+    return results[0], results[1] if entropy else None, backend

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import validation
-from .logps import linear_logps
+from . import dispatch, validation
+from .logps import label_logps
 from .types import SequenceStats
 
 
@@ -17,16 +17,26 @@ def sequence_stats(logps: Tensor, cu_seqlens: Tensor) -> SequenceStats:
         logps: (N,) floating point. cu_seqlens: (S + 1,) int32, from 0 to N; an empty segment is an absent dimension.
 
     Returns:
-        SequenceStats; `logp_sum` is differentiable, its gradient is one number per sequence. Sums run in float64.
+        SequenceStats; `logp_sum` is differentiable, its gradient is one number per sequence. Sums run in float64 on the
+        CPU, in float32 by one Triton launch on CUDA.
 
     Raises:
         ValueError: cu_seqlens (its values are checked on the CPU only).
     """
     validation.check_cu_seqlens(cu_seqlens, logps.shape[0], validation.wants_values(None, logps))
-    return _sequence_stats(logps, cu_seqlens)
+    triton = logps.is_cuda and logps.dtype != torch.float64 and dispatch.HAS_TRITON
+    return _triton_sequence_stats(logps, cu_seqlens) if triton else _torch_sequence_stats(logps, cu_seqlens)
 
 
-def _sequence_stats(logps: Tensor, cu_seqlens: Tensor) -> SequenceStats:
+def _triton_sequence_stats(logps: Tensor, cu_seqlens: Tensor) -> SequenceStats:
+    """One launch; results as those of `_torch_sequence_stats`."""
+    from .backends import ops
+
+    logp_sum, length, prob_mean, prob_std = ops.sequence_sums(logps, cu_seqlens)
+    return SequenceStats(logp_sum, length, prob_mean, prob_std, logps.detach())
+
+
+def _torch_sequence_stats(logps: Tensor, cu_seqlens: Tensor) -> SequenceStats:
     """sequence_stats of unchecked offsets: bad ones read nothing out of bounds and give NaN everywhere."""
     rows = logps.shape[0]
     offsets = cu_seqlens.long()
@@ -74,27 +84,30 @@ def linear_sequence_stats(
 ) -> SequenceStats:
     """`sequence_stats(linear_logps(...))` over label rows only: hidden (N, H), labels (N,) without ignored rows.
 
-    DPO is `.logp_sum`, SimPO and ORPO `.logp_sum / .length`. Arguments as in `linear_logps`; `logits_cache_bytes`,
-    `gradient` and `filter_stats` belong to backends that are not built yet and are refused by name.
+    DPO is `.logp_sum`, SimPO and ORPO `.logp_sum / .length`. Arguments as in `linear_logps`, and
+
+        logits_cache_bytes: memory for probabilities that the forward keeps, in the matmuls' dtype; each kept column
+            saves a quarter of its work in the backward. `chunked` and `fused`. Unused where the weight needs no
+            gradient: then the forward accumulates the gradient of hidden (N * H * 4 bytes) and nothing is recomputed.
+        gradient: "exact", or "filtered" (`fused`): tiles of the vocabulary whose share of the gradient is negligible
+            are dropped before they are recomputed.
+        filter_stats: float32 (3,), written by the backward of "filtered": the shares of tiles recomputed and
+            multiplied, and the dropped share of the gradient's mass, sum |g| p over dropped / sum |g| (1 - p_label).
 
     Raises:
         UnsupportedError: an option that the backend does not have; otherwise as `linear_logps` and `sequence_stats`.
     """
-    validation.check_exact(gradient, logits_cache_bytes, filter_stats)
     validation.check_cu_seqlens(cu_seqlens, labels.numel(), validation.wants_values(validate, labels))
+    validation.check_linear(hidden, weight, labels, bias)
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be (N, H), got {tuple(hidden.shape)}")
     if validation.wants_values(validate, labels):
         validation.check_labels(labels, weight.shape[0], None)
-    logps = linear_logps(
-        hidden,
-        weight,
-        labels,
-        bias,
-        softcap=softcap,
-        temperature=temperature,
-        ignore_index=torch.iinfo(torch.int64).min,
-        backend=backend,
-        validate=False,
-    )
-    return _sequence_stats(logps, cu_seqlens)
+    logps, _, backend = label_logps(
+        hidden, weight, labels, bias, softcap=softcap, temperature=temperature,
+        ignore_index=torch.iinfo(torch.int64).min, entropy=False, backend=backend, cache_bytes=logits_cache_bytes,
+        gradient=gradient, filter_stats=filter_stats,
+    )  # fmt: skip
+    if backend == "torch":
+        return _torch_sequence_stats(logps, cu_seqlens)
+    return _triton_sequence_stats(logps, cu_seqlens)

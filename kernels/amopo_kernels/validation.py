@@ -5,26 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import BackendUnavailableError, ShardedTensorError, UnsupportedError
-
-BACKENDS = ("auto", "torch", "chunked", "fused")
-
-
-def choose_backend(backend: str) -> str:
-    """The one rule of `auto`. Only "torch" is built so far."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}; choose one of {', '.join(BACKENDS)}")
-    if backend in ("chunked", "fused"):
-        raise BackendUnavailableError(f"backend {backend!r} is not built yet; use 'torch' or 'auto'")
-    return "torch"
-
-
-def check_exact(gradient: str, logits_cache_bytes: int, filter_stats) -> None:
-    """Refuse what the torch backend does not do."""
-    if gradient != "exact" or filter_stats is not None:
-        raise UnsupportedError(f"backend 'torch' computes gradient='exact' only, got gradient={gradient!r}")
-    if logits_cache_bytes:
-        raise UnsupportedError("backend 'torch' keeps no logits; leave logits_cache_bytes at 0")
+from .errors import ShardedTensorError
 
 
 def check_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
@@ -76,3 +57,11 @@ def check_cu_seqlens(cu_seqlens: Tensor, rows: int, validate: bool) -> None:
             raise ValueError(f"cu_seqlens must run from 0 to {rows}, got {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}")
         if bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
             raise ValueError("cu_seqlens must not decrease")
+
+
+def check_filter_stats(filter_stats: Tensor, gradient: str, device: torch.device) -> None:
+    if gradient != "filtered":
+        raise ValueError("filter_stats is written by gradient='filtered' only; leave it out")
+    if filter_stats.shape != (3,) or filter_stats.dtype != torch.float32 or filter_stats.device != device:
+        found = f"{filter_stats.dtype} {tuple(filter_stats.shape)} on {filter_stats.device}"
+        raise ValueError(f"filter_stats must be float32 (3,) on {device}, got {found}")

@@ -1,0 +1,221 @@
+"""The head of `fused` and `chunked`, and the statistics of sequences, as torch operators: fake, autograd, compile.
+
+An operator takes and returns tensors; what is not wanted is returned empty. The forward returns everything that its
+backward needs, so that autograd keeps it when it differentiates and drops it when it does not.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import dispatch
+from ..errors import DoubleBackwardError
+from . import head, sequences
+from .problem import Problem, RowStatistics
+
+
+def _problem(hidden, weight, bias, labels, softcap, temperature, dtype) -> Problem:
+    def operand(x: Tensor) -> Tensor:
+        x = x.to(dtype)
+        return x if x.stride(1) == 1 else x.contiguous()
+
+    bias = bias if bias is None else bias.contiguous()
+    return Problem(operand(hidden), operand(weight), bias, labels.contiguous(), softcap, temperature)
+
+
+@torch.library.custom_op("amopo_kernels::linear_logps", mutates_args=())
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    temperature: float,
+    dtype: torch.dtype,
+    backend: str,
+    gradient_mode: str,
+    entropy: bool,
+    cache_bytes: int,
+    filter_stats: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """hidden (N, H), weight (V, H), bias (V,), labels (N,) -> logps, entropy, lse in bits, 1 - p_y, each (N,) float32;
+    mode "frozen": dX per unit of gradient (N, H) float32; mode "cached": probabilities (N, C) in dtype; modes "cached"
+    and "filtered": log-sum-exp of every strip of columns, (strips, N) float32.
+
+    `dtype` is that of the matmuls. `filter_stats` is for the backward of mode "filtered".
+    """
+    dispatch.count(backend, gradient_mode)
+    problem = _problem(hidden, weight, bias, labels, softcap, temperature, dtype)
+    cached = head.cached_columns(hidden, weight.shape[0], dtype, cache_bytes) if gradient_mode == "cached" else 0
+    forward = head.forward(
+        problem, backend, ignore_index, entropy=entropy, unit_gradient=gradient_mode == "frozen", cached=cached,
+    )  # fmt: skip
+    rows, empty = forward.rows, rows_like(hidden, 0)
+
+    def present(x: Tensor | None) -> Tensor:
+        return empty.clone() if x is None else x
+
+    return (
+        rows.logps, present(rows.entropy), rows.lse, rows.miss, present(forward.unit_d_hidden),
+        present(forward.cache), present(forward.tile_lse),
+    )  # fmt: skip
+
+
+def rows_like(hidden: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=hidden.device)
+
+
+@linear_logps.register_fake
+def _(hidden, weight, bias, labels, ignore_index, softcap, temperature, dtype, backend, gradient_mode, entropy,
+      cache_bytes, filter_stats):  # fmt: skip
+    N, vocabulary = hidden.shape[0], weight.shape[0]
+    cached = head.cached_columns(hidden, vocabulary, dtype, cache_bytes) if gradient_mode == "cached" else 0
+    strip = head.strip_columns(hidden, dtype, backend, entropy, gradient_mode in ("frozen", "cached"))
+    cache, tiles = rows_like(hidden, 0), rows_like(hidden, 0)
+    if cached:
+        cache = torch.empty(N, head.cache_width(cached, vocabulary), dtype=dtype, device=hidden.device)
+        tiles = rows_like(hidden, triton.cdiv(cached, strip), N)
+    if gradient_mode == "filtered":
+        tiles = rows_like(hidden, triton.cdiv(vocabulary, strip), N)
+    unit = rows_like(hidden, *hidden.shape) if gradient_mode == "frozen" else rows_like(hidden, 0)
+    return (
+        rows_like(hidden, N), rows_like(hidden, N if entropy else 0), rows_like(hidden, N), rows_like(hidden, N),
+        unit, cache, tiles,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("amopo_kernels::linear_logps_backward", mutates_args=())
+def linear_logps_backward(
+    grad: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logps: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    miss: Tensor,
+    cache: Tensor,
+    tile_lse: Tensor,
+    softcap: float | None,
+    temperature: float,
+    dtype: torch.dtype,
+    backend: str,
+    gradient_mode: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients that are needed, in their tensors' dtypes; the others empty."""
+    problem = _problem(hidden, weight, bias, labels, softcap, temperature, dtype)
+    d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if need_hidden else None
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None
+    d_bias = torch.empty_like(bias) if need_bias else None
+    forward = head.Forward(
+        RowStatistics(logps, lse, miss, entropy), cache=cache if cache.numel() else None, tile_lse=tile_lse
+    )
+    head.backward(
+        problem, backend, forward, grad, grad_entropy, d_hidden=d_hidden, d_weight=d_weight, d_bias=d_bias,
+    )  # fmt: skip
+    if need_hidden:
+        d_hidden = d_hidden.to(hidden.dtype)
+    return tuple(rows_like(hidden, 0) if x is None else x for x in (d_hidden, d_weight, d_bias))
+
+
+@linear_logps_backward.register_fake
+def _(grad, grad_entropy, hidden, weight, bias, labels, logps, entropy, lse, miss, cache, tile_lse,
+      softcap, temperature, dtype, backend, gradient_mode, need_hidden, need_weight, need_bias):  # fmt: skip
+    def like(x, needed):
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else rows_like(hidden, 0)
+
+    return like(hidden, need_hidden), like(weight, need_weight), like(bias, need_bias)
+
+
+def _save_for_linear_logps(ctx, inputs, output):
+    hidden, weight, bias, labels = inputs[:4]
+    ctx.softcap, ctx.temperature, ctx.dtype, ctx.backend, ctx.mode = inputs[5:10]
+    entropy = inputs[10]
+    ctx.filter_stats = inputs[12]
+    logps, row_entropy, lse, miss, unit, cache, tile_lse = output
+    ctx.mark_non_differentiable(*(output[2:] if entropy else output[1:]))
+    ctx.set_materialize_grads(False)
+    ctx.hidden_dtype = hidden.dtype
+    if ctx.mode == "frozen":
+        ctx.save_for_backward(unit)
+    else:
+        ctx.save_for_backward(hidden, weight, bias, labels, logps, row_entropy, lse, miss, cache, tile_lse)
+
+
+def _backward_of_linear_logps(ctx, grad, grad_entropy, *_):
+    refuse_double_backward("linear_logps")
+    nothing = (None,) * 9
+    if grad is None and grad_entropy is None:
+        return None, None, None, None, *nothing
+    if ctx.mode == "frozen":
+        (unit,) = ctx.saved_tensors
+        return (unit * (grad / ctx.temperature)[:, None]).to(ctx.hidden_dtype), None, None, None, *nothing
+    hidden, weight, bias, labels, logps, entropy, lse, miss, cache, tile_lse = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:3]
+    grad = torch.zeros_like(logps) if grad is None else grad
+    gradients = torch.ops.amopo_kernels.linear_logps_backward(
+        grad, grad_entropy, hidden, weight, bias, labels, logps, entropy, lse, miss, cache, tile_lse,
+        ctx.softcap, ctx.temperature, ctx.dtype, ctx.backend, ctx.mode, *needed,
+    )  # fmt: skip
+    return *(x if need else None for x, need in zip(gradients, needed, strict=True)), None, *nothing
+
+
+linear_logps.register_autograd(_backward_of_linear_logps, setup_context=_save_for_linear_logps)
+
+
+@torch.library.custom_op("amopo_kernels::sequence_sums", mutates_args=())
+def sequence_sums(logps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logps (N,), cu_seqlens (S + 1,) -> logp_sum, length int32, prob_mean, prob_std, each (S,)."""
+    return sequences.sequence_sums(logps.contiguous(), cu_seqlens.contiguous())
+
+
+@sequence_sums.register_fake
+def _(logps, cu_seqlens):
+    S = cu_seqlens.shape[0] - 1
+    length = torch.empty(S, dtype=torch.int32, device=logps.device)
+    return rows_like(logps, S), length, rows_like(logps, S), rows_like(logps, S)
+
+
+@torch.library.custom_op("amopo_kernels::rows_of_sequences", mutates_args=())
+def rows_of_sequences(grad: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
+    """One number per sequence (S,) -> (N,) float32."""
+    return sequences.rows_of_sequences(grad.contiguous(), cu_seqlens.contiguous(), rows)
+
+
+@rows_of_sequences.register_fake
+def _(grad, cu_seqlens, rows):
+    return rows_like(grad, rows)
+
+
+def _save_for_sequence_sums(ctx, inputs, output):
+    logps, cu_seqlens = inputs
+    ctx.rows, ctx.dtype = logps.shape[0], logps.dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(cu_seqlens)
+
+
+def _backward_of_sequence_sums(ctx, grad, *_):
+    refuse_double_backward("sequence_stats")
+    if grad is None:
+        return None, None
+    return torch.ops.amopo_kernels.rows_of_sequences(grad, *ctx.saved_tensors, ctx.rows).to(ctx.dtype), None
+
+
+sequence_sums.register_autograd(_backward_of_sequence_sums, setup_context=_save_for_sequence_sums)
+
+
+def refuse_double_backward(name: str) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise DoubleBackwardError(
+            f"{name} has no second derivative; call backward without create_graph, "
+            "or use amopo_kernels.reference for gradients of gradients"
+        )

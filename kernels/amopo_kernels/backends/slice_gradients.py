@@ -1,0 +1,114 @@
+"""Backward of the head, step 2: what a slice of dS gives to the weight and to the hidden states.
+
+    dW[slice]  = scale * dS^T X            written once, in the weight's dtype, straight into the gradient
+    dX32      = rescale * dX32 + dS W[slice]            float32
+
+Work: 2 N H FLOP per column each. With dS resident in L2, memory sees X (again per slice), dW once, dX32 read and
+written once per slice: 8 N H bytes. Order: persistent grids, no split along the sum and no atomics.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .problem import Problem, Upstream
+from .tiles import dot, grouped_tile, load_tile, narrow, strips_of
+
+
+@triton.jit
+def _d_weight_kernel(
+    dlogits, hidden, d_weight, scale, rows, features, width, begin, end, hidden_stride, d_weight_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
+    SCALE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row_tiles = tl.cdiv(end - begin, ROWS)
+    column_tiles = tl.cdiv(features, COLUMNS)
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=DESCRIPTORS):
+        row_tile, column_tile = grouped_tile(tile, row_tiles, column_tiles, GROUP)
+        v = row_tile * ROWS
+        h = column_tile * COLUMNS
+        accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for n in range(0, rows, DEPTH):
+            s = load_tile(dlogits, n, v, rows, width, width, DEPTH, ROWS, DESCRIPTORS)
+            x = load_tile(hidden, n, h, rows, features, hidden_stride, DEPTH, COLUMNS, DESCRIPTORS)
+            accumulator = dot(s.T, x, accumulator, PRECISION)
+        if SCALE:
+            accumulator *= tl.load(scale)
+        r = begin + v + tl.arange(0, ROWS)
+        strips = strips_of(accumulator, COLUMNS // STRIP)
+        for i in tl.static_range(COLUMNS // STRIP):
+            c = h + i * STRIP + tl.arange(0, STRIP)
+            places = d_weight + r.to(tl.int64)[:, None] * d_weight_stride + c[None, :]
+            inside = (r < end)[:, None] & (c < features)[None, :]
+            tl.store(places, narrow(strips[i], d_weight.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _d_hidden_kernel(
+    dlogits, weight, d_hidden, rescale, rows, features, width, begin, end, weight_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
+    RESCALE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row_tiles = tl.cdiv(rows, ROWS)
+    column_tiles = tl.cdiv(features, COLUMNS)
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=DESCRIPTORS):
+        row_tile, column_tile = grouped_tile(tile, row_tiles, column_tiles, GROUP)
+        row = row_tile * ROWS
+        h = column_tile * COLUMNS
+        accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for v in range(0, end - begin, DEPTH):
+            s = load_tile(dlogits, row, v, rows, width, width, ROWS, DEPTH, DESCRIPTORS)
+            w = load_tile(weight, begin + v, h, end, features, weight_stride, DEPTH, COLUMNS, DESCRIPTORS)
+            accumulator = dot(s, w, accumulator, PRECISION)
+        r = row + tl.arange(0, ROWS)
+        strips = strips_of(accumulator, COLUMNS // STRIP)
+        for i in tl.static_range(COLUMNS // STRIP):
+            c = h + i * STRIP + tl.arange(0, STRIP)
+            inside = (r < rows)[:, None] & (c < features)[None, :]
+            places = d_hidden + r.to(tl.int64)[:, None] * features + c[None, :]
+            before = tl.load(places, mask=inside, other=0.0)
+            if RESCALE:
+                before *= tl.load(rescale + r, mask=r < rows, other=0.0)[:, None]
+            tl.store(places, before + strips[i], mask=inside)
+
+
+def d_weight_slice(
+    problem: Problem,
+    begin: int,
+    end: int,
+    dlogits: Tensor,  # (N, width), width >= end - begin
+    upstream: Upstream,
+    out: Tensor,  # (V, H), the gradient
+) -> None:
+    configuration = launch.configuration(problem)
+    tile, descriptors = configuration.d_weight, configuration.descriptors
+    hidden = upstream.hidden
+    _d_weight_kernel[launch.grid(problem, end - begin, problem.features, tile)](
+        launch.source(dlogits, (tile.depth, tile.rows), descriptors),
+        launch.source(hidden, (tile.depth, tile.columns), descriptors), out, upstream.weight_scale,
+        problem.rows, problem.features, dlogits.stride(0), begin, end, hidden.stride(0), out.stride(0),
+        STRIP=min(tile.columns, 64), SCALE=upstream.weight_scale is not None,
+        **launch.matmul(configuration, tile, hidden.dtype),
+    )  # fmt: skip
+
+
+def add_d_hidden(
+    problem: Problem,
+    begin: int,
+    end: int,
+    dlogits: Tensor,  # (N, width), width >= end - begin
+    out: Tensor,  # (N, H) float32, contiguous
+    rescale: Tensor | None = None,  # (N,) float32
+) -> None:
+    configuration = launch.configuration(problem)
+    tile, descriptors = configuration.d_hidden, configuration.descriptors
+    _d_hidden_kernel[launch.grid(problem, problem.rows, problem.features, tile)](
+        launch.source(dlogits, (tile.rows, tile.depth), descriptors),
+        launch.source(problem.weight, (tile.depth, tile.columns), descriptors), out, rescale,
+        problem.rows, problem.features, dlogits.stride(0), begin, end, problem.weight.stride(0),
+        STRIP=min(tile.columns, 64), RESCALE=rescale is not None,
+        **launch.matmul(configuration, tile, problem.weight.dtype),
+    )  # fmt: skip
