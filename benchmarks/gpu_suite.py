@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -26,16 +27,21 @@ from harness import ROOT, Deadline, environment
 @dataclass(frozen=True)
 class Entry:
     name: str
-    command: str  # after "python", in the repository's root; benchmarks also get --out, --minutes, --device, --smoke
+    command: str  # in the repository's root; a benchmark also gets --out, --minutes, --device and --smoke
     minutes: float  # at most
 
 
+SANITIZER = "compute-sanitizer --error-exitcode 1 --target-processes all"
 # In order of importance. A new benchmark is one line here; it takes its options from harness.parser.
 SUITE = [
-    Entry("tests", "-m pytest -m gpu -p no:cacheprovider tests", 4),
-    Entry("head", "benchmarks/head.py", 6),
-    Entry("loss", "benchmarks/loss.py", 1),
-    Entry("head_sweeps", "benchmarks/head.py --sweeps", 8),
+    Entry("tests", "python -m pytest -m gpu tests", 4),
+    Entry("head", "python benchmarks/head.py", 6),
+    Entry("loss", "python benchmarks/loss.py", 1),
+    # On a GPU the kernels' other tests run on it as well, instead of in the interpreter.
+    Entry("kernel_tests", "python -m pytest tests/kernels", 6),
+    Entry("head_sweeps", "python benchmarks/head.py --sweeps", 8),
+    Entry("memcheck", f"{SANITIZER} --tool memcheck python -m pytest -m gpu tests/kernels", 8),
+    Entry("racecheck", f"{SANITIZER} --tool racecheck python -m pytest -m gpu tests/kernels", 8),
 ]
 GRACE_SECONDS = 20  # beyond its minutes, for the measurement in hand
 
@@ -69,9 +75,11 @@ def run(entry: Entry, arguments: argparse.Namespace, device: str, deadline: Dead
     left = min(60 * entry.minutes, deadline.seconds_left() - GRACE_SECONDS)
     if left < 15:
         return {"status": "not run: no time left", "seconds": 0.0, "report": None}
-    command = [sys.executable, *entry.command.split()]
+    command = [sys.executable if word == "python" else word for word in entry.command.split()]
+    if shutil.which(command[0]) is None:
+        return {"status": f"not run: {command[0]} is not installed", "seconds": 0.0, "report": None}
     report = arguments.out / f"{entry.name}.json"
-    if entry.command.startswith("benchmarks/"):
+    if " benchmarks/" in entry.command:
         command += ["--out", str(report), "--minutes", str(left / 60), "--device", device]
         command += ["--smoke"] if arguments.smoke else []
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]

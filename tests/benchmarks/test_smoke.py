@@ -1,5 +1,6 @@
 """Every benchmark runs on a CPU with tiny shapes, and its report says so."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -36,3 +37,21 @@ def test_suite_writes_each_report_and_the_log(tmp_path):
     assert suite["smoke"] and suite["entries"]["loss"]["status"] == "ok"
     assert suite["entries"]["loss"]["report"]["rows"][0]["variant"] == "torch"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["suite.json", "suite.log"]
+
+
+def test_suite_survives_an_entry_that_fails_or_is_absent_or_late(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_suite
+
+    monkeypatch.setattr(gpu_suite, "GRACE_SECONDS", 0)
+    arguments = argparse.Namespace(out=tmp_path, smoke=True)
+    deadline = gpu_suite.Deadline(1)
+    statuses = [
+        gpu_suite.run(gpu_suite.Entry(name, command, minutes), arguments, "cpu", deadline)["status"]
+        for name, command, minutes in [
+            ("fails", "python -c raise(SystemExit(3))", 1),
+            ("absent", "no-such-tool benchmarks/loss.py", 1),
+            ("late", "python -c pass", 0.1),
+        ]
+    ]
+    assert statuses == ["failed: exit status 3", "not run: no-such-tool is not installed", "not run: no time left"]
