@@ -44,7 +44,7 @@ def _balanced(items: Sequence[int], tokens: np.ndarray, bins: int) -> list[list[
     return [groups[b] for b in order]
 
 
-def _best_fit(items: Sequence[int], tokens: np.ndarray, budget: int, bins: int = 1) -> list[list[int]]:
+def best_fit(items: Sequence[int], tokens: np.ndarray, budget: int, bins: int = 1) -> list[list[int]]:
     """Split `items` into groups of at most `budget` tokens, heaviest item first, each into the fullest group that it
     fits (best-fit decreasing); an item above the budget has a group of its own.
 
@@ -164,7 +164,7 @@ def plan_epochs(
         epochs_steps.append([_balanced(step, sizes, min(world_size, len(step))) for step in steps])
 
     accumulation = max(
-        len(_best_fit(share, sizes, tokens_per_micro_batch))
+        len(best_fit(share, sizes, tokens_per_micro_batch))
         for steps in epochs_steps
         for shares in steps
         for share in shares
@@ -177,7 +177,7 @@ def plan_epochs(
             last = number == len(steps) - 1
             slots = min(accumulation, max(map(len, shares))) if last else accumulation
             own = shares[rank] if rank < len(shares) else []
-            groups = _best_fit(own, sizes, tokens_per_micro_batch, slots)
+            groups = best_fit(own, sizes, tokens_per_micro_batch, slots)
             batches += [MicroBatch(tuple(group), epoch, count) for group in groups]
             filler = MicroBatch((min(shares[0], key=lambda i: (sizes[i], i)),), epoch, count, 0.0)
             batches += [filler] * (slots - len(groups))

@@ -96,6 +96,25 @@ def check_lengths(model: nn.Module, pairs: Iterable[PairTokens]) -> None:
             raise ValueError(f"record {pair.record}: {length} tokens are beyond {limit} positions, {BEYOND_LIMIT}")
 
 
+def hidden_states(model: nn.Module, plan: Plan, attention_backend: str = "auto") -> torch.Tensor:
+    """(T, H) last hidden states of a packed row, after the final norm. Arguments and errors as `score`."""
+    language_model = causal_lm(model)
+    if not is_switched(language_model):
+        raise ValueError(
+            f"the attention implementation is {language_model.config._attn_implementation!r}, which takes no packed "
+            "rows; call prepare_model(model) first"
+        )
+    limit = position_limit(language_model.config)
+    if limit is not None and plan.max_seqlen_k > limit:
+        raise ValueError(f"a sequence of {plan.max_seqlen_k} tokens is beyond {limit} positions, {BEYOND_LIMIT}")
+    backend = choose_backend(attention_backend, attention_needs(language_model, plan.input_ids.device))
+    with packed_attention(plan, backend) as attention_inputs:
+        output = language_model.get_decoder()(
+            input_ids=plan.input_ids, position_ids=plan.position_ids, use_cache=False, **attention_inputs
+        )
+    return output.last_hidden_state[0]
+
+
 def score(model: nn.Module, plan: Plan, *, attention_backend: str = "auto", **head_options) -> SequenceStats:
     """Score every sequence of a packed row.
 
@@ -112,23 +131,9 @@ def score(model: nn.Module, plan: Plan, *, attention_backend: str = "auto", **he
         ValueError: the model was not prepared (or its attention implementation was changed since), a sequence is too
             long for its RoPE (`models.position_limit`), or the attention backend cannot be used.
     """
-    language_model = causal_lm(model)
-    if not is_switched(language_model):
-        raise ValueError(
-            f"the attention implementation is {language_model.config._attn_implementation!r}, which takes no packed "
-            "rows; call prepare_model(model) first"
-        )
-    limit = position_limit(language_model.config)
-    if limit is not None and plan.max_seqlen_k > limit:
-        raise ValueError(f"a sequence of {plan.max_seqlen_k} tokens is beyond {limit} positions, {BEYOND_LIMIT}")
     head = head_of(model)
-    backend = choose_backend(attention_backend, attention_needs(language_model, plan.input_ids.device))
-    with packed_attention(plan, backend) as attention_inputs:
-        hidden = language_model.get_decoder()(
-            input_ids=plan.input_ids, position_ids=plan.position_ids, use_cache=False, **attention_inputs
-        ).last_hidden_state[0]
     return amopo_kernels.linear_sequence_stats(
-        hidden.index_select(0, plan.label_rows),
+        hidden_states(model, plan, attention_backend).index_select(0, plan.label_rows),
         head.weight,
         plan.labels,
         plan.cu_seqlens,

@@ -37,9 +37,14 @@ SUITE = [
     Entry("tests", "python -m pytest -m gpu tests", 4),
     Entry("head", "python benchmarks/head.py", 6),
     Entry("loss", "python benchmarks/loss.py", 1),
+    Entry("step", "python benchmarks/step.py --model 7B", 8),
     # On a GPU the kernels' other tests run on it as well, instead of in the interpreter.
     Entry("kernel_tests", "python -m pytest tests/kernels", 6),
     Entry("head_sweeps", "python benchmarks/head.py --sweeps", 8),
+    Entry("step_0.5B", "python benchmarks/step.py --model 0.5B", 4),
+    Entry("step_14B", "python benchmarks/step.py --model 14B", 8),
+    Entry("step_short", "python benchmarks/step.py --model 7B --data short", 6),
+    Entry("step_long", "python benchmarks/step.py --model 7B --data long", 8),
     Entry("memcheck", f"{SANITIZER} --tool memcheck python -m pytest -m gpu tests/kernels", 8),
     Entry("racecheck", f"{SANITIZER} --tool racecheck python -m pytest -m gpu tests/kernels", 8),
 ]

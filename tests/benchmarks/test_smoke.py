@@ -19,7 +19,7 @@ def run(tmp_path, *command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("command", ["loss.py", "head.py --case C --mode forward+backward"])
+@pytest.mark.parametrize("command", ["loss.py", "head.py --case C --mode forward+backward", "step.py", "plan.py"])
 def test_benchmark(tmp_path, command):
     file, *options = command.split()
     out = tmp_path / "report.json"
