@@ -35,14 +35,17 @@ class LiveBytes(TorchDispatchMode):
         for tensor in existing:  # views of them are no new memory
             self._seen[tensor.untyped_storage()] = 0
 
+    def include(self, tensors) -> None:
+        """Count tensors that were made before."""
+        for tensor in tensors:
+            self._watch(tensor.untyped_storage())
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._watch(tensor.untyped_storage())
+        self.include(leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
         return out
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
@@ -99,20 +102,24 @@ def _attention(module, query, key, value, attention_mask, profile_kv_tokens=None
     return _Attention.apply(*rows, profile_kv_tokens)[None], None
 
 
-def shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """A copy of a text configuration with fewer layers."""
-    config = copy.deepcopy(config)
+def set_layers(config: PretrainedConfig, layers: int) -> None:
+    """Give a configuration another depth, in place: the number and the list of one type per layer agree."""
     text = config.get_text_config()
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
     text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = (text.layer_types * layers)[:layers]
+
+
+def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    config = copy.deepcopy(config)
+    set_layers(config, layers)
     return config
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype, lora_rank: int | None = None) -> nn.Module:
     """A causal LM of `config` without memory; with an adapter over all linear layers if a rank is given."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         if lora_rank is not None:
             from peft import LoraConfig, get_peft_model
 
@@ -158,7 +165,7 @@ def profile_body(
         ValueError: a configuration that AutoModelForCausalLM does not build.
     """
     layers = config.get_text_config().num_hidden_layers
-    two, three = (_run(shortened(config, n), tokens, kv_tokens, dtype, checkpointing, lora_rank) for n in (2, 3))
+    two, three = (_run(_with_layers(config, n), tokens, kv_tokens, dtype, checkpointing, lora_rank) for n in (2, 3))
     kept, forward, backward, flops = (a + (layers - 2) * (b - a) for a, b in zip(two, three, strict=True))
     return BodyProfile(kept, forward - kept, backward - kept, flops, three[0] - two[0], layers)
 

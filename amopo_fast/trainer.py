@@ -6,14 +6,14 @@ import logging
 import math
 from collections.abc import Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import AutocastKwargs, DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     Trainer,
@@ -25,17 +25,22 @@ from amopo_fast.activations import KeepLayers
 from amopo_fast.batching import Collator, PairDataset, PairSizes, PlannedBatches, plan_epochs
 from amopo_fast.body import compile_layers
 from amopo_fast.checkpointer import AlreadyFinished, Checkpointer
-from amopo_fast.config import AMoPOConfig
+from amopo_fast.config import AMoPOConfig, ModelConfig
 from amopo_fast.errors import CheckpointError, NumbersError
 from amopo_fast.guard import Guard
+from amopo_fast.loading import add_adapter, save_in_shards
 from amopo_fast.metrics import Meter, pair_table, table_metrics
 from amopo_fast.metrics_file import MetricsFile
 from amopo_fast.optim import backward_grad_norm, choose_optimizer
+from amopo_fast.preflight import load_for_training
 from amopo_fast.prompts import PairTokens
 from amopo_fast.safety import write_arguments
 from amopo_fast.scoring import check_lengths, prepare_model, score_wrapped
 from amopo_fast.termination import Termination
 from amopo_kernels import amopo_loss
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +55,7 @@ class AMoPOTrainer(Trainer):
             evaluation also several by name, whose metrics are named eval_NAME_....
         dimensions: the K dimensions' names, in the order of `PairTokens.prompts`.
         processing_class: the tokenizer, saved with every checkpoint; loaded from `model` if that is a name.
+        peft_config: train a new adapter (LoRA) over the frozen model. A PeftModel is trained as it is.
 
     Raises:
         ValueError: a pair whose number of dimensions is not K, or no training pairs.
@@ -65,11 +71,15 @@ class AMoPOTrainer(Trainer):
         eval_dataset: Sequence[PairTokens] | dict[str, Sequence[PairTokens]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        peft_config: PeftConfig | None = None,
         **kwargs,
     ):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
+            model = load_for_training(ModelConfig(model), args, train_dataset, adapter=peft_config is not None)
+        if peft_config is not None:
+            model = add_adapter(model, peft_config)
+        save_in_shards(model)
         prepare_model(model)
         if args.compile_layers:
             compile_layers(model)
@@ -175,7 +185,8 @@ class AMoPOTrainer(Trainer):
 
     def _score(self, model: nn.Module, inputs: dict, weighting: str, num_pairs: torch.Tensor):
         plan = inputs["plan"].to(self.args.device)
-        with self.accelerator.autocast():
+        # A weight is used once per pass: caching its bfloat16 copy would only keep 2 bytes per parameter alive.
+        with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
             stats = score_wrapped(
                 model,
                 self.accelerator.unwrap_model(model),

@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from amopo_fast.cli import data, demo, estimate, evaluate, plot, train
+from amopo_fast.cli import data, demo, estimate, evaluate, merge, plot, train
 from amopo_fast.errors import CheckpointError, NumbersError
 
 DESCRIPTION = "AMoPO: multi-objective preference optimization of causal language models."
@@ -21,10 +21,11 @@ EXAMPLES = """examples:
   amopo-fast show pairs.json --record 3            one record's sequences, tokens and labels
   amopo-fast eval runs/a --eval_data heldout.json  accuracy and margin per dimension, with intervals
   amopo-fast plot runs/a runs/b                    metrics of runs, overlaid: PNG, SVG and a page
+  amopo-fast merge runs/lora merged                a LoRA adapter into its base model
   amopo-fast estimate --model DIR --gpu h200       memory and speed of training a model, by part and optimizer
   amopo-fast train --config run.yaml --beta 1.0    train; any key of the YAML file can be given as --key value
 """
-COMMANDS = (demo, train, evaluate, plot, data, estimate)
+COMMANDS = (demo, train, evaluate, plot, data, estimate, merge)
 # Both write lines about their own internals while transformers imports torchao.
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 

@@ -34,16 +34,12 @@ def add_parser(commands) -> None:
 
 def load_config(name: str, overrides: str | None = None):
     """A causal LM's configuration from a Hub name, a folder or a config.json."""
-    from transformers import AutoConfig
+    from amopo_fast.config import ModelConfig
+    from amopo_fast.loading import load_shape
 
     path = Path(name)
-    config = AutoConfig.from_pretrained(path.parent if path.is_file() else name, trust_remote_code=False)
-    if overrides:
-        config.update_from_string(overrides)
-        text = config.get_text_config()
-        if getattr(text, "layer_types", None):
-            text.layer_types = (text.layer_types * text.num_hidden_layers)[: text.num_hidden_layers]
-    return config
+    return load_shape(ModelConfig(str(path.parent) if path.is_file() else name, random_weights=True,
+                                  config_overrides=overrides))  # fmt: skip
 
 
 def run(arguments) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which `amopo-fast --help` need not
-    from amopo_fast.config import ModelConfig
     from amopo_fast.data import Data
 
 
@@ -49,35 +49,6 @@ def check_output_dir(folder: Path) -> None:
             raise ValueError(f"output_dir: {place} is a file; name a folder")
 
 
-def build_model(config: ModelConfig, seed: int):
-    """(model, tokenizer) of a ModelConfig: safetensors without remote code, or random weights from a configuration.
-
-    Raises:
-        ValueError: no model named, or overrides that the configuration does not take. OSError: not found.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
-
-    if not config.model_name_or_path:
-        raise ValueError("model_name_or_path is missing: give a folder or a Hub name")
-    tokenizer = AutoTokenizer.from_pretrained(
-        config.tokenizer_name_or_path or config.model_name_or_path, trust_remote_code=False
-    )
-    if not config.random_weights:
-        if config.config_overrides:
-            raise ValueError("config_overrides needs --random_weights: trained weights have one shape")
-        return AutoModelForCausalLM.from_pretrained(
-            config.model_name_or_path, use_safetensors=True, trust_remote_code=False
-        ), tokenizer
-    shape = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=False)
-    if config.config_overrides:
-        try:
-            shape.update_from_string(config.config_overrides)
-        except ValueError as error:
-            raise ValueError(f"config_overrides: {error}; write NAME=NUMBER,... of the model's config.json") from None
-    set_seed(seed)
-    return AutoModelForCausalLM.from_config(shape), tokenizer
-
-
 def print_counts(data: Data) -> None:
     """What became of every source's records, and how the bad ones that were skipped are wrong."""
     for name, counts in data.counts.items():
@@ -110,6 +81,8 @@ def run(arguments) -> int:
     from amopo_fast.cli.options import parse_options
     from amopo_fast.config import AMoPOConfig, DataConfig, ModelConfig
     from amopo_fast.data import load_data
+    from amopo_fast.loading import load_shape, load_tokenizer, peft_config
+    from amopo_fast.preflight import load_for_training
     from amopo_fast.report.figure import plot_run
 
     data_config, model_config, config, _ = parse_options(
@@ -122,10 +95,15 @@ def run(arguments) -> int:
     # Before the model is loaded, which can take minutes. The trainer asks rank 0 alone.
     resume = checkpoints.resolve(folder, config.resume_from_checkpoint) if config.process_index == 0 else None
     with model_errors(model_config.model_name_or_path):
-        model, tokenizer = build_model(model_config, config.seed)
+        tokenizer = load_tokenizer(model_config)
+        load_shape(model_config)  # what is wrong with it is said before the data is read
     data = load_data(data_config, tokenizer, seed=config.seed, folder=folder / "tokens" / f"rank{config.process_index}")
     if config.process_index == 0:
         print_counts(data)
+    with model_errors(model_config.model_name_or_path):
+        model = load_for_training(model_config, config, data.train, adapter=model_config.use_peft)
+    if config.dry_run:
+        return _dry_run(model, config, data_config, model_config, data, tokenizer)
     trainer = console_trainer(
         model,
         config,
@@ -133,6 +111,7 @@ def run(arguments) -> int:
         train_dataset=data.train,
         eval_dataset=data.eval_dataset,
         processing_class=tokenizer,
+        peft_config=peft_config(model_config),
     )
     try:
         trainer.train(resume_from_checkpoint=resume)
@@ -149,4 +128,20 @@ def run(arguments) -> int:
     if trainer.is_world_process_zero():
         print(f"model: {config.output_dir}  metrics: {Path(config.output_dir) / 'metrics.jsonl'}  "
               f"plot: {plot_run(config.output_dir, Path(config.output_dir) / 'metrics.png')}")  # fmt: skip
+    return 0
+
+
+def _dry_run(model, config, data_config, model_config, data, tokenizer) -> int:
+    from amopo_fast.loading import peft_config
+    from amopo_fast.preflight import dry_run, prepare_dry_run, print_dry_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_dry_run(config, folder)
+        trainer = console_trainer(
+            model, config, dimensions=data_config.dimensions, train_dataset=data.train, processing_class=tokenizer,
+            peft_config=peft_config(model_config),
+        )  # fmt: skip
+        result = dry_run(trainer)
+    if config.process_index == 0:
+        print_dry_run(result)
     return 0

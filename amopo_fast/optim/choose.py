@@ -14,7 +14,7 @@ from amopo_fast.optim.states import BLOCK_SIZE
 logger = logging.getLogger(__name__)
 
 IN_BACKWARD = {"adamw": "fp32", "adamw_8bit": "8bit", "adamw_4bit": "4bit"}
-_STATES_OF_OPTIM = {"adamw_torch": "fp32", "adamw_torch_fused": "fp32", "adamw_torch_8bit": "8bit",
+STATES_OF_OPTIM = {"adamw_torch": "fp32", "adamw_torch_fused": "fp32", "adamw_torch_8bit": "8bit",
                     "adamw_torch_4bit": "4bit"}  # fmt: skip
 
 PLAIN_BF16_WARNING = (
@@ -59,17 +59,17 @@ def choose_optimizer(args: TrainingArguments, model: nn.Module, micro_batches: i
     name = str(getattr(args.optim, "value", args.optim))
     if sharded and name in ("adamw_torch_8bit", "adamw_torch_4bit"):
         given = [args.optim_args] if args.optim_args else []
-        block = f"block_size={BLOCK_SIZE[_STATES_OF_OPTIM[name]]}"
+        block = f"block_size={BLOCK_SIZE[STATES_OF_OPTIM[name]]}"
         args.optim_args = ",".join([*given, "bf16_stochastic_round=True", *([] if given else [block])])
         return None
-    if sharded or name not in _STATES_OF_OPTIM:
+    if sharded or name not in STATES_OF_OPTIM:
         engine = " under FSDP or DeepSpeed" if sharded else ""
         raise ValueError(
             f"--optim {name}{engine} does not round stochastically, so bfloat16 weights would lose small updates: use "
             f"--optim adamw_torch_8bit or adamw_torch_4bit{'' if sharded else ' or adamw_torch_fused'}, or load the "
             "model in float32 (--weight_precision fp32), or accept it with --weight_precision bf16"
         )
-    return AdamW, {**options, "states": _STATES_OF_OPTIM[name], "stochastic_rounding": True}
+    return AdamW, {**options, "states": STATES_OF_OPTIM[name], "stochastic_rounding": True}
 
 
 def _require_one_backward_per_step(args, micro_batches: int, sharded: bool) -> None:

@@ -65,8 +65,7 @@ def measured_peak(config, plan, *, checkpointing, in_backward):
     if checkpointing:
         model.gradient_checkpointing_enable()
     with LiveBytes() as live:
-        for parameter in model.parameters():
-            live._watch(parameter.untyped_storage())
+        live.include(model.parameters())
         optimizer = AdamW(model.parameters(), in_backward=in_backward)
         for _ in range(2):
             live.peak = live.live
@@ -99,12 +98,12 @@ def test_within_five_percent_of_a_real_step(checkpointing, in_backward, tied):
 
 
 def test_the_line_through_two_depths_goes_through_a_third():
-    from amopo_fast.profile_memory import _run, shortened
+    from amopo_fast.profile_memory import _run, _with_layers
 
     for checkpointing, dtype in ((True, torch.bfloat16), (False, torch.bfloat16), (True, torch.float32)):
-        profile = profile_body(shortened(QWEN_32B, 7), tokens=256, kv_tokens=512, dtype=dtype,
+        profile = profile_body(_with_layers(QWEN_32B, 7), tokens=256, kv_tokens=512, dtype=dtype,
                                checkpointing=checkpointing)  # fmt: skip
-        kept, forward, backward, flops = _run(shortened(QWEN_32B, 7), 256, 512, dtype, checkpointing, None)
+        kept, forward, backward, flops = _run(_with_layers(QWEN_32B, 7), 256, 512, dtype, checkpointing, None)
         assert (profile.kept, profile.forward, profile.backward, profile.flops) == (
             kept, forward - kept, backward - kept, flops)  # fmt: skip
 
