@@ -14,7 +14,6 @@ the allocator's fragmentation.
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 
 import torch
@@ -138,10 +137,23 @@ class _Parameter:
     linear: bool  # would be quantised
 
 
+class _Shape:
+    """A configuration that can be a cache's key."""
+
+    def __init__(self, config: PretrainedConfig):
+        self.config = config
+        self._text = config.to_json_string(use_diff=False)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, _Shape) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
 @functools.lru_cache(maxsize=8)
-def _parameters_of(config_json: str, config_class, lora_rank: int | None) -> tuple[_Parameter, ...]:
-    config = config_class.from_dict(json.loads(config_json))
-    model = meta_model(config, torch.bfloat16, lora_rank)
+def _parameters_of(shape: _Shape, lora_rank: int | None) -> tuple[_Parameter, ...]:
+    model = meta_model(shape.config, torch.bfloat16, lora_rank)
     base = model if lora_rank is None else model.get_base_model()
     head, embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head}
@@ -160,7 +172,7 @@ def _parameters_of(config_json: str, config_class, lora_rank: int | None) -> tup
 
 def parameters_of(config: PretrainedConfig, lora_rank: int | None = None) -> tuple[_Parameter, ...]:
     """Every parameter once, tied ones too, with an adapter's."""
-    return _parameters_of(config.to_json_string(use_diff=False), type(config), lora_rank)
+    return _parameters_of(_Shape(config), lora_rank)
 
 
 def weights_bytes(parameters, setup: Setup) -> int:
@@ -181,10 +193,9 @@ def gradient_bytes(setup: Setup) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def _body(config_json: str, config_class, row: Row, dtype: torch.dtype, checkpointing: bool, lora_rank: int | None):
-    config = config_class.from_dict(json.loads(config_json))
+def _body(shape: _Shape, row: Row, dtype: torch.dtype, checkpointing: bool, lora_rank: int | None) -> BodyProfile:
     return profile_body(
-        config, tokens=row.tokens, kv_tokens=row.kv_tokens, dtype=dtype, checkpointing=checkpointing,
+        shape.config, tokens=row.tokens, kv_tokens=row.kv_tokens, dtype=dtype, checkpointing=checkpointing,
         lora_rank=lora_rank,
     )  # fmt: skip
 
@@ -192,8 +203,7 @@ def _body(config_json: str, config_class, row: Row, dtype: torch.dtype, checkpoi
 def body_of(config: PretrainedConfig, row: Row, setup: Setup, checkpointing: bool) -> BodyProfile:
     # A sharded float32 model is gathered in bfloat16.
     dtype = torch.float32 if setup.weights == "fp32" and setup.gpus == 1 else torch.bfloat16
-    key = config.to_json_string(use_diff=False)
-    return _body(key, type(config), row, dtype, checkpointing, setup.lora_rank)
+    return _body(_Shape(config), row, dtype, checkpointing, setup.lora_rank)
 
 
 def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:

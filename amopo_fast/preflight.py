@@ -67,7 +67,7 @@ def longest_row(pairs: Sequence[PairTokens], args: AMoPOConfig) -> tuple[Row, bo
     """(the longest micro-batch of the run's first epoch, whether a step has several)."""
     sizes = PairSizes.of(pairs)
     schedule = plan_epochs(
-        sizes.computed, pairs_per_step=args.pairs_per_step, tokens_per_micro_batch=args.tokens_per_micro_batch,
+        sizes.computed.tolist(), pairs_per_step=args.pairs_per_step, tokens_per_micro_batch=args.tokens_per_micro_batch,
         epochs=1, seed=args.seed, world_size=args.world_size, rank=args.process_index,
     )  # fmt: skip
     plan = build_plan([pairs[i] for i in longest_micro_batch(schedule, sizes).pairs])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ LORA_MODULES = "all-linear"
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages made while it is active, `live` now and `peak` so far, and matmul `flops`."""
 
-    def __init__(self, existing: list[torch.Tensor] = ()):
+    def __init__(self, existing: Iterable[torch.Tensor] = ()):
         super().__init__()
         self.live = self.peak = self.flops = 0
         self._seen = WeakIdKeyDictionary()
