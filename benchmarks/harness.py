@@ -163,8 +163,9 @@ def measure(
         inputs: input sets; round r uses number r mod len(inputs). Variants must not change them.
 
     Returns:
-        per variant {"median_ms", "p20_ms", "p80_ms", "min_ms", "runs"}. After the deadline no new round begins, but
-        one round is always run.
+        per variant {"median_ms", "p20_ms", "p80_ms", "min_ms", "runs"}, on a CPU also "min_cpu_ms", the least CPU time
+        of a run, which tells something where other programs share the cores. After the deadline no new round begins,
+        but one round is always run.
     """
     cuda = device.startswith("cuda")
     flush = None
@@ -172,6 +173,7 @@ def measure(
         size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
         flush = torch.empty(size, dtype=torch.int8, device=device)
     times: dict[str, list[float]] = {name: [] for name in variants}
+    cpu_times: dict[str, list[float]] = {name: [] for name in variants}
     for name in variants:
         for run in range(warmup):
             variants[name](inputs[run % len(inputs)])
@@ -182,26 +184,35 @@ def measure(
         # Another one begins every round: none always runs after the same neighbour on a warm or a cold chip.
         for offset in range(len(names)):
             name = names[(round_ + offset) % len(names)]
-            times[name].append(_time(variants[name], inputs[round_ % len(inputs)], flush))
-    return {name: summary(values) for name, values in times.items()}
+            elapsed, cpu = _time(variants[name], inputs[round_ % len(inputs)], flush)
+            times[name].append(elapsed)
+            cpu_times[name].append(cpu)
+    results = {name: summary(values) for name, values in times.items()}
+    if not cuda:
+        for name, values in cpu_times.items():
+            results[name]["min_cpu_ms"] = min(values)
+    return results
 
 
-def _time(variant: Variant, inputs: Any, flush: torch.Tensor | None) -> float:
+def _time(variant: Variant, inputs: Any, flush: torch.Tensor | None) -> tuple[float, float]:
+    """(elapsed on the device, CPU time of this process), milliseconds."""
     if flush is None:
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         outputs = variant(inputs)
-        elapsed = 1e3 * (time.perf_counter() - begin)
+        elapsed, cpu = time.perf_counter() - begin, time.process_time() - cpu_begin
         del outputs
-        return elapsed
+        return 1e3 * elapsed, 1e3 * cpu
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     flush.zero_()
+    cpu_begin = time.process_time()
     start.record()
     outputs = variant(inputs)
     end.record()
     torch.cuda.synchronize()
+    cpu = time.process_time() - cpu_begin
     del outputs
-    return start.elapsed_time(end)
+    return start.elapsed_time(end), 1e3 * cpu
 
 
 def summary(times: Sequence[float]) -> dict[str, Any]:

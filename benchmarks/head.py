@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--sweeps", action="store_true", help="one sweep per axis instead of the cases")
     parser.add_argument("--case", action="append", help="only this case; may be repeated")
     parser.add_argument("--mode", action="append", help="only this mode; may be repeated")
+    parser.add_argument("--variant", action="append", help="only this variant; may be repeated")
     arguments = parser.parse_args()
     deadline = harness.Deadline(arguments.minutes)
     report = harness.Report("head_sweeps" if arguments.sweeps else "head", arguments)
@@ -191,6 +192,8 @@ def main() -> None:
                 if mode.name != "forward+backward":
                     continue
                 variants = [x for x in variants if x.name.startswith("ours") or x.name in SWEEP_PEERS]
+            if arguments.variant:
+                variants = [x for x in variants if x.name in arguments.variant]
             benchmark(case, mode, variants, report, arguments, deadline)
 
 

@@ -114,9 +114,9 @@ def cell(name: str, value) -> str:
 # ----- blocks -----
 
 
-def head_table(case: str, device: str) -> str:
+def head_table(case: str) -> str:
     """Variants by mode: median milliseconds and 20 to 80 % of the runs; memory and errors of forward+backward."""
-    reports = [r for r in results("head", device) if any(row["case"] == case for row in r["rows"])]
+    reports = [r for r in results("head", "cuda") if any(row["case"] == case for row in r["rows"])]
     if not reports:
         return _targets_only(case)
     return "\n\n".join(_head_table(case, report) for report in reports)
@@ -159,6 +159,30 @@ def _head_table(case: str, report: dict) -> str:
             "Targets on an H200: " + ", ".join(f"{mode} {ms} ms" for mode, ms in TARGETS[case].items()) + "."
         )  # fmt: skip
     return "\n\n".join([*parts, caption(report)])
+
+
+def head_cpu_table() -> str:
+    """Minima of interleaved runs, and what they and the extra memory are of those of plain logits."""
+    parts = []
+    for report in results("head", "cpu"):
+        rows = [row for row in report["rows"] if row["mode"] == "forward+backward" and "min_ms" in row]
+        table = []
+        for row in rows:
+            plain = next((x for x in rows if x["case"] == row["case"] and x["variant"] == "plain logits"), None)
+            table.append([
+                f"{row['case']}: {row['N']}, {row['H']}, {row['V']}", row["variant"],
+                *(milliseconds(row[name]) if name in row else "" for name in ("min_ms", "min_cpu_ms")),
+                *(ratio(row, plain, name) for name in ("min_ms", "min_cpu_ms")), mebibytes(row["extra_memory_bytes"]),
+                ratio(row, plain, "extra_memory_bytes"), error(row["dx_error"]),
+            ])  # fmt: skip
+        heading = ["case: N, H, V", "variant", "forward+backward, ms", "CPU time, ms", "time / plain",
+                   "CPU time / plain", "extra memory, MiB", "memory / plain", "dX error"]  # fmt: skip
+        parts.append(markdown(heading, table) + "\n\n" + caption(report))
+    return "\n\n".join(parts) or _targets_only("C")
+
+
+def ratio(row: dict, plain: dict | None, name: str) -> str:
+    return f"{row[name] / plain[name]:.2f}" if plain and row.get(name) is not None and plain.get(name) else ""
 
 
 def sweeps_table() -> str:
@@ -212,9 +236,9 @@ def plain_table(benchmark: str) -> str:
 def block(name: str) -> str:
     match name.split():
         case ["head", "cpu"]:
-            return "\n\n".join(f"Case {case}\n\n{head_table(case, 'cpu')}" for case in ("C", "D"))
+            return head_cpu_table()
         case ["head", case_name]:
-            return head_table(case_name, "cuda")
+            return head_table(case_name)
         case ["sweeps"]:
             return sweeps_table()
         case ["floors"]:

@@ -61,6 +61,20 @@ def test_results_are_filed_by_device_and_shown(tables, tmp_path):
     assert "not measured" in tables.block("head B")
 
 
+def test_cpu_results_are_compared_with_plain_logits(tables, tmp_path):
+    row = {**ROW, "case": "C", **TIME, "dx_error": 1e-7}
+    rows = [
+        {**row, "variant": "ours, torch", "min_ms": 90.0, "min_cpu_ms": 95.0, "extra_memory_bytes": 10 * 2**20},
+        {**row, "variant": "plain logits", "min_ms": 100.0, "min_cpu_ms": 100.0, "extra_memory_bytes": 200 * 2**20},
+    ]
+    cpu = {"cpu": "AMD EPYC", "threads": 2, "versions": {}, "commit": None, "date": "2026-01-02"}
+    (path,) = tables.add(suite(tmp_path, {**REPORT, "environment": cpu, "rows": rows}))
+    assert path.name == "head-cpu.json"
+    lines = tables.block("head cpu").splitlines()
+    assert lines[2] == "| C: 4096, 5120, 152064 | ours, torch | 90 | 95 | 0.90 | 0.95 | 10 | 0.05 | 1.0e-07 |"
+    assert lines[-1] == "AMD EPYC, 2 threads, commit unknown, 2026-01-02."
+
+
 def test_a_block_is_replaced_and_its_surroundings_kept(tables):
     text = "before\n<!-- table: quality -->\nold\n<!-- end -->\nafter\n"
     filled = tables.fill(text)
