@@ -53,6 +53,7 @@ _SIZES = {
     "qk_head_dim": 24,
     "v_head_dim": 16,
     "sliding_window": _WINDOW,
+    "attn_logit_softcapping": 1.0,  # low enough to show where it is ignored
 }
 _SIDE_SIZES = {"num_hidden_layers": 1, "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
 _RECURRENT = re.compile("linear|conv|mamba|ssm|recurrent|rwkv|delta|hybrid")
@@ -113,6 +114,7 @@ def attention_needs(model: nn.Module, device: torch.device) -> AttentionNeeds:
     sizes = [getattr(text, name, None) for name in ("head_dim", "global_head_dim", "v_head_dim")]
     sizes.append((getattr(text, "qk_nope_head_dim", None) or 0) + (getattr(text, "qk_rope_head_dim", None) or 0))
     kinds = getattr(text, "layer_types", None)
+    first_layer = getattr(model.get_decoder(), "layers", [model])[0]
     window = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
     autocast = torch.is_autocast_enabled(device.type)
     weights = model.get_input_embeddings().weight.dtype
@@ -124,7 +126,7 @@ def attention_needs(model: nn.Module, device: torch.device) -> AttentionNeeds:
         window=bool(window) and (kinds is None or any("sliding" in kind for kind in kinds)),
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
         dropout=getattr(text, "attention_dropout", 0.0) > 0,
-        sinks=any("sinks" in name for name, _ in model.named_parameters()),
+        sinks=any("sinks" in name for name, _ in first_layer.named_parameters()),
     )
 
 
@@ -199,7 +201,7 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
         tiny.num_key_value_heads = 4 if kv_heads == heads else 1 if kv_heads == 1 else 2
     tiny.hidden_size = 4 * _HEAD_DIM
     for name, value in _SIZES.items():
-        if isinstance(getattr(config, name, None), int):
+        if isinstance(getattr(config, name, None), (int, float)):
             setattr(tiny, name, value)
     if getattr(config, "qk_rope_head_dim", None) and getattr(config, "head_dim", None) == config.qk_rope_head_dim:
         tiny.head_dim = tiny.qk_rope_head_dim  # multi-head latent attention: head_dim is the rotated part
@@ -306,6 +308,8 @@ def _check_device(model_class: type[nn.Module]) -> str:
 
 
 def _build(model_class: type[nn.Module], config: PretrainedConfig) -> nn.Module:
+    # The separate sequences' truth: flash implementations need a GPU, some versions' "sdpa" ignores a softcap.
+    config._attn_implementation = "eager"
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

@@ -55,6 +55,8 @@ def tiny_model(family, scale=1.5):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        if family == "gemma2":
+            model.set_attn_implementation("eager")  # "sdpa", the default of older transformers, ignores the softcap
         for p in model.parameters():
             p.data += scale * torch.randn_like(p) / p.shape[-1] ** 0.5 if p.dim() > 1 else 0.1 * torch.randn_like(p)
     return model.train()

@@ -203,8 +203,16 @@ def test_a_dropped_branch_gradient_is_noticed(monkeypatch):
         models.check_packing(model)
 
 
-def test_a_window_that_is_ignored_is_noticed(monkeypatch):
+@pytest.mark.parametrize("family, option", [("gemma3", "window"), ("gemma2", "softcap"), ("gpt_oss", "sinks")])
+def test_an_option_that_is_ignored_is_noticed(monkeypatch, family, option):
     original = attention.attend
-    monkeypatch.setattr(attention, "attend", lambda *args, **kwargs: original(*args, **{**kwargs, "window": None}))
+    monkeypatch.setattr(attention, "attend", lambda *args, **kwargs: original(*args, **{**kwargs, option: None}))
     with pytest.raises(UnsupportedModelError, match="log-probs"):
-        prepare_model(tiny_model("gemma3"))
+        prepare_model(tiny_model(family))
+
+
+def test_a_model_on_a_flash_implementation_is_checked_without_it():
+    """Packed rows choose their own backend; the miniature runs on the CPU, where flash-attn does not."""
+    model = tiny_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    assert prepare_model(model).config._attn_implementation == "amopo_packed"
