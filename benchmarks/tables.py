@@ -5,7 +5,8 @@
     python benchmarks/tables.py --check                  change nothing; exit status 1 where a block is out of date
 
 A block is what stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is "head A", "head B", "head cpu",
-"sweeps", "floors", or a benchmark's name for a plain table of its rows. Without a result the table says "not measured".
+"sweeps", "floors", or the name of a suite's entry for a plain table of its rows. Without a result the table says
+"not measured".
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from head import CASES as HEAD_CASES
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
-BLOCK = re.compile(r"(<!-- table: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table: (?P<name>[\w. ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOT_MEASURED = "not measured"
 # Targets of the head on an H200, bf16, milliseconds: docs/design.md. Mode: (exact backends' rows) -> target.
 TARGETS = {
@@ -38,14 +39,17 @@ HIDDEN = ("p20_ms", "p80_ms", "min_ms", "runs", "dtype", "options")
 
 
 def add(path: Path) -> list[Path]:
-    """File a suite's reports, or one report, under results/ by benchmark and device; smoke runs are refused."""
+    """File a suite's reports, or one report, under results/ by entry and device; smoke runs are refused."""
     content = json.loads(path.read_text())
-    reports = [content] if "rows" in content else [entry["report"] for entry in content["entries"].values()]
+    if "entries" in content:
+        reports = {name: entry["report"] for name, entry in content["entries"].items() if entry["report"]}
+    else:
+        reports = {content["benchmark"]: content}
     written = []
-    for report in filter(None, reports):
+    for name, report in reports.items():
         if report["arguments"].get("smoke"):
             raise ValueError(f"{path} holds a smoke run, whose times mean nothing; run without --smoke")
-        target = RESULTS / f"{report['benchmark']}-{_device_slug(report)}.json"
+        target = RESULTS / f"{name}-{_device_slug(report)}.json"
         RESULTS.mkdir(exist_ok=True)
         target.write_text(json.dumps(report, indent=1) + "\n")
         written.append(target)
@@ -57,10 +61,10 @@ def _device_slug(report: dict) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def results(benchmark: str, device: str) -> list[dict]:
-    """The stored reports of a benchmark, of GPUs or of the CPU."""
-    paths = sorted(RESULTS.glob(f"{benchmark}-*.json"))
-    return [json.loads(path.read_text()) for path in paths if (path.stem == f"{benchmark}-cpu") == (device == "cpu")]
+def results(entry: str, device: str) -> list[dict]:
+    """The stored reports of a suite's entry, of GPUs or of the CPU."""
+    paths = sorted(RESULTS.glob(f"{entry}-*.json"))
+    return [json.loads(path.read_text()) for path in paths if (path.stem == f"{entry}-cpu") == (device == "cpu")]
 
 
 def caption(report: dict) -> str:
@@ -219,9 +223,9 @@ def floors_table() -> str:
     return markdown(heading, rows)
 
 
-def plain_table(benchmark: str) -> str:
+def plain_table(entry: str) -> str:
     """Every row of every report, with the columns that its rows have."""
-    reports = results(benchmark, "cuda") + results(benchmark, "cpu")
+    reports = results(entry, "cuda") + results(entry, "cpu")
     if not reports:
         return markdown(["case", "variant", "result"], [["all", "all", NOT_MEASURED]])
     parts = []

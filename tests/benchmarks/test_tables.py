@@ -41,7 +41,7 @@ def tables(tmp_path, monkeypatch):
 
 def suite(tmp_path, report):
     path = tmp_path / "suite.json"
-    path.write_text(json.dumps({"entries": {"head": {"report": report}, "loss": {"report": None}}}))
+    path.write_text(json.dumps({"entries": {report["benchmark"]: {"report": report}, "loss": {"report": None}}}))
     return path
 
 
