@@ -44,6 +44,7 @@ SUPPORT = {
     ("fused", "exact"): _TRITON,
     ("fused", "cached"): _NO_ENTROPY,
     ("fused", "frozen"): _FROZEN,
+    ("fused", "filtered"): _NO_ENTROPY,
 }
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "torch", "chunked", "fused")

@@ -367,3 +367,77 @@ def test_unsupported_requests_are_named():
     hidden, weight, labels, _ = problem(5, 24, 140, torch.float64)
     with pytest.raises(UnsupportedError, match="'fused'.*float64"):
         linear_logps(hidden, weight, labels, backend="fused")
+
+
+def concentrated(rows, features, vocabulary, dtype, seed=0):
+    """Every row is nearly certain of one token of its own: most tiles of 64 columns carry no gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(vocabulary, features, generator=generator)
+    directions /= directions.norm(dim=1, keepdim=True)
+    favourite = torch.randint(0, vocabulary // 8, (rows,), generator=generator)
+    hidden = (22 * directions[favourite] + 0.1 * torch.randn(rows, features, generator=generator)).to(DEVICE, dtype)
+    labels = torch.where(torch.rand(rows, generator=generator) < 0.5, favourite, vocabulary - 1 - favourite)
+    weight = directions.to(DEVICE, dtype)
+    return hidden.requires_grad_(), weight.requires_grad_(), labels.to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap, bias", [(None, False), (40.0, True)])
+def test_filtered_drops_little_and_says_how_much(dtype, softcap, bias):
+    rows, vocabulary = 70, 1200
+    hidden, weight, labels = concentrated(rows, 48, vocabulary, dtype)
+    offset = torch.randn(vocabulary, device=DEVICE).mul_(0.1).to(dtype).requires_grad_() if bias else None
+    cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE)
+    filter_stats = torch.full((3,), -1.0, device=DEVICE)
+    stats = linear_sequence_stats(
+        hidden, weight, labels, cu_seqlens, offset, softcap=softcap, backend="fused", gradient="filtered",
+        filter_stats=filter_stats,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    grad = torch.randn(rows, device=DEVICE)
+    stats.logp_sum.backward(grad)
+    logps, exact = exact_gradients(hidden, weight, labels, grad, offset, softcap=softcap)
+    assert (stats.logps.double() - logps).abs().max() < 2e-4
+    recomputed, multiplied, dropped = filter_stats.tolist()
+    assert 0 < recomputed <= multiplied < 0.9 and 0 < dropped < 2e-3
+    assert softcap is not None or recomputed < multiplied  # tiles that keep their labels' entries alone
+    tolerance = {torch.float32: 2e-3, torch.bfloat16: 6e-3, torch.float16: 2e-3}[dtype]
+    for found, wanted in zip((hidden.grad, weight.grad) + ((offset.grad,) if bias else ()), exact, strict=True):
+        assert relative_error(found, wanted) < tolerance
+    # The dropped mass is what the oracle says: sum of |g| p outside the kept tiles, relative to sum |g| (1 - p_y).
+    if softcap is None:
+        z = hidden.detach().double() @ weight.detach().double().T
+        p = z.softmax(1).scatter(1, labels[:, None], 0.0) * grad.abs()[:, None]
+        tiles = torch.nn.functional.pad(p, (0, -vocabulary % 64, 0, -rows % 32)).view(-1, 32, 19, 64).sum((1, 3))
+        negligible = tiles <= 2.0**-12 * grad.abs().max()
+        assert abs((tiles * negligible).sum() / p.sum() - dropped) < 1e-4 * dropped + 1e-9
+        assert recomputed == pytest.approx((~negligible).float().mean().item())
+
+
+def test_filtered_keeps_everything_of_flat_distributions():
+    """On random weights there is nothing to drop, and the gradient is the exact one, bit for bit."""
+    gradients = []
+    for mode in ("exact", "filtered"):
+        hidden, weight, labels, bias = problem(70, 24, 300, bias=True)
+        cu_seqlens = torch.tensor([0, 70], dtype=torch.int32, device=DEVICE)
+        filter_stats = torch.zeros(3, device=DEVICE) if mode == "filtered" else None
+        stats = linear_sequence_stats(
+            hidden, weight, labels, cu_seqlens, bias, backend="fused", gradient=mode, filter_stats=filter_stats
+        )
+        stats.logp_sum.sum().backward()
+        gradients.append((hidden.grad, weight.grad, bias.grad))
+    assert filter_stats.tolist() == [1.0, 1.0, 0.0]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_filtered_and_its_statistics_are_refused_where_they_mean_nothing():
+    hidden, weight, labels, _ = problem(5, 24, 140)
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
+    with pytest.raises(UnsupportedError, match="'chunked'.*use fused"):
+        linear_sequence_stats(hidden, weight, labels, cu_seqlens, backend="chunked", gradient="filtered")
+    with pytest.raises(ValueError, match="filter_stats"):
+        linear_sequence_stats(hidden, weight, labels, cu_seqlens, backend="fused", filter_stats=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"float32 \(3,\)"):
+        linear_sequence_stats(
+            hidden, weight, labels, cu_seqlens, backend="fused", gradient="filtered", filter_stats=torch.zeros(2)
+        )

@@ -4,6 +4,7 @@
     exact       forward 2 U;  per slice of columns: dS (2 U recomputed), dW[slice] (2 U), dX32 (2 U)        8 U
     cached      a share f of the columns keeps its probabilities from the forward                  (8 - 2 f) U
     frozen      the weight needs no gradient: the forward accumulates dX per unit of g                      4 U
+    filtered    a share r of the tiles carries the gradient (`fused` only)                            (2 + 6 r) U
 
 `fused` runs all matmuls in its own kernels and never stores a float32 logit; `chunked` asks the vendor's library for a
 slice of float32 logits at a time. Everything else is shared.
@@ -18,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import dlogits, kept_probabilities, launch, slice_gradients, slice_logits, tile_lse
+from . import dlogits, filtering, kept_probabilities, launch, slice_gradients, slice_logits, tile_lse
 from .merge_tiles import merge_tiles
 from .problem import Probabilities, Problem, RowStatistics, TileStatistics, Upstream
 
@@ -44,7 +45,7 @@ class Forward:
     rows: RowStatistics
     unit_d_hidden: Tensor | None = None  # (N, H) float32: dX per unit of upstream gradient / temperature
     cache: Tensor | None = None  # (N, C) matmul dtype: label-excluded probabilities of the first C columns
-    tile_lse: Tensor | None = None  # (strips, N) float32: of the cache's columns
+    tile_lse: Tensor | None = None  # (strips, N) float32: of the cache's columns, or of all for filtered gradients
 
 
 def slice_columns(hidden: Tensor, dtype: torch.dtype) -> int:
@@ -105,7 +106,13 @@ def forward(
     entropy: bool = False,
     unit_gradient: bool = False,
     cached: int = 0,
+    keep_tile_lse: bool = False,
 ) -> Forward:
+    """
+    Args:
+        unit_gradient: accumulate dX per unit of gradient (frozen head).
+        cached: columns whose probabilities are kept. keep_tile_lse: keep what filtered gradients need.
+    """
     engine = ENGINES[backend]
     step, vocabulary = slice_columns(problem.hidden, problem.hidden.dtype), problem.vocabulary
     strip = strip_columns(problem.hidden, problem.hidden.dtype, backend, entropy, unit_gradient or cached > 0)
@@ -113,7 +120,7 @@ def forward(
     d_hidden = cache = reference = None
     if not problem.rows:
         unit = problem.hidden.float() if unit_gradient else None
-        return Forward(_merge(problem, statistics, ignore_index), unit)
+        return Forward(_merge(problem, statistics, ignore_index), unit, tile_lse=statistics.lse)
     if unit_gradient:
         d_hidden, reference = _accumulate_unit_gradient(problem, engine, statistics, step)
     else:
@@ -126,7 +133,7 @@ def forward(
     rows = _merge(problem, statistics, ignore_index)
     if unit_gradient:
         kept_probabilities.finish_unit_gradient(problem, rows, reference, d_hidden)
-    kept = statistics.lse[: triton.cdiv(cached, strip)].clone() if cached else None
+    kept = statistics.lse if keep_tile_lse else statistics.lse[: triton.cdiv(cached, strip)].clone()
     return Forward(rows, d_hidden, cache, kept)
 
 
@@ -164,8 +171,9 @@ def backward(
     d_hidden: Tensor | None,
     d_weight: Tensor | None,
     d_bias: Tensor | None,
-) -> None:
-    """Write the gradients that are wanted.
+    filtered: bool = False,
+) -> Tensor | None:
+    """Write the gradients that are wanted; return the shares that filtering.select reports, if filtered.
 
     Args:
         grad, grad_entropy: (N,), of the log-probabilities and of the entropies.
@@ -177,29 +185,35 @@ def backward(
         for gradient in (d_weight, d_bias):
             if gradient is not None:
                 gradient.zero_()
-        return
+        return grad.new_zeros(3) if filtered else None
     upstream = Upstream.of(problem, forward.rows, grad, grad_entropy)
     cached = 0 if forward.cache is None else min(forward.cache.shape[1], vocabulary)
     strip = strip_columns(problem.hidden, problem.hidden.dtype, backend, entropy=False, keeps_probabilities=True)
     width = _padded(min(step, vocabulary))
     ds = problem.hidden.new_empty(problem.rows, width)
+    shares, selections = None, []
+    if filtered:
+        own = strip_columns(problem.hidden, problem.hidden.dtype, backend, entropy=False, keeps_probabilities=False)
+        selections, shares = filtering.select(problem, forward.rows, forward.tile_lse, own, grad.float(), step)
     for begin, end in [*_slices(0, cached, step), *_slices(cached, vocabulary, step)]:
         in_cache = end <= cached
+        selection = {"selection": selections[begin // step]} if filtered else {}
         partial = None
         if d_bias is not None:
             blocks = kept_probabilities.row_blocks(problem, strip) if in_cache else engine.dlogits.row_tiles(problem)
-            partial = torch.empty(blocks, width, dtype=torch.float32, device=grad.device)
+            partial = torch.zeros(blocks, width, dtype=torch.float32, device=grad.device)
         if in_cache:
             kept_probabilities.cached_dlogits(
                 problem, begin, end, forward.rows, upstream, forward.cache, forward.tile_lse, strip, ds, partial
             )
         else:
-            engine.dlogits.dlogits(problem, begin, end, forward.rows, upstream, ds, partial)
+            engine.dlogits.dlogits(problem, begin, end, forward.rows, upstream, ds, partial, **selection)
         if d_weight is not None:
-            engine.gradients.d_weight_slice(problem, begin, end, ds, upstream, d_weight)
+            engine.gradients.d_weight_slice(problem, begin, end, ds, upstream, d_weight, **selection)
         if d_hidden is not None:
-            engine.gradients.add_d_hidden(problem, begin, end, ds, d_hidden)
+            engine.gradients.add_d_hidden(problem, begin, end, ds, d_hidden, **selection)
         if d_bias is not None:
             d_bias[begin:end] = partial.sum(0)[: end - begin]
     if d_hidden is not None and upstream.hidden_scale is not None:
         d_hidden.mul_(upstream.hidden_scale[:, None])
+    return shares

@@ -24,8 +24,6 @@ from . import launch
 from .problem import Problem, RowStatistics, TileStatistics, Upstream
 from .tiles import LOG2E, load_labels, narrow
 
-RAISE_ROWS = 8 if launch.INTERPRETED else 16
-
 
 @triton.jit
 def _label_slope(logp, lse, softcap, scale, SOFTCAP: tl.constexpr):
@@ -157,11 +155,11 @@ def raise_reference(
     limit: float,
     headroom: float,
 ) -> None:
-    rows, strip = probabilities.shape[0], statistics.strip
+    rows, strip, block = probabilities.shape[0], statistics.strip, 8 if launch.INTERPRETED else 16
     strips = triton.cdiv(end - begin, strip)
-    _raise_kernel[(triton.cdiv(rows, RAISE_ROWS),)](
+    _raise_kernel[(triton.cdiv(rows, block),)](
         probabilities, statistics.lse[begin // strip :], reference, rescale, rows, strips, probabilities.stride(0),
-        limit, headroom, ROWS=RAISE_ROWS, STRIP=strip, STRIPS=triton.next_power_of_2(strips), num_warps=4,
+        limit, headroom, ROWS=block, STRIP=strip, STRIPS=triton.next_power_of_2(strips), num_warps=4,
     )  # fmt: skip
 
 

@@ -33,6 +33,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class Configuration:
+    """For filtered gradients d_hidden has the rows of scores; depths and d_weight's rows divide those of scores."""
+
     scores: Tile  # hidden x weight^T: N x V
     d_weight: Tile  # dS^T x hidden: V x H
     d_hidden: Tile  # dS x weight: N x H
@@ -43,7 +45,7 @@ def _uniform(tile: Tile, descriptors: bool) -> Configuration:
     return Configuration(tile, tile, tile, descriptors)
 
 
-INTERPRETER = _uniform(Tile(16, 64, 32, 1, 1), descriptors=True)
+INTERPRETER = _uniform(Tile(32, 64, 32, 1, 1), descriptors=True)
 SIXTEEN_BIT = {
     80: Configuration(
         Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3), descriptors=False

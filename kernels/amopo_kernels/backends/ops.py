@@ -52,6 +52,7 @@ def linear_logps(
     cached = head.cached_columns(hidden, weight.shape[0], dtype, cache_bytes) if gradient_mode == "cached" else 0
     forward = head.forward(
         problem, backend, ignore_index, entropy=entropy, unit_gradient=gradient_mode == "frozen", cached=cached,
+        keep_tile_lse=gradient_mode == "filtered",
     )  # fmt: skip
     rows, empty = forward.rows, rows_like(hidden, 0)
 
@@ -109,8 +110,8 @@ def linear_logps_backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients that are needed, in their tensors' dtypes; the others empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients that are needed, in their tensors' dtypes, the others empty; and what filter_stats gets."""
     problem = _problem(hidden, weight, bias, labels, softcap, temperature, dtype)
     d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if need_hidden else None
     d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None
@@ -118,12 +119,13 @@ def linear_logps_backward(
     forward = head.Forward(
         RowStatistics(logps, lse, miss, entropy), cache=cache if cache.numel() else None, tile_lse=tile_lse
     )
-    head.backward(
+    shares = head.backward(
         problem, backend, forward, grad, grad_entropy, d_hidden=d_hidden, d_weight=d_weight, d_bias=d_bias,
+        filtered=gradient_mode == "filtered",
     )  # fmt: skip
     if need_hidden:
         d_hidden = d_hidden.to(hidden.dtype)
-    return tuple(rows_like(hidden, 0) if x is None else x for x in (d_hidden, d_weight, d_bias))
+    return tuple(rows_like(hidden, 0) if x is None else x for x in (d_hidden, d_weight, d_bias, shares))
 
 
 @linear_logps_backward.register_fake
@@ -132,7 +134,8 @@ def _(grad, grad_entropy, hidden, weight, bias, labels, logps, entropy, lse, mis
     def like(x, needed):
         return torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else rows_like(hidden, 0)
 
-    return like(hidden, need_hidden), like(weight, need_weight), like(bias, need_bias)
+    shares = rows_like(hidden, 3 if gradient_mode == "filtered" else 0)
+    return like(hidden, need_hidden), like(weight, need_weight), like(bias, need_bias), shares
 
 
 def _save_for_linear_logps(ctx, inputs, output):
@@ -161,10 +164,12 @@ def _backward_of_linear_logps(ctx, grad, grad_entropy, *_):
     hidden, weight, bias, labels, logps, entropy, lse, miss, cache, tile_lse = ctx.saved_tensors
     needed = ctx.needs_input_grad[:3]
     grad = torch.zeros_like(logps) if grad is None else grad
-    gradients = torch.ops.amopo_kernels.linear_logps_backward(
+    *gradients, shares = torch.ops.amopo_kernels.linear_logps_backward(
         grad, grad_entropy, hidden, weight, bias, labels, logps, entropy, lse, miss, cache, tile_lse,
         ctx.softcap, ctx.temperature, ctx.dtype, ctx.backend, ctx.mode, *needed,
     )  # fmt: skip
+    if ctx.filter_stats is not None:
+        ctx.filter_stats.copy_(shares)
     return *(x if need else None for x, need in zip(gradients, needed, strict=True)), None, *nothing
 
 

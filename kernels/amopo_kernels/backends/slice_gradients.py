@@ -14,24 +14,35 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .filtering import SliceSelection
 from .problem import Problem, Upstream
 from .tiles import dot, grouped_tile, load_tile, narrow, strips_of
 
 
 @triton.jit
 def _d_weight_kernel(
-    dlogits, hidden, d_weight, scale, rows, features, width, begin, end, hidden_stride, d_weight_stride,
+    dlogits, hidden, d_weight, scale, row_lists, row_counts, lists_stride,
+    rows, features, width, begin, end, hidden_stride, d_weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
-    SCALE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, FILTERED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(end - begin, ROWS)
     column_tiles = tl.cdiv(features, COLUMNS)
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=DESCRIPTORS):
+    FLATTEN: tl.constexpr = DESCRIPTORS and not FILTERED
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
         row_tile, column_tile = grouped_tile(tile, row_tiles, column_tiles, GROUP)
         v = row_tile * ROWS
         h = column_tile * COLUMNS
         accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for n in range(0, rows, DEPTH):
+        steps = tl.cdiv(rows, DEPTH)
+        if FILTERED:
+            steps = tl.load(row_counts + v // TILE_COLUMNS) * (TILE_ROWS // DEPTH)
+        for step in range(0, steps):
+            n = step * DEPTH
+            if FILTERED:
+                row_tile = tl.load(row_lists + v // TILE_COLUMNS * lists_stride + step // (TILE_ROWS // DEPTH))
+                n = row_tile * TILE_ROWS + step % (TILE_ROWS // DEPTH) * DEPTH
             s = load_tile(dlogits, n, v, rows, width, width, DEPTH, ROWS, DESCRIPTORS)
             x = load_tile(hidden, n, h, rows, features, hidden_stride, DEPTH, COLUMNS, DESCRIPTORS)
             accumulator = dot(s.T, x, accumulator, PRECISION)
@@ -48,18 +59,29 @@ def _d_weight_kernel(
 
 @triton.jit
 def _d_hidden_kernel(
-    dlogits, weight, d_hidden, rescale, rows, features, width, begin, end, weight_stride,
+    dlogits, weight, d_hidden, rescale, column_lists, column_counts, lists_stride,
+    rows, features, width, begin, end, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
-    RESCALE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    RESCALE: tl.constexpr, FILTERED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(rows, ROWS)
     column_tiles = tl.cdiv(features, COLUMNS)
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=DESCRIPTORS):
+    FLATTEN: tl.constexpr = DESCRIPTORS and not FILTERED
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
         row_tile, column_tile = grouped_tile(tile, row_tiles, column_tiles, GROUP)
         row = row_tile * ROWS
         h = column_tile * COLUMNS
         accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for v in range(0, end - begin, DEPTH):
+        steps = tl.cdiv(end - begin, DEPTH)
+        if FILTERED:
+            steps = tl.load(column_counts + row // TILE_ROWS) * (TILE_COLUMNS // DEPTH)
+        for step in range(0, steps):
+            v = step * DEPTH
+            if FILTERED:
+                kept = step // (TILE_COLUMNS // DEPTH)
+                tile_of_slice = tl.load(column_lists + row // TILE_ROWS * lists_stride + kept)
+                v = tile_of_slice * TILE_COLUMNS + step % (TILE_COLUMNS // DEPTH) * DEPTH
             s = load_tile(dlogits, row, v, rows, width, width, ROWS, DEPTH, DESCRIPTORS)
             w = load_tile(weight, begin + v, h, end, features, weight_stride, DEPTH, COLUMNS, DESCRIPTORS)
             accumulator = dot(s, w, accumulator, PRECISION)
@@ -82,6 +104,7 @@ def d_weight_slice(
     dlogits: Tensor,  # (N, width), width >= end - begin
     upstream: Upstream,
     out: Tensor,  # (V, H), the gradient
+    selection: SliceSelection | None = None,
 ) -> None:
     configuration = launch.configuration(problem)
     tile, descriptors = configuration.d_weight, configuration.descriptors
@@ -89,8 +112,10 @@ def d_weight_slice(
     _d_weight_kernel[launch.grid(problem, end - begin, problem.features, tile)](
         launch.source(dlogits, (tile.depth, tile.rows), descriptors),
         launch.source(hidden, (tile.depth, tile.columns), descriptors), out, upstream.weight_scale,
+        *((selection.row_lists, selection.row_counts, selection.row_lists.shape[1]) if selection else (None, None, 0)),
         problem.rows, problem.features, dlogits.stride(0), begin, end, hidden.stride(0), out.stride(0),
-        STRIP=min(tile.columns, 64), SCALE=upstream.weight_scale is not None,
+        STRIP=min(tile.columns, 64), SCALE=upstream.weight_scale is not None, FILTERED=selection is not None,
+        TILE_ROWS=configuration.scores.rows, TILE_COLUMNS=configuration.scores.columns,
         **launch.matmul(configuration, tile, hidden.dtype),
     )  # fmt: skip
 
@@ -102,13 +127,17 @@ def add_d_hidden(
     dlogits: Tensor,  # (N, width), width >= end - begin
     out: Tensor,  # (N, H) float32, contiguous
     rescale: Tensor | None = None,  # (N,) float32
+    selection: SliceSelection | None = None,
 ) -> None:
     configuration = launch.configuration(problem)
     tile, descriptors = configuration.d_hidden, configuration.descriptors
     _d_hidden_kernel[launch.grid(problem, problem.rows, problem.features, tile)](
         launch.source(dlogits, (tile.rows, tile.depth), descriptors),
         launch.source(problem.weight, (tile.depth, tile.columns), descriptors), out, rescale,
+        *((selection.column_lists, selection.column_counts, selection.column_lists.shape[1]) if selection
+          else (None, None, 0)),
         problem.rows, problem.features, dlogits.stride(0), begin, end, problem.weight.stride(0),
-        STRIP=min(tile.columns, 64), RESCALE=rescale is not None,
+        STRIP=min(tile.columns, 64), RESCALE=rescale is not None, FILTERED=selection is not None,
+        TILE_ROWS=configuration.scores.rows, TILE_COLUMNS=configuration.scores.columns,
         **launch.matmul(configuration, tile, problem.weight.dtype),
     )  # fmt: skip

@@ -18,7 +18,10 @@ from .problem import Probabilities, Problem, RowStatistics, TileStatistics, Upst
 from .tile_lse import finish_scores
 from .tiles import load_tile
 
-ROWS, STRIP = (8, 64) if launch.INTERPRETED else (16, 256)
+
+def _block() -> tuple[int, int]:
+    """Rows and columns of a program."""
+    return (8, 64) if launch.INTERPRETED else (16, 256)
 
 
 @triton.jit
@@ -51,7 +54,7 @@ def _slice_dlogits_kernel(
     finish_dlogits(
         accumulator, row, begin + column, bias, labels, lse, miss, logps, entropy, grad, grad_entropy, row_scale,
         dlogits, d_bias, rows, vocabulary, begin, width, softcap, scale,
-        ROWS, STRIP, BIAS, SOFTCAP, ENTROPY, D_BIAS, ROW_SCALE,
+        True, ROWS, STRIP, BIAS, SOFTCAP, ENTROPY, D_BIAS, ROW_SCALE, False,
     )  # fmt: skip
 
 
@@ -66,12 +69,12 @@ def matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def strip_columns(device: torch.device, dtype: torch.dtype, narrow: bool) -> int:
-    return STRIP
+    return _block()[1]
 
 
 def row_tiles(problem: Problem) -> int:
     """How many partial sums of the bias's gradient there are."""
-    return triton.cdiv(problem.rows, ROWS)
+    return triton.cdiv(problem.rows, _block()[0])
 
 
 def _slice_logits(problem: Problem, begin: int, end: int) -> Tensor:
@@ -86,12 +89,13 @@ def tile_lse(
     """As tile_lse.tile_lse, for one slice whose logits fit in memory."""
     logits = _slice_logits(problem, begin, end)
     out = probabilities.out if probabilities else None
-    _slice_lse_kernel[(triton.cdiv(problem.rows, ROWS), triton.cdiv(end - begin, STRIP))](
+    height, strip = _block()
+    _slice_lse_kernel[(triton.cdiv(problem.rows, height), triton.cdiv(end - begin, strip))](
         logits, problem.bias, problem.labels, statistics.lse, statistics.entropy, statistics.label_score,
         out, probabilities.reference if probabilities else None,
         problem.rows, problem.vocabulary, begin, end, logits.stride(0), out.stride(0) if probabilities else 0,
         problem.softcap or 1.0, problem.scale, probabilities.limit if probabilities else 0.0,
-        ROWS=ROWS, STRIP=STRIP, BIAS=problem.bias is not None, SOFTCAP=problem.softcap is not None,
+        ROWS=height, STRIP=strip, BIAS=problem.bias is not None, SOFTCAP=problem.softcap is not None,
         ENTROPY=statistics.entropy is not None, PROBABILITIES=probabilities is not None,
         RELATIVE_TO_ROW=probabilities is not None and probabilities.reference is not None, num_warps=4,
     )  # fmt: skip
@@ -103,12 +107,13 @@ def dlogits(
     """As dlogits.dlogits."""
     logits = _slice_logits(problem, begin, end)
     entropy = upstream.grad_entropy is not None
-    _slice_dlogits_kernel[(triton.cdiv(problem.rows, ROWS), triton.cdiv(end - begin, STRIP))](
+    height, strip = _block()
+    _slice_dlogits_kernel[(triton.cdiv(problem.rows, height), triton.cdiv(end - begin, strip))](
         logits, problem.bias, problem.labels, rows.lse, rows.miss, rows.logps, rows.entropy,
         upstream.grad, upstream.grad_entropy, upstream.hidden_scale, out, d_bias,
         problem.rows, problem.vocabulary, begin, end, logits.stride(0), out.stride(0),
         problem.softcap or 1.0, problem.scale,
-        ROWS=ROWS, STRIP=STRIP, BIAS=problem.bias is not None, SOFTCAP=problem.softcap is not None, ENTROPY=entropy,
+        ROWS=height, STRIP=strip, BIAS=problem.bias is not None, SOFTCAP=problem.softcap is not None, ENTROPY=entropy,
         D_BIAS=d_bias is not None, ROW_SCALE=upstream.hidden_scale is not None, num_warps=4,
     )  # fmt: skip
 
