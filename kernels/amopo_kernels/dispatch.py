@@ -16,35 +16,35 @@ from .errors import BackendUnavailableError, UnsupportedError
 
 log = logging.getLogger("amopo_kernels")
 
-SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 # Above this width the vendor's matmuls win back the 16 bytes per logit that chunked writes and reads. By arithmetic
 # (docs/kernels.md), not measured.
 FUSED_UP_TO_FEATURES = 4096
 
 
+# What is asked for: nothing, logits_cache_bytes, a weight and bias without gradient, gradient="filtered".
+MODES = ("exact", "cached", "frozen", "filtered")
+
+
 @dataclass(frozen=True)
 class Support:
-    """What a backend computes in one mode. Every mode has a softcap, a temperature and a bias."""
+    """What a backend does when a mode is asked for. Every one takes a bias, a softcap and a temperature."""
 
-    dtypes: tuple[torch.dtype, ...]
-    entropy: bool
-    bias_gradient: bool
+    mode: str  # what runs
+    dtypes: tuple[torch.dtype, ...]  # of the matmuls
+    entropy: str | None  # what runs if entropies are asked for too, None: refused
 
 
-_TORCH = Support((torch.float64, torch.float32, *SIXTEEN_BIT), entropy=True, bias_gradient=True)
-_TRITON = Support((torch.float32, *SIXTEEN_BIT), entropy=True, bias_gradient=True)
-_NO_ENTROPY = Support(_TRITON.dtypes, entropy=False, bias_gradient=True)
-# Frozen: taken for exact gradients where only hidden needs one; with entropy or a bias's gradient exact runs instead.
-_FROZEN = Support(_TRITON.dtypes, entropy=False, bias_gradient=False)
+_ALL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SUPPORT = {
-    ("torch", "exact"): _TORCH,
-    ("chunked", "exact"): _TRITON,
-    ("chunked", "cached"): _NO_ENTROPY,
-    ("chunked", "frozen"): _FROZEN,
-    ("fused", "exact"): _TRITON,
-    ("fused", "cached"): _NO_ENTROPY,
-    ("fused", "frozen"): _FROZEN,
-    ("fused", "filtered"): _NO_ENTROPY,
+    ("torch", "exact"): Support("exact", _ALL, "exact"),
+    ("torch", "frozen"): Support("exact", _ALL, "exact"),  # without the weight's third of the backward
+    ("chunked", "exact"): Support("exact", _ALL[1:], "exact"),
+    ("chunked", "cached"): Support("cached", _ALL[1:], None),
+    ("chunked", "frozen"): Support("frozen", _ALL[1:], "exact"),
+    ("fused", "exact"): Support("exact", _ALL[1:], "exact"),
+    ("fused", "cached"): Support("cached", _ALL[1:], None),
+    ("fused", "frozen"): Support("frozen", _ALL[1:], "exact"),
+    ("fused", "filtered"): Support("filtered", _ALL[1:], None),
 }
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "torch", "chunked", "fused")
@@ -116,30 +116,43 @@ def _log_once(chosen: str, why: str) -> None:
 
 
 def choose_mode(
-    backend: str, dtype: torch.dtype, *, gradient: str, entropy: bool, cache_bytes: int, only_hidden_needs_grad: bool
+    backend: str, dtype: torch.dtype, *, gradient: str, entropy: bool, cache_bytes: int, frozen: bool
 ) -> str:
-    """How the backend gets the gradient: "exact", "cached", "frozen" or "filtered".
+    """How the backend gets the gradient: one of MODES. A frozen head needs no cache.
 
     Raises:
         ValueError: unknown gradient. UnsupportedError: the backend does not do that.
     """
     if gradient not in ("exact", "filtered"):
         raise ValueError(f"gradient={gradient!r}; choose 'exact' or 'filtered'")
-    if gradient == "filtered":
-        mode = "filtered"
-        if cache_bytes:
-            raise UnsupportedError("gradient='filtered' keeps no logits; leave logits_cache_bytes at 0")
-    elif backend != "torch" and only_hidden_needs_grad and not entropy:
-        mode = "frozen"  # needs no cache: its backward does not touch the vocabulary
-    else:
-        mode = "cached" if cache_bytes else "exact"
-    support = SUPPORT.get((backend, mode))
+    if gradient == "filtered" and cache_bytes:
+        raise UnsupportedError("gradient='filtered' keeps no logits; leave logits_cache_bytes at 0")
+    asked = "filtered" if gradient == "filtered" else "frozen" if frozen else "cached" if cache_bytes else "exact"
+    support = SUPPORT.get((backend, asked))
     if support is None:
-        able = [name for name, other in SUPPORT if other == mode]
-        option = {"cached": "logits_cache_bytes", "filtered": "gradient='filtered'"}[mode]
+        able = [name for name, other in SUPPORT if other == asked]
+        option = {"cached": "logits_cache_bytes", "filtered": "gradient='filtered'"}[asked]
         raise UnsupportedError(f"backend {backend!r} does not have {option}; use {' or '.join(able)}, or leave it out")
     if dtype not in support.dtypes:
         raise UnsupportedError(f"backend {backend!r} does not compute in {dtype}; use 'torch' or another dtype")
-    if entropy and not support.entropy:
-        raise UnsupportedError(f"backend {backend!r} has no entropy in mode {mode!r}; use gradient='exact'")
-    return mode
+    if not entropy:
+        return support.mode
+    if support.entropy is None:
+        raise UnsupportedError(f"backend {backend!r} has no entropies in mode {asked!r}; leave one of them out")
+    return support.entropy
+
+
+def support_matrix() -> str:
+    """SUPPORT as the table of docs/kernels.md."""
+    names = {"exact": "exact", "cached": "logits_cache_bytes", "frozen": "frozen weight", "filtered": "filtered"}
+    lines = ["| backend | gradient | runs | bias, softcap, temperature | entropy | dtypes |", "|---" * 6 + "|"]
+    for backend in ("torch", "chunked", "fused"):
+        for mode in MODES:
+            support = SUPPORT.get((backend, mode))
+            if support is None:
+                lines.append(f"| {backend} | {names[mode]} | refused | | | |")
+                continue
+            dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in support.dtypes)
+            entropy = support.entropy or "refused"
+            lines.append(f"| {backend} | {names[mode]} | {support.mode} | yes | {entropy} | {dtypes} |")
+    return "\n".join(lines)

@@ -82,7 +82,7 @@ def label_logps(
     needs_grad = torch.is_grad_enabled() and hidden.requires_grad
     mode = dispatch.choose_mode(
         backend, dtype, gradient=gradient, entropy=entropy, cache_bytes=cache_bytes,
-        only_hidden_needs_grad=needs_grad and not any(x.requires_grad for x in (weight, bias) if x is not None),
+        frozen=needs_grad and not any(x.requires_grad for x in (weight, bias) if x is not None),
     )  # fmt: skip
     if filter_stats is not None:
         validation.check_filter_stats(filter_stats, gradient, hidden.device)

@@ -133,7 +133,9 @@ def forward(
     rows = _merge(problem, statistics, ignore_index)
     if unit_gradient:
         kept_probabilities.finish_unit_gradient(problem, rows, reference, d_hidden)
-    kept = statistics.lse if keep_tile_lse else statistics.lse[: triton.cdiv(cached, strip)].clone()
+    kept = statistics.lse if keep_tile_lse else None
+    if cached:
+        kept = statistics.lse[: triton.cdiv(cached, strip)].clone()  # a view would keep all of it
     return Forward(rows, d_hidden, cache, kept)
 
 
