@@ -144,11 +144,16 @@ def test_linear_against_reference(lengths, compat):
 
 
 @pytest.mark.parametrize(
-    "option", [{"logits_cache_bytes": 1}, {"gradient": "filtered"}, {"filter_stats": torch.zeros(2)}], ids=str
+    "option, error, message",
+    [
+        ({"logits_cache_bytes": 1}, UnsupportedError, "backend 'torch'"),
+        ({"gradient": "filtered"}, UnsupportedError, "backend 'torch'"),
+        ({"filter_stats": torch.zeros(3)}, ValueError, "filter_stats"),
+    ],
 )
-def test_head_options_reach_the_head(option):
+def test_head_options_reach_the_head(option, error, message):
     hidden, weight, labels = torch.randn(2, 6), torch.randn(40, 6), torch.tensor([3, 5])
-    with pytest.raises(UnsupportedError, match="backend 'torch'"):
+    with pytest.raises(error, match=message):
         linear_amopo_loss(
             hidden, weight, labels, torch.tensor([0, 1, 2]), num_dimensions=1, beta=0.8, gamma=1.5, weighting="mean",
             backend="torch", **option,
