@@ -312,9 +312,10 @@ def _build(model_class: type[nn.Module], config: PretrainedConfig) -> nn.Module:
     config._attn_implementation = "eager"
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
+    device = _check_device(model_class)
     try:
-        with torch.random.fork_rng(devices=[]), torch.device(_check_device(model_class)):
-            torch.manual_seed(0)
+        generators = [] if device == "cpu" else [torch.cuda.current_device()]
+        with torch.random.fork_rng(devices=generators), torch.device(device):
             # The class itself, not from_config: that would shard the miniature under DeepSpeed.
             return model_class(config).float().eval()
     finally:

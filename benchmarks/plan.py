@@ -1,6 +1,8 @@
-"""Planning a row: pairs to a Plan (token trie, gather indices, offsets), on the CPU, as DataLoader workers do it.
+"""Planning a row (pairs to token trie, gather indices and offsets) on the CPU, and what sharing saves.
 
 The target is 64 pairs of 8 sequences of 1000 tokens in under 50 ms: a step of a 7B model on such a row takes seconds.
+The data sets of step_data.py, in rows of 8 pairs, show the tokens that are left to compute, in both prompt orders, and
+the gathered keys per token: what attention reads, and keeps where layers are not recomputed.
 """
 
 from __future__ import annotations
@@ -8,8 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 import harness
-from amopo_fast.batching import PairSizes
-from amopo_fast.plan import build_plan
+from amopo_fast.plan import Plan, build_plan
 from amopo_fast.prompts import PairTokens
 from step_data import lengths, random_pairs
 
@@ -28,23 +29,33 @@ def uniform_pairs(count: int, tokens: int, dimensions: int = 4, response: int = 
     return pairs
 
 
+def plan_rows(pairs: list[PairTokens], size: int = 8) -> list[Plan]:
+    return [build_plan(pairs[i : i + size]) for i in range(0, len(pairs), size)]
+
+
 def main() -> None:
     arguments = harness.parser(__doc__.splitlines()[0]).parse_args()
     report = harness.Report("plan", arguments)
     deadline = harness.Deadline(arguments.minutes)
-    scale = 1 if not arguments.smoke else 16
-    cases = {"64 pairs of 8 x 1000 tokens": uniform_pairs(64 // scale, 1000)}
-    for order in ("dimension_first", "dimension_last"):
-        cases[f"8 qa pairs, {order}"] = random_pairs(lengths("qa"), order, 150_000, 8)
-    for case, pairs in cases.items():
-        plan = build_plan(pairs)
-        times = harness.measure(
-            {"build_plan": build_plan, "PairSizes": PairSizes.of}, [pairs], device="cpu", rounds=arguments.rounds,
-            deadline=deadline,
+    count = 8 if arguments.smoke else None
+    cases = {"64 pairs of 8 x 1000 tokens": (build_plan, uniform_pairs(4 if arguments.smoke else 64, 1000))}
+    for name in ("qa", "short", "long"):
+        for order in ("dimension_first", "dimension_last"):
+            cases[f"{name}, {order}"] = plan_rows, random_pairs(lengths(name), order, 150_000, count)
+    for case, (function, pairs) in cases.items():
+        plans = plan_rows(pairs) if function is plan_rows else [function(pairs)]
+        tokens = {
+            "padded_tokens": sum(plan.padded_tokens for plan in plans),
+            "unpadded_tokens": sum(plan.unshared_tokens for plan in plans),
+            "computed_tokens": sum(plan.num_tokens for plan in plans),
+        }
+        keys = sum(plan.kv_indices.shape[0] for plan in plans) / tokens["computed_tokens"]
+        times = harness.measure({"plan": function}, [pairs], device="cpu", rounds=arguments.rounds, deadline=deadline)
+        ratio = tokens["padded_tokens"] / tokens["computed_tokens"]
+        report.add(
+            case=case, variant=function.__name__, status="ok", pairs=len(pairs), **tokens, padded_per_computed=ratio,
+            keys_per_token=keys, **times["plan"],
         )  # fmt: skip
-        sizes = {"padded": plan.padded_tokens, "unshared": plan.unshared_tokens, "computed": plan.num_tokens}
-        for variant, row in times.items():
-            report.add(case=case, variant=variant, status="ok", **{f"{k}_tokens": v for k, v in sizes.items()}, **row)
 
 
 if __name__ == "__main__":

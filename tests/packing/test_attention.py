@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from packing_cases import expected, largest_error, loss_and_gradients, random_pairs, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_flash_attention_utils
 
 from amopo_fast import attention_backends, scoring
@@ -192,6 +193,36 @@ def test_whole_models_through_the_adapters(libraries, monkeypatch, backend, fami
     got = loss_and_gradients(model, score(model, plan))
     assert largest_error(got, expected(family, 2, 2)) < 1e-5
     assert len(libraries) >= 2 * model.config.num_hidden_layers  # forward and recomputation
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_memory_grows_with_the_row_and_not_with_its_square(family):
+    largest, rows = [], []
+    for count in (2, 16):
+        model = prepare_model(tiny_model(family))
+        plan = build_plan(random_pairs(0, count))
+        with LargestTensor() as mode:
+            score(model, plan).logp_sum.sum().backward()
+        largest.append(mode.numel)
+        rows.append(plan.num_tokens)
+    assert rows[1] > 6 * rows[0]
+    assert largest[1] / largest[0] <= 1.3 * rows[1] / rows[0]
+    assert largest[1] < rows[1] ** 2
 
 
 # The rule of "auto".
