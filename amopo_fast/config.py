@@ -178,6 +178,9 @@ class AMoPOConfig(TrainingArguments):
     num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs."})
     logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between two lines of metrics."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "True would hide a NaN loss."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every trained parameter is used, so the search of the graph is left out."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Batches are plans, not columns."})
     per_device_eval_batch_size: int = field(default=4, metadata={"help": "Pairs in an evaluation row."})
 

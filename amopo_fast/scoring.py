@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 import amopo_kernels
 from amopo_fast.attention import is_switched, packed_attention, switch_attention
@@ -52,7 +53,9 @@ def head_of(model: nn.Module) -> Head:
     head = causal_lm(model).get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output embeddings; AMoPO trains causal language models")
-    if type(head) is not nn.Linear:
+    # FSDP2 replaces a module's class by a subclass of FSDPModule and it.
+    own_class = next(kind for kind in type(head).__mro__ if not issubclass(kind, FSDPModule))
+    if own_class is not nn.Linear:
         raise ValueError(
             f"lm_head is a {type(head).__name__}, not nn.Linear: adapters and quantisation on lm_head are not "
             "supported; leave lm_head out of target_modules (and in llm_int8_skip_modules), or merge it first"
@@ -131,17 +134,25 @@ def score(model: nn.Module, plan: Plan, *, attention_backend: str = "auto", **he
         ValueError: the model was not prepared (or its attention implementation was changed since), a sequence is too
             long for its RoPE (`models.position_limit`), or the attention backend cannot be used.
     """
-    head = head_of(model)
-    return amopo_kernels.linear_sequence_stats(
-        hidden_states(model, plan, attention_backend).index_select(0, plan.label_rows),
-        head.weight,
-        plan.labels,
-        plan.cu_seqlens,
-        head.bias,
-        softcap=head.softcap,
-        temperature=head.temperature,
-        **head_options,
-    )
+    head_of(model)  # an unsupported head is refused before the body runs
+    hidden = hidden_states(model, plan, attention_backend)
+
+    def statistics(rows: torch.Tensor) -> SequenceStats:
+        head = head_of(model)
+        return amopo_kernels.linear_sequence_stats(
+            rows,
+            head.weight,
+            plan.labels,
+            plan.cu_seqlens,
+            head.bias,
+            softcap=head.softcap,
+            temperature=head.temperature,
+            **head_options,
+        )
+
+    # As the head module's forward: FSDP2 and ZeRO-3 gather its weight in hooks around that call and nowhere else.
+    head_module = causal_lm(model).get_output_embeddings()
+    return _call_as_forward(head_module, head_module, statistics, hidden.index_select(0, plan.label_rows))
 
 
 def score_wrapped(wrapped: nn.Module, model: nn.Module, plan: Plan, **head_options) -> SequenceStats:
@@ -153,7 +164,8 @@ def score_wrapped(wrapped: nn.Module, model: nn.Module, plan: Plan, **head_optio
     return _call_as_forward(wrapped, model, lambda: score(model, plan, **head_options))
 
 
-def _call_as_forward(wrapped: nn.Module, model: nn.Module, function: Callable):
+def _call_as_forward(wrapped: nn.Module, model: nn.Module, function: Callable, *arguments: torch.Tensor):
+    """`wrapped(*arguments)` with `model.forward` being `function`, for this one call."""
     own_forward = vars(model).get("forward")
 
     def restore() -> None:
@@ -162,12 +174,12 @@ def _call_as_forward(wrapped: nn.Module, model: nn.Module, function: Callable):
         else:
             model.forward = own_forward
 
-    def forward():
+    def forward(*arguments):
         restore()
-        return function()
+        return function(*arguments)
 
     model.forward = forward
     try:
-        return wrapped()
+        return wrapped(*arguments)
     finally:
         restore()

@@ -24,10 +24,9 @@ def small_pairs(count, seed=0):
 
 def small_model(seed=0, **options):
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(
-        Qwen2Config(vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                    num_key_value_heads=1, attention_dropout=0.1, **options)
-    )  # fmt: skip
+    shape = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "attention_dropout": 0.1}  # fmt: skip
+    return Qwen2ForCausalLM(Qwen2Config(**{**shape, **options}))
 
 
 def small_trainer(output_dir, *, pairs=None, model=None, callbacks=None, **options):

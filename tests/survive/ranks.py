@@ -1,0 +1,250 @@
+"""Runs scenarios in groups of processes (gloo, CPU), in order: `ranks.py FOLDER SCENARIO:WORLD[,WORLD] ...`.
+
+Processes are forked from one that has imported torch. Rank 0 of each group leaves what its scenario returns in
+FOLDER/SCENARIO-WORLD.pt.
+"""
+
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from small_run import small_model, small_pairs, small_trainer
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from amopo_fast.batching import Collator, PairDataset, PairSizes, plan_epochs
+from amopo_fast.scoring import prepare_model, score_wrapped
+from amopo_kernels import amopo_loss, linear_logps
+from amopo_kernels.errors import ShardedTensorError
+
+SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0.0,
+       "eval_strategy": "epoch", "logging_steps": 1}  # fmt: skip
+
+
+class Watch(TrainerCallback):
+    """Gradients of the first step, and every step's records over all ranks."""
+
+    def __init__(self):
+        self.gradients, self.records = {}, []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self.gradients:
+            self.gradients = {name: p.grad.detach().clone() for name, p in model.named_parameters()}
+        own = [
+            record
+            for _, table, records in self.trainer.guard._micro_batches
+            for record, rows in zip(records.tolist(), table, strict=True)
+            if not rows.isnan().all()  # a filler of a short last step
+        ]
+        self.records.append(sorted(sum(self.trainer.guard._gathered(own), [])))
+
+
+def train(folder, resume=None, **options):
+    watch = Watch()
+    trainer = small_trainer(folder, model=small_model(attention_dropout=0.0), callbacks=[watch], **{**SGD, **options})
+    watch.trainer = trainer
+    trainer.train(resume_from_checkpoint=resume)
+    return {
+        "log": trainer.state.log_history,
+        "gradients": watch.gradients,
+        "records": watch.records,
+        "weights": {name: p.detach().clone() for name, p in trainer.model.named_parameters()},
+    }
+
+
+def ddp(folder, world):
+    return train(folder / f"ddp-run-{world}", save_strategy="no")
+
+
+def ddp_resumed(folder, world):
+    """From the checkpoint that `ddp_saved` left after three steps, on another number of ranks."""
+    return train(folder / "saved", resume="last", save_strategy="no", logging_steps=4)
+
+
+def ddp_saved(folder, world):
+    """Three steps, so that the log window of four is cut, of a run of eight."""
+    run = small_trainer(
+        folder / "saved", model=small_model(attention_dropout=0.0), **{**SGD, "save_steps": 3, "logging_steps": 4}
+    )
+    run.args.max_steps = 3
+    run.train()
+    return {}
+
+
+def ddp_bad_loss(folder, world):
+    """A NaN that only the last rank computes stops every rank, in the same step."""
+    model = small_model(attention_dropout=0.0)
+    trainer = small_trainer(folder / f"bad-{world}", model=model, save_strategy="no", **SGD)
+    original = trainer._score
+
+    def score(*args, **kwargs):
+        plan, stats, result = original(*args, **kwargs)
+        if trainer.state.global_step == 2 and trainer.args.process_index == world - 1:
+            result = result._replace(loss=result.loss * float("nan"))
+        return plan, stats, result
+
+    trainer._score = score
+    try:
+        trainer.train()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "step": trainer.state.global_step}
+    return {"error": "", "step": trainer.state.global_step}
+
+
+def group_like_accelerate(model):
+    """accelerate's own FSDP2 wrapping. Its Accelerator refuses FSDP without an accelerator device, so the plugin is
+    put into its state by hand."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+    return fsdp2_prepare_model(accelerator, model)
+
+
+def step_batches(pairs, world, rank, steps):
+    schedule = plan_epochs(PairSizes.of(pairs).computed, pairs_per_step=4, tokens_per_micro_batch=10**6,
+                           epochs=1, seed=0, world_size=world, rank=rank)  # fmt: skip
+    dataset, collate = PairDataset(pairs), Collator(0)
+    return [collate([dataset[batch]]) for batch in schedule.epochs[0][:steps]]
+
+
+def sharded_step(model, batch, world):
+    stats = score_wrapped(model, model, batch["plan"])
+    loss = amopo_loss(stats, num_dimensions=2, beta=0.8, gamma=2.0, noise=batch["noise"],
+                      num_pairs=batch["num_pairs"] / world, weighting="gaussian").loss * batch["weight"]  # fmt: skip
+    loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return total / world
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
+
+
+def fsdp(folder, world, *, tied=False):
+    """Three optimizer steps of AdamW under FSDP2, then a sharded checkpoint."""
+    rank = dist.get_rank()
+    model = prepare_model(small_model(attention_dropout=0.0, tie_word_embeddings=tied))
+    if world > 1:
+        model = group_like_accelerate(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses, gradients = [], []
+    for batch in step_batches(small_pairs(12), world, rank, 3):
+        optimizer.zero_grad()
+        losses.append(sharded_step(model, batch, world))
+        gradients.append({name: whole(p.grad) for name, p in model.named_parameters()})
+        optimizer.step()
+    if world > 1:
+        weights, states = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": states}, checkpoint_id=folder / f"sharded-{world}-{tied}")
+    return {
+        "losses": torch.stack(losses),
+        "gradients": gradients,
+        "weights": {name: whole(p) for name, p in model.named_parameters()},
+        "moments": [whole(optimizer.state[p]["exp_avg_sq"]) for p in model.parameters()],
+        "sharded": isinstance(next(model.parameters()), DTensor),
+    }
+
+
+def fsdp_tied(folder, world):
+    return fsdp(folder, world, tied=True)
+
+
+def fsdp_loaded(folder, world):
+    """The checkpoint that two ranks saved, on `world` ranks, and one more step."""
+    model = prepare_model(small_model(seed=5, attention_dropout=0.0))
+    if world > 1:
+        model = group_like_accelerate(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    weights, states = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": states}
+    dcp.load(state, checkpoint_id=folder / "sharded-2-False")
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    loaded = {name: whole(p).clone() for name, p in model.named_parameters()}
+    moments = [whole(optimizer.state[p]["exp_avg_sq"]).clone() for p in model.parameters()]
+    return {"weights": loaded, "moments": moments}
+
+
+def head_not_gathered(folder, world):
+    """What `score` does with a head that is sharded, outside of the wrapped forward and inside."""
+    from torch.distributed.fsdp import fully_shard
+
+    batch = step_batches(small_pairs(12), 1, 0, 1)[0]
+    model = prepare_model(small_model(attention_dropout=0.0))
+    fully_shard(model.lm_head)
+    try:
+        linear_logps(torch.randn(3, 16), model.lm_head.weight, torch.tensor([1, 2, 3]))
+        error = ""
+    except ShardedTensorError as caught:
+        error = str(caught)
+    original = model.lm_head.forward
+    score_wrapped(model, model, batch["plan"])
+    assert model.lm_head.forward == original
+    return {"error": error}
+
+
+SCENARIOS = {f.__name__: f for f in (ddp, ddp_saved, ddp_resumed, ddp_bad_loss, fsdp, fsdp_tied, fsdp_loaded,
+                                     head_not_gathered)}  # fmt: skip
+
+
+def one_rank(folder, scenario, world, rank, port):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+    if world == 1 and scenario.startswith("ddp"):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            del os.environ[name]
+    elif not scenario.startswith("ddp"):
+        dist.init_process_group("gloo")
+    result = SCENARIOS[scenario](folder, world)
+    if rank == 0:
+        torch.save(result, folder / f"{scenario}-{world}.pt")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def group(folder, scenario, world):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        process = os.fork()
+        if not process:
+            status = 1
+            try:
+                one_rank(folder, scenario, world, rank, port)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                sys.stdout.flush()
+                os._exit(status)
+        processes.append(process)
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+
+
+def main(folder, *scenarios):
+    torch.set_num_threads(1)
+    for item in scenarios:
+        scenario, worlds = item.split(":")
+        for world in map(int, worlds.split(",")):
+            codes = group(Path(folder), scenario, world)
+            if any(codes):
+                sys.exit(f"{scenario} on {world} ranks: exit codes {codes}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
