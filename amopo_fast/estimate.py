@@ -84,6 +84,7 @@ class Setup:
     lora_rank: int | None = None
     quantised: bool = False  # the frozen base model, nf4
     nested: bool = False
+    liger: bool = False  # liger-kernel's RMSNorm and SwiGLU
     accumulates: bool = False  # gradients of earlier micro-batches are alive
     gpus: int = 1  # sharded over
 
@@ -193,17 +194,19 @@ def gradient_bytes(setup: Setup) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def _body(shape: _Shape, row: Row, dtype: torch.dtype, checkpointing: bool, lora_rank: int | None) -> BodyProfile:
+def _body(
+    shape: _Shape, row: Row, dtype: torch.dtype, checkpointing: bool, lora_rank: int | None, liger: bool
+) -> BodyProfile:
     return profile_body(
         shape.config, tokens=row.tokens, kv_tokens=row.kv_tokens, dtype=dtype, checkpointing=checkpointing,
-        lora_rank=lora_rank,
+        lora_rank=lora_rank, liger=liger,
     )  # fmt: skip
 
 
 def body_of(config: PretrainedConfig, row: Row, setup: Setup, checkpointing: bool) -> BodyProfile:
     # A sharded float32 model is gathered in bfloat16.
     dtype = torch.float32 if setup.weights == "fp32" and setup.gpus == 1 else torch.bfloat16
-    return _body(_Shape(config), row, dtype, checkpointing, setup.lora_rank)
+    return _body(_Shape(config), row, dtype, checkpointing, setup.lora_rank, setup.liger)
 
 
 def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:

@@ -10,14 +10,14 @@ from transformers import PretrainedConfig
 from amopo_fast.estimate import Estimate, Row, Setup, estimate
 
 OPTIMIZERS: dict[str, tuple[Setup, str]] = {
-    "AdamW, float32 weights": (Setup(weights="fp32"), "--weight_precision fp32"),
-    "AdamW, step in backward, float32 weights": (
+    "AdamW, fp32 weights": (Setup(weights="fp32"), "--weight_precision fp32"),
+    "fp32, in backward": (
         Setup(weights="fp32", in_backward=True), "--weight_precision fp32 --optim_in_backward adamw"),
-    "AdamW, bfloat16 weights": (Setup(), "--weight_precision bf16_stochastic"),
-    "AdamW 8-bit": (Setup(states="8bit"), "--weight_precision bf16_stochastic --optim adamw_torch_8bit"),
-    "AdamW 8-bit, step in backward": (
+    "AdamW, bf16 weights": (Setup(), "--weight_precision bf16_stochastic"),
+    "AdamW 8-bit, bf16": (Setup(states="8bit"), "--weight_precision bf16_stochastic --optim adamw_torch_8bit"),
+    "8-bit, in backward": (
         Setup(states="8bit", in_backward=True), "--weight_precision bf16_stochastic --optim_in_backward adamw_8bit"),
-    "AdamW 4-bit, step in backward": (
+    "4-bit, in backward": (
         Setup(states="4bit", in_backward=True), "--weight_precision bf16_stochastic --optim_in_backward adamw_4bit"),
     "LoRA, rank 16": (Setup(lora_rank=16), "--use_peft true"),
     "QLoRA, rank 16": (Setup(lora_rank=16, quantised=True), "--use_peft true --load_in_4bit true"),

@@ -51,6 +51,7 @@ def setup_of(
         states=states, weights=weights, in_backward=bool(args.optim_in_backward), checkpointing=checkpointing,
         keep_layers=args.keep_layers, offload=bool(options.get("offload")), lora_rank=lora_rank, quantised=quantised,
         nested=nested, accumulates=accumulates, gpus=args.world_size if args.fsdp else 1,
+        liger=bool(args.use_liger_kernel),
     )  # fmt: skip
 
 

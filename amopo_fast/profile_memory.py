@@ -2,13 +2,16 @@
 
 A model of the same shape with two and with three layers goes through forward and backward in FakeTensorMode: every
 operation that transformers would run is run, no byte is allocated. A dispatch mode counts the storages that are alive.
-Both numbers grow by a constant per layer, so the rest is a straight line. Attention is replaced by a function that
-keeps what a variable-length attention kernel keeps; the head is not run (estimate.py adds it).
+Both numbers grow by a constant per layer, so the rest is a straight line. What kernels replace on a GPU is replaced by
+functions that allocate and keep the same: variable-length attention, and with `liger` its RMSNorm and SwiGLU. The head
+is not run (estimate.py adds it).
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import warnings
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -103,6 +106,43 @@ def _attention(module, query, key, value, attention_mask, profile_kv_tokens=None
     return _Attention.apply(*rows, profile_kv_tokens)[None], None
 
 
+class _RMSNorm(torch.autograd.Function):
+    """Liger's: keeps its input and a float32 scale per row; the gradient is written over the incoming one."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _, weight, _ = ctx.saved_tensors
+        return grad, torch.empty_like(weight)
+
+
+class _GatedProduct(torch.autograd.Function):
+    """Liger's SwiGLU and GEGLU: keeps both factors; their gradients are written over them."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return torch.empty_like(gate)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors
+
+
+def _use_liger(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(lambda m, x: _RMSNorm.apply(x, m.weight), module)
+        elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+            module.forward = functools.partial(
+                lambda m, x: m.down_proj(_GatedProduct.apply(m.gate_proj(x), m.up_proj(x))), module
+            )
+
+
 def set_layers(config: PretrainedConfig, layers: int) -> None:
     """Give a configuration another depth, in place: the number and the list of one type per layer agree."""
     text = config.get_text_config()
@@ -152,6 +192,7 @@ def profile_body(
     dtype: torch.dtype = torch.bfloat16,
     checkpointing: bool = True,
     lora_rank: int | None = None,
+    liger: bool = False,
 ) -> BodyProfile:
     """Memory and FLOP of the body's forward and backward over a packed row.
 
@@ -161,25 +202,32 @@ def profile_body(
         dtype: of the weights; matmuls are in bfloat16 by autocast.
         checkpointing: of every layer.
         lora_rank: train only an adapter of this rank on all linear layers.
+        liger: with liger-kernel's RMSNorm and SwiGLU.
 
     Raises:
         ValueError: a configuration that AutoModelForCausalLM does not build.
     """
     layers = config.get_text_config().num_hidden_layers
-    two, three = (_run(_with_layers(config, n), tokens, kv_tokens, dtype, checkpointing, lora_rank) for n in (2, 3))
+    two, three = (
+        _run(_with_layers(config, n), tokens, kv_tokens, dtype, checkpointing, lora_rank, liger) for n in (2, 3)
+    )
     kept, forward, backward, flops = (a + (layers - 2) * (b - a) for a, b in zip(two, three, strict=True))
     return BodyProfile(kept, forward - kept, backward - kept, flops, three[0] - two[0], layers)
 
 
-def _run(config, tokens, kv_tokens, dtype, checkpointing, lora_rank) -> tuple[int, int, int, int]:
+def _run(config, tokens, kv_tokens, dtype, checkpointing, lora_rank, liger) -> tuple[int, int, int, int]:
     """(bytes alive after the forward, peak of the forward, peak of the backward, FLOP)"""
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
-    model = meta_model(config, dtype, lora_rank).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
+        model = meta_model(config, dtype, lora_rank).train()
     base = model if lora_rank is None else model.get_base_model()
     base.set_attn_implementation(ATTENTION)
     if checkpointing:
         (getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable)()
+    if liger:
+        _use_liger(base)
     with FakeTensorMode():
         _make_fake(model)
         for parameter in model.parameters():

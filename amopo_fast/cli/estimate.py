@@ -27,6 +27,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--no_checkpointing", action="store_true", help="keep every layer's activations")
     parser.add_argument("--keep_layers", type=int, default=0, help="checkpoint all but the last N layers")
     parser.add_argument("--offload", action="store_true", help="layer checkpoints in host memory")
+    parser.add_argument("--no_liger", action="store_true", help="without liger-kernel's RMSNorm and SwiGLU")
     parser.add_argument("--efficiency", type=float, help="share of the GPU's dense bfloat16 peak that is reached")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run, takes_rest=False)
@@ -58,6 +59,7 @@ def run(arguments) -> int:
         "checkpointing": not arguments.no_checkpointing,
         "keep_layers": arguments.keep_layers,
         "offload": arguments.offload,
+        "liger": not arguments.no_liger,
     }
     rows = []
     for name, (setup, flags) in OPTIMIZERS.items():
@@ -73,12 +75,13 @@ def run(arguments) -> int:
                          "tokens_per_second": speed})  # fmt: skip
     report = {"model": arguments.model, "gpu": dataclasses.asdict(gpu), "row": dataclasses.asdict(row),
               "efficiency": efficiency, "efficiency_source": "given" if arguments.efficiency else "assumed",
-              "reserve": prediction.RESERVE, "checkpointing": changes, "rows": rows}  # fmt: skip
+              "reserve": prediction.RESERVE, "setup": changes, "rows": rows}  # fmt: skip
     print(json.dumps(report, indent=1)) if arguments.json else _print(report)
     return 0
 
 
 def _print(report: dict) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -91,11 +94,14 @@ def _print(report: dict) -> None:
         f"{report['model']}: {total:,} parameters, {row['tokens']:,} computed tokens in a micro-batch", soft_wrap=True
     )
     table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
         title="GiB on each GPU",
         caption=f"needed: the tensors' peak and {report['reserve'] / GIB:.0f} GiB for CUDA's context and fragmentation",
     )
-    table.add_column("optimizer", overflow="fold")
-    for column in ("GPUs", "weights", "states", "grads", "activations", "working", "needed", "tokens/s"):
+    table.add_column("optimizer", no_wrap=True)
+    for column in ("GPUs", "weights", "states", "grads", "acts", "work", "needed", "tokens/s"):
         table.add_column(column, justify="right")
     for entry in rows:
         parts = entry["parts"]
@@ -120,7 +126,7 @@ def _print(report: dict) -> None:
     console.print(f"Fits into {memory}, from the least compromise on:", soft_wrap=True)
     for entry in fitting:
         where = "" if entry["gpus"] == 1 else f", with FSDP on {entry['gpus']} GPUs"
-        console.print(f"  {entry['optimizer']}: {entry['flags']}{_checkpoint_flags(report)}{where}", soft_wrap=True)
+        console.print(f"  {entry['optimizer']}: {entry['flags']}{_flags(report)}{where}", soft_wrap=True)
     if best["tokens_per_second"]:
         console.print(
             f"tokens/s: FLOP at {report['efficiency']:.0%} of the GPU's dense bfloat16 peak; that share is "
@@ -128,11 +134,11 @@ def _print(report: dict) -> None:
         )  # fmt: skip
 
 
-def _checkpoint_flags(report: dict) -> str:
-    changes = report["checkpointing"]
+def _flags(report: dict) -> str:
+    changes = report["setup"]
     flags = " --gradient_checkpointing true" if changes["checkpointing"] else ""
     if changes["keep_layers"]:
         flags += f" --keep_layers {changes['keep_layers']}"
     if changes["offload"]:
         flags += """ --gradient_checkpointing_kwargs '{"offload": true}'"""
-    return flags
+    return flags + ("" if changes["liger"] else " --use_liger_kernel false")

@@ -103,15 +103,15 @@ def test_the_line_through_two_depths_goes_through_a_third():
     for checkpointing, dtype in ((True, torch.bfloat16), (False, torch.bfloat16), (True, torch.float32)):
         profile = profile_body(_with_layers(QWEN_32B, 7), tokens=256, kv_tokens=512, dtype=dtype,
                                checkpointing=checkpointing)  # fmt: skip
-        kept, forward, backward, flops = _run(_with_layers(QWEN_32B, 7), 256, 512, dtype, checkpointing, None)
+        kept, forward, backward, flops = _run(_with_layers(QWEN_32B, 7), 256, 512, dtype, checkpointing, None, False)
         assert (profile.kept, profile.forward, profile.backward, profile.flops) == (
             kept, forward - kept, backward - kept, flops)  # fmt: skip
 
 
 def test_the_32b_table():
     """Sizes that follow from the shape alone: 32.76e9 parameters, bfloat16, states, 64 checkpoints of 80 MiB."""
-    four = estimate(QWEN_32B, STEP, OPTIMIZERS["AdamW 4-bit, step in backward"][0])
-    eight = estimate(QWEN_32B, STEP, OPTIMIZERS["AdamW 8-bit, step in backward"][0])
+    four = estimate(QWEN_32B, STEP, OPTIMIZERS["4-bit, in backward"][0])
+    eight = estimate(QWEN_32B, STEP, OPTIMIZERS["8-bit, in backward"][0])
     assert four.parameters == 32_763_876_352
     assert four.parts["weights"] / GIB == pytest.approx(61.0, abs=0.05)
     assert four.parts["optimizer states"] / GIB == pytest.approx(32.4, abs=0.05)
@@ -119,7 +119,7 @@ def test_the_32b_table():
     assert four.parts["activations"] / GIB == pytest.approx(5.0, abs=0.4)
     assert four.parts["working memory"] / GIB == pytest.approx(3.5, abs=0.3)
     assert four.needed < 108.6 * GIB and four.peak < 125 * GIB
-    offloaded = estimate(QWEN_32B, STEP, dataclasses.replace(OPTIMIZERS["AdamW 8-bit, step in backward"][0],
+    offloaded = estimate(QWEN_32B, STEP, dataclasses.replace(OPTIMIZERS["8-bit, in backward"][0],
                                                              offload=True))  # fmt: skip
     assert eight.peak - offloaded.peak == 62 * 8192 * 5120 * 2
     assert estimate(QWEN_32B, STEP, Setup()).needed > GPUS["h200"].memory
