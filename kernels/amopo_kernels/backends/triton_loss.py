@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import DoubleBackwardError, UnsupportedError
+from ..errors import UnsupportedError
 from ..types import AMoPOLoss, SequenceStats
+from .ops import refuse_double_backward
+from .tiles import log1p
 
 TILE = 512  # entries (pair, dimension) per step: 4 per thread of 4 warps. A pair's dimensions must fit into one.
 _LOWEST = tl.constexpr(-3.0e38)  # below every score, and finite: exp(-inf - _LOWEST) is 0, not NaN
@@ -118,16 +120,13 @@ def amopo_loss_kernel(
         mean_w = tl.load(logp_sum_ptr + 2 * entry, mask=present, other=0.0) / length_w
         mean_l = tl.load(logp_sum_ptr + 2 * entry + 1, mask=present, other=0.0) / length_l
         margin = beta * (mean_w - mean_l) - gamma
-        # softplus(-m) = max(-m, 0) + log1p(e) with e = exp(-|m|); e / (u - 1) undoes the rounding of u = 1 + e.
         e = tl.exp(-tl.abs(margin))
-        u = 1.0 + e
-        log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-        softplus = tl.maximum(-margin, 0.0) + log1p
+        softplus = tl.maximum(-margin, 0.0) + log1p(e)
         share = tl.maximum(tl.sum(present.to(tl.int32), axis=1, keep_dims=True), 1).to(tl.float32)
         sft = tl.where(present, sft_coef / share, 0.0)
         losses += tl.where(present, scale * weight * softplus, 0.0) - sft * mean_w
 
-        slope = scale * weight * beta * tl.where(margin > 0, e, 1.0) / u  # a * beta * sigmoid(-m)
+        slope = scale * weight * beta * tl.where(margin > 0, e, 1.0) / (1.0 + e)  # a * beta * sigmoid(-m)
         gradient_w = tl.where(present, (-slope - sft) / length_w * inverse, 0.0)
         gradient_l = tl.where(present, slope / length_l * inverse, 0.0)
         tl.store(gradient_ptr + 2 * entry, gradient_w, mask=valid)
@@ -161,12 +160,13 @@ def _loss_and_gradient(
     P = logp_sum.shape[0] // (2 * K)
     loss, tables, gradient = _outputs(logp_sum, P, K)
     block_k = triton.next_power_of_2(K)
-    amopo_loss_kernel[(1,)](
-        logp_sum.contiguous(), length.contiguous(), prob_mean.contiguous(), prob_std.contiguous(),
-        None if noise is None else noise.contiguous(), None if relative is None else relative.contiguous(),
-        normaliser, loss, *tables, gradient, P, beta, gamma, sft_coef, divisor,
-        K=K, BLOCK_P=TILE // block_k, BLOCK_K=block_k, WEIGHTING=weighting, UPSTREAM=upstream, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(logp_sum):  # Triton launches on the current device
+        amopo_loss_kernel[(1,)](
+            logp_sum.contiguous(), length.contiguous(), prob_mean.contiguous(), prob_std.contiguous(),
+            None if noise is None else noise.contiguous(), None if relative is None else relative.contiguous(),
+            normaliser, loss, *tables, gradient, P, beta, gamma, sft_coef, divisor,
+            K=K, BLOCK_P=TILE // block_k, BLOCK_K=block_k, WEIGHTING=weighting, UPSTREAM=upstream, num_warps=4,
+        )  # fmt: skip
     return loss, *tables, gradient
 
 
@@ -188,11 +188,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_):
-    if torch.is_grad_enabled():
-        raise DoubleBackwardError(
-            "amopo_loss has no second derivative on CUDA; call backward without create_graph, "
-            "or use amopo_kernels.reference for gradients of gradients"
-        )
+    refuse_double_backward("amopo_loss on CUDA")
     (gradient,) = ctx.saved_tensors
     return (grad_loss * gradient, *[None] * (ctx.inputs - 1))
 
