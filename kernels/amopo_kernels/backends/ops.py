@@ -50,10 +50,11 @@ def linear_logps(
     dispatch.count(backend, gradient_mode)
     problem = _problem(hidden, weight, bias, labels, softcap, temperature, dtype)
     cached = head.cached_columns(hidden, weight.shape[0], dtype, cache_bytes) if gradient_mode == "cached" else 0
-    forward = head.forward(
-        problem, backend, ignore_index, entropy=entropy, unit_gradient=gradient_mode == "frozen", cached=cached,
-        keep_tile_lse=gradient_mode == "filtered",
-    )  # fmt: skip
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device; so in every operator here
+        forward = head.forward(
+            problem, backend, ignore_index, entropy=entropy, unit_gradient=gradient_mode == "frozen", cached=cached,
+            keep_tile_lse=gradient_mode == "filtered",
+        )  # fmt: skip
     rows, empty = forward.rows, rows_like(hidden, 0)
 
     def present(x: Tensor | None) -> Tensor:
@@ -119,10 +120,11 @@ def linear_logps_backward(
     forward = head.Forward(
         RowStatistics(logps, lse, miss, entropy), cache=cache if cache.numel() else None, tile_lse=tile_lse
     )
-    shares = head.backward(
-        problem, backend, forward, grad, grad_entropy, d_hidden=d_hidden, d_weight=d_weight, d_bias=d_bias,
-        filtered=gradient_mode == "filtered",
-    )  # fmt: skip
+    with torch.cuda.device_of(hidden):
+        shares = head.backward(
+            problem, backend, forward, grad, grad_entropy, d_hidden=d_hidden, d_weight=d_weight, d_bias=d_bias,
+            filtered=gradient_mode == "filtered",
+        )  # fmt: skip
     if need_hidden:
         d_hidden = d_hidden.to(hidden.dtype)
     return tuple(rows_like(hidden, 0) if x is None else x for x in (d_hidden, d_weight, d_bias, shares))
@@ -179,7 +181,8 @@ linear_logps.register_autograd(_backward_of_linear_logps, setup_context=_save_fo
 @torch.library.custom_op("amopo_kernels::sequence_sums", mutates_args=())
 def sequence_sums(logps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logps (N,), cu_seqlens (S + 1,) -> logp_sum, length int32, prob_mean, prob_std, each (S,)."""
-    return sequences.sequence_sums(logps.contiguous(), cu_seqlens.contiguous())
+    with torch.cuda.device_of(logps):
+        return sequences.sequence_sums(logps.contiguous(), cu_seqlens.contiguous())
 
 
 @sequence_sums.register_fake
@@ -192,7 +195,8 @@ def _(logps, cu_seqlens):
 @torch.library.custom_op("amopo_kernels::rows_of_sequences", mutates_args=())
 def rows_of_sequences(grad: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
     """One number per sequence (S,) -> (N,) float32."""
-    return sequences.rows_of_sequences(grad.contiguous(), cu_seqlens.contiguous(), rows)
+    with torch.cuda.device_of(grad):
+        return sequences.rows_of_sequences(grad.contiguous(), cu_seqlens.contiguous(), rows)
 
 
 @rows_of_sequences.register_fake
