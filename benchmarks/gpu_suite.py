@@ -47,6 +47,7 @@ SUITE = [
     Entry("step_long", "python benchmarks/step.py --model 7B --data long", 8),
     Entry("memcheck", f"{SANITIZER} --tool memcheck python -m pytest -m gpu tests/kernels", 8),
     Entry("racecheck", f"{SANITIZER} --tool racecheck python -m pytest -m gpu tests/kernels", 8),
+    Entry("quality", "python benchmarks/quality.py", 12),
 ]
 GRACE_SECONDS = 20  # beyond its minutes, for the measurement in hand
 
