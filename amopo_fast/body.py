@@ -74,4 +74,4 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no GradientCheckpointingLayer; leave compile_layers out")
     for layer in layers:
-        layer.__class__ = _compiled_class(type(layer), backend)
+        layer.__class__ = _compiled_class(layer.__class__, backend)
