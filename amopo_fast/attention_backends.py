@@ -11,7 +11,7 @@ queries cu_q[b]:cu_q[b+1] sit at the end of the keys cu_k[b]:cu_k[b+1]. None mak
 | varlen | torch.nn.attention.varlen | softcap, dropout, head dims above 256, GPUs before sm_80 |
 | sdpa | torch, one call per segment | nothing |
 
-All but sdpa need CUDA and bf16 or fp16, and refuse attention sinks.
+All but sdpa need CUDA, bf16 or fp16 and a head dim that 8 divides, and refuse attention sinks.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ def _lacks(backend: str, needs: AttentionNeeds) -> str | None:
         return f"it needs compute capability {least[0]}.{least[1]}, the GPU has {needs.capability}"
     if backend == "flash_attention_3" and needs.capability >= (10, 0):
         return f"it has no kernels for compute capability {needs.capability}"
+    if needs.head_dim % 8:
+        return f"head dim {needs.head_dim} is not a multiple of 8"
     limit = 128 if backend == "flash_attention_4" else 256
     if needs.head_dim > limit:
         return f"head dim {needs.head_dim} is above {limit}"

@@ -244,6 +244,7 @@ def pretend(monkeypatch, *installed):
         (FLASH, {"dropout": True}, "flash_attention_2"),
         (FLASH, {"softcap": True, "capability": (10, 0)}, "flash_attention_2"),
         (FLASH, {"head_dim": 512}, "sdpa"),
+        (FLASH, {"head_dim": 100}, "sdpa"),
         (FLASH, {"sinks": True}, "sdpa"),
         (FLASH, {"device": "cpu", "capability": None}, "sdpa"),
         (FLASH, {"dtype": torch.float32}, "sdpa"),

@@ -17,6 +17,7 @@ from transformers import (
     BartForCausalLM,
     BloomConfig,
     BloomForCausalLM,
+    Gemma3Config,
     Gemma3TextConfig,
     Lfm2Config,
     LlamaConfig,
@@ -106,6 +107,12 @@ def test_the_check_leaves_the_model_and_the_random_state_alone():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.config.to_dict() == config and torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters()) and torch.get_default_dtype() == torch.float32
+
+
+def test_a_vision_language_model_is_tried_by_its_text():
+    model = on_meta(Gemma3Config(vision_config={"num_hidden_layers": 2}))
+    check_packing(model)
+    assert type(model).__name__ == "Gemma3ForConditionalGeneration"
 
 
 def test_the_miniature_holds_every_kind_of_layer():
