@@ -80,6 +80,7 @@ def runner(function, mode: Mode) -> harness.Variant:
                 return function(inputs)[2], None, None
         output, upstream, logps = function(inputs)
         wanted = (inputs.hidden,) if mode.frozen else (inputs.hidden, inputs.weight)
+        upstream = None if upstream is None else upstream.to(output.dtype)
         gradients = torch.autograd.grad(output, wanted, upstream)
         return None if logps is None else logps.detach(), *gradients, *([None] if mode.frozen else [])
 
@@ -107,6 +108,7 @@ def prepare(variant: Variant, mode: Mode, case: Case, inputs: Inputs, oracle: Or
     The second run, in which memory is measured, is the only timed one of a variant that takes longer than SLOW_SECONDS.
     """
     device = inputs.hidden.device.type
+    failure = None
     try:
         if variant.minimum_cuda is not None and device != "cuda":
             raise NotImplementedError("needs a CUDA device")
@@ -123,12 +125,13 @@ def prepare(variant: Variant, mode: Mode, case: Case, inputs: Inputs, oracle: Or
         extra = harness.extra_memory(run, inputs, device=device)
         seconds = time.perf_counter() - begin
     except torch.OutOfMemoryError:
-        gc.collect()
-        torch.cuda.empty_cache()
-        return None, {"status": "not run: out of memory"}
+        failure = "out of memory"
     except Exception as error:  # a peer may fail in any way, and must not end the others' measurement
         message = (str(error).strip() or "no message").splitlines()[0][:200]
-        return None, {"status": f"not run: {type(error).__name__}: {message}"}
+        failure = f"{type(error).__name__}: {message}"
+    if failure is not None:
+        _recover(variant, device)
+        return None, {"status": f"not run: {failure}"}
     logps_limit, gradient_limit = TOLERANCES[case.dtype]
     for name, error in errors.items():
         if name.endswith("_error") and not error <= (logps_limit if name == "logps_error" else gradient_limit):
@@ -137,6 +140,18 @@ def prepare(variant: Variant, mode: Mode, case: Case, inputs: Inputs, oracle: Or
     if seconds > SLOW_SECONDS:
         return None, {**fields, **harness.summary([1e3 * seconds])}
     return run, fields
+
+
+def _recover(variant: Variant, device: str) -> None:
+    """Free what a failed variant held; an illegal access leaves no usable context, and nothing can be measured then."""
+    gc.collect()
+    if device != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        raise SystemExit(f"{variant.name} left the GPU unusable; run again with --without '{variant.name}'") from error
 
 
 def benchmark(case: Case, mode: Mode, variants: Sequence[Variant], report, arguments, deadline) -> None:
@@ -178,6 +193,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", help="only this case; may be repeated")
     parser.add_argument("--mode", action="append", help="only this mode; may be repeated")
     parser.add_argument("--variant", action="append", help="only this variant; may be repeated")
+    parser.add_argument("--without", action="append", default=[], help="not this variant; may be repeated")
     arguments = parser.parse_args()
     deadline = harness.Deadline(arguments.minutes)
     report = harness.Report("head_sweeps" if arguments.sweeps else "head", arguments)
@@ -196,6 +212,7 @@ def main() -> None:
                 variants = [x for x in variants if x.name.startswith("ours") or x.name in SWEEP_PEERS]
             if arguments.variant:
                 variants = [x for x in variants if x.name in arguments.variant]
+            variants = [x for x in variants if x.name not in arguments.without]
             benchmark(case, mode, variants, report, arguments, deadline)
 
 

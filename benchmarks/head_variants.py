@@ -88,7 +88,8 @@ def plain():
 
 
 def compiled_plain():
-    function = torch.compile(_plain_logps, fullgraph=True)
+    torch.compiler.reset()  # every case is compiled for its own shapes
+    function = torch.compile(_plain_logps, fullgraph=True, dynamic=False)
     return lambda inputs: _per_row(function(inputs.hidden, inputs.weight, inputs.labels), inputs)
 
 
