@@ -159,7 +159,8 @@ def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype, lora_rank: int | None = None) -> nn.Module:
     """A causal LM of `config` without memory; with an adapter over all linear layers if a rank is given."""
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         if lora_rank is not None:
             from peft import LoraConfig, get_peft_model
@@ -219,9 +220,7 @@ def _run(config, tokens, kv_tokens, dtype, checkpointing, lora_rank, liger) -> t
     """(bytes alive after the forward, peak of the forward, peak of the backward, FLOP)"""
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
-        model = meta_model(config, dtype, lora_rank).train()
+    model = meta_model(config, dtype, lora_rank).train()
     base = model if lora_rank is None else model.get_base_model()
     base.set_attn_implementation(ATTENTION)
     if checkpointing:

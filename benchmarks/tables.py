@@ -31,8 +31,10 @@ TARGETS = {
     "B": {"forward+backward": 8, "cached": 6.5, "frozen head": 4},
 }
 PLOTTED = ROOT / "benchmarks" / "results" / "head_sweeps.png"
+PLOTTED_OPTIMIZERS = ROOT / "benchmarks" / "results" / "optimizers.png"
 # Not shown in a plain table: they only refine or repeat another column.
-HIDDEN = ("p20_ms", "p80_ms", "min_ms", "runs", "dtype", "options")
+HIDDEN = ("p20_ms", "p80_ms", "min_ms", "runs", "dtype", "options", "losses", "shape", "tokens", "predicted_parts",
+          "flop", "reserved_bytes", "heldout_accuracy", "loss_at_end")  # fmt: skip
 
 
 # ----- results -----
@@ -287,6 +289,36 @@ def plot_sweeps() -> None:
     figure.savefig(PLOTTED, dpi=150)
 
 
+def plot_optimizers() -> None:
+    """Loss, and what it is above the float32 run of the same seed: mean and range over seeds, means of 20 steps."""
+    reports = results("optimizers", "cuda") + results("optimizers", "cpu")
+    if not reports:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    rows = [row for row in reports[0]["rows"] if row["status"] == "ok"]
+    figure, (loss_axis, above_axis) = plt.subplots(1, 2, figsize=(11, 3.8))
+    smooth = np.ones(20) / 20
+    full = np.array([np.convolve(each, smooth, "valid") for each in rows[0]["losses"]])
+    for number, row in enumerate(rows):
+        losses = np.array([np.convolve(each, smooth, "valid") for each in row["losses"]])
+        steps = np.arange(losses.shape[1]) + len(smooth)
+        for axis, values in ((loss_axis, losses), (above_axis, losses - full)):
+            axis.plot(steps, values.mean(0), color=f"C{number}", label=row["variant"], linewidth=1.2)
+            axis.fill_between(steps, values.min(0), values.max(0), color=f"C{number}", alpha=0.15, linewidth=0)
+    loss_axis.set_ylabel("loss")
+    above_axis.set_ylabel("loss above float32, same seed")
+    for axis in (loss_axis, above_axis):
+        axis.set_xlabel("optimizer step")
+    above_axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(PLOTTED_OPTIMIZERS, dpi=150)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--add", type=Path, action="append", default=[])
@@ -302,6 +334,7 @@ def main() -> int:
         print(f"{'out of date' if arguments.check else 'wrote'}: {page.relative_to(ROOT)}")
     if not arguments.check:
         plot_sweeps()
+        plot_optimizers()
     return 1 if arguments.check and stale else 0
 
 

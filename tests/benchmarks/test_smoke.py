@@ -19,7 +19,17 @@ def run(tmp_path, *command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("command", ["loss.py", "head.py --case C --mode forward+backward", "step.py", "plan.py"])
+BENCHMARKS = [
+    "loss.py",
+    "head.py --case C --mode forward+backward",
+    "step.py",
+    "plan.py",
+    "optimizers.py",
+    "memory.py",
+]
+
+
+@pytest.mark.parametrize("command", BENCHMARKS)
 def test_benchmark(tmp_path, command):
     file, *options = command.split()
     out = tmp_path / "report.json"

@@ -1,0 +1,261 @@
+"""Peak memory and speed of whole optimizer steps, beside the estimate's prediction and beside plain transformers.
+
+Every row is a process of its own that goes the way of `amopo-fast train`: the memory check, the model made on the
+device with random weights in Qwen2.5's shapes, AMoPOTrainer, its optimizer and its loop, on pairs with the lengths of
+real ones. Two steps warm up and create the optimizer's states, ten consecutive ones are measured: one peak, and the
+time from one step's beginning to the next. `plain` rows train the same pairs with transformers and torch alone: padded
+sequences, one pair a step, float32 weights with bfloat16 autocast, full logits, fused AdamW. The prediction is made
+before the row is run. On a CPU (--smoke) the bytes of tensors are counted as they are made.
+
+    PYTHONPATH=.:kernels python benchmarks/memory.py --out memory.json --model 32B
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import PrinterCallback, ProgressCallback, Qwen2Config, TrainerCallback
+
+import harness
+from step import SHAPES, Step, Technique
+from step_data import DIMENSIONS, lengths, random_pairs
+
+SHAPES = SHAPES | {
+    "32B": dict(num_hidden_layers=64, hidden_size=5120, intermediate_size=27648, num_attention_heads=40,
+                num_key_value_heads=8, vocab_size=152064, tie_word_embeddings=False),
+}  # fmt: skip
+WARMUP, STEPS = 2, 10
+BF16 = {"weight_precision": "bf16_stochastic"}
+RECOMPUTED = {"gradient_checkpointing": True}
+IN_BACKWARD_8, IN_BACKWARD_4 = {**BF16, "optim_in_backward": "adamw_8bit"}, {**BF16, "optim_in_backward": "adamw_4bit"}
+# (shape, variant, options of AMoPOConfig and lora_r, computed tokens of a micro-batch), most telling first
+ROWS = [
+    ("32B", "4-bit, in backward", IN_BACKWARD_4 | RECOMPUTED, 8192),
+    ("32B", "8-bit, in backward", IN_BACKWARD_8 | RECOMPUTED, 8192),
+    ("32B", "LoRA", {"use_peft": True, **RECOMPUTED}, 8192),
+    ("32B", "4-bit, in backward, 8 layers kept", IN_BACKWARD_4 | RECOMPUTED | {"keep_layers": 8}, 8192),
+    ("7B", "8-bit, in backward", IN_BACKWARD_8, 8192),
+    ("7B", "8-bit, in backward, recomputed", IN_BACKWARD_8 | RECOMPUTED, 8192),
+    ("7B", "fp32, recomputed", {"weight_precision": "fp32", **RECOMPUTED}, 8192),
+    ("7B", "LoRA", {"use_peft": True}, 8192),
+    ("7B", "plain", {}, 0),
+    ("14B", "8-bit, in backward, recomputed", IN_BACKWARD_8 | RECOMPUTED, 8192),
+    ("14B", "4-bit, in backward, recomputed", IN_BACKWARD_4 | RECOMPUTED, 16384),
+    ("14B", "plain", {}, 0),
+    ("0.5B", "fp32", {"weight_precision": "fp32"}, 8192),
+    ("0.5B", "fp32, in backward", {"weight_precision": "fp32", "optim_in_backward": "adamw"}, 8192),
+    ("0.5B", "plain", {}, 0),
+    ("32B", "plain", {}, 0),
+]  # fmt: skip
+SMOKE_ROWS = [
+    ("smoke", "fp32, in backward", {"weight_precision": "fp32", "optim_in_backward": "adamw", **RECOMPUTED}, 2048),
+    ("smoke", "plain", {}, 0),
+]
+
+
+class Window(TrainerCallback):
+    """Times the steps after the warm-up and takes the peak over all of them."""
+
+    def __init__(self, cuda: bool, live):
+        self.cuda, self.live = cuda, live
+        self.begins: list[float] = []
+        self.peak = 0
+
+    def mark(self, step: int) -> None:
+        """At the beginning of step number `step`, from 0, and once after the last."""
+        if step < WARMUP:
+            return
+        if self.cuda:
+            torch.cuda.synchronize()
+        if step == WARMUP:
+            if self.cuda:
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                self.live.peak = self.live.live
+        self.begins.append(time.perf_counter())
+
+    def close(self) -> None:
+        self.mark(WARMUP + STEPS)
+        self.peak = torch.cuda.max_memory_allocated() if self.cuda else self.live.peak
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.mark(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def row(self, tokens: dict[str, int]) -> dict:
+        """`tokens`: of all measured steps, by kind."""
+        milliseconds = [1e3 * (b - a) for a, b in zip(self.begins, self.begins[1:], strict=False)]
+        seconds = self.begins[-1] - self.begins[0]
+        rates = {f"{kind}_tokens_per_s": count / seconds for kind, count in tokens.items()}
+        reserved = torch.cuda.max_memory_reserved() if self.cuda else None
+        return {"peak_bytes": self.peak, "reserved_bytes": reserved, **rates, **harness.summary(milliseconds)}
+
+
+def fitting_pairs(shape: str, budget: int) -> tuple[list, int]:
+    """(pairs with real lengths, how many of them always fit into one row of `budget` computed tokens).
+
+    Pairs above 4096 tokens, or above the budget, are left out: a step is one micro-batch, and all are about as long.
+    """
+    from amopo_fast.batching import PairSizes
+
+    count = 40 if shape == "smoke" else None
+    pairs = random_pairs(lengths("qa"), "dimension_first", SHAPES[shape]["vocab_size"], count)
+    per_step = max(1, budget // 4096)
+    sizes = PairSizes.of(pairs).computed
+    return [pair for pair, size in zip(pairs, sizes, strict=True) if size <= budget // per_step], per_step
+
+
+def train(shape: str, options: dict, budget: int, device: str) -> dict:
+    """One row through this package's own path."""
+    from amopo_fast.batching import PairSizes
+    from amopo_fast.config import AMoPOConfig, ModelConfig
+    from amopo_fast.loading import peft_config
+    from amopo_fast.preflight import load_for_training, longest_row, setup_of
+    from amopo_fast.profile_memory import LiveBytes
+    from amopo_fast.trainer import AMoPOTrainer
+
+    cuda = device.startswith("cuda")
+    options = dict(options)
+    adapter = options.pop("use_peft", False)
+    pairs, per_step = fitting_pairs(shape, budget)
+    sizes = PairSizes.of(pairs)
+    with tempfile.TemporaryDirectory() as folder:
+        Qwen2Config(**SHAPES[shape], max_position_embeddings=8192).save_pretrained(folder)
+        config = ModelConfig(folder, random_weights=True, use_peft=adapter)
+        args = AMoPOConfig(
+            output_dir=folder, max_steps=WARMUP + STEPS, tokens_per_micro_batch=budget, use_cpu=not cuda,
+            pairs_per_step=per_step, save_strategy="no", logging_steps=5,
+            disable_tqdm=True, report_to=[], bf16=True, **options,
+        )  # fmt: skip
+        row, _ = longest_row(pairs, args)
+        live = None if cuda else LiveBytes()
+        window = Window(cuda, live)
+        with live or contextlib.nullcontext():
+            model = load_for_training(config, args, pairs, adapter=adapter)
+            setup = setup_of(
+                args, next(model.parameters()).dtype, lora_rank=config.lora_r if adapter else None, quantised=False,
+                nested=False, accumulates=False,
+            )  # fmt: skip
+            predicted = predict(model.config, row, setup)
+            trainer = AMoPOTrainer(
+                model, args, dimensions=DIMENSIONS, train_dataset=pairs, callbacks=[window],
+                peft_config=peft_config(config),
+            )  # fmt: skip
+            for callback in (PrinterCallback, ProgressCallback):
+                trainer.remove_callback(callback)
+            trainer.train()
+        batches = trainer._batches.schedule.epochs[0][WARMUP : WARMUP + STEPS]
+        used = [i for batch in batches for i in batch.pairs]
+        tokens = {kind: int(getattr(sizes, kind)[used].sum()) for kind in ("computed", "padded", "labels")}
+    return {"pairs_per_step": args.pairs_per_step, "longest_tokens": row.tokens, **predicted, **window.row(tokens),
+            "prediction_over_peak": predicted["predicted_bytes"] / window.peak}  # fmt: skip
+
+
+def predict(config, row, setup) -> dict:
+    from amopo_fast.estimate import estimate
+
+    prediction = estimate(config, row, setup)
+    return {"predicted_bytes": prediction.peak, "predicted_parts": prediction.parts, "flop": prediction.flops}
+
+
+def plain(shape: str, device: str) -> dict:
+    """The same pairs with transformers and torch alone; its attention is flash-attn's where that is installed."""
+    from amopo_fast.batching import PairSizes
+    from amopo_fast.profile_memory import LiveBytes
+
+    cuda = device.startswith("cuda")
+    pairs = random_pairs(lengths("qa"), "dimension_first", SHAPES[shape]["vocab_size"], count=WARMUP + STEPS)
+    sizes = PairSizes.of(pairs)
+    live = None if cuda else LiveBytes()
+    window = Window(cuda, live)
+    from transformers import Qwen2ForCausalLM
+
+    from step import choose_attention
+
+    with live or contextlib.nullcontext():
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = Qwen2ForCausalLM(Qwen2Config(**SHAPES[shape], max_position_embeddings=8192)).train()
+        technique = Technique("reference", packed=False, share=False, fused_head=False)
+        attention = choose_attention(technique, model, device)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-7, fused=True)
+        for number, pair in enumerate(pairs):
+            window.mark(number)
+            step = Step(model, technique, [pair], device)
+            batches = step.batches(argparse.Namespace(size=1))
+            with torch.autocast(device.split(":")[0], torch.bfloat16):
+                step.run(batches)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+            optimizer.step()
+        window.close()
+    measured = slice(WARMUP, WARMUP + STEPS)
+    tokens = {"padded": int(sizes.padded[measured].sum()), "labels": int(sizes.labels[measured].sum())}
+    return {"pairs_per_step": 1, "attention": attention, **window.row(tokens)}
+
+
+def child(case: dict) -> int:
+    """Run one row and write it to `case["out"]`."""
+    try:
+        if case["variant"] == "plain":
+            result = plain(case["shape"], case["device"])
+        else:
+            result = train(case["shape"], case["options"], case["tokens"], case["device"])
+        result["status"] = "ok"
+    except torch.OutOfMemoryError as error:
+        result = {"status": f"not run: out of memory: {str(error).splitlines()[0][:200]}"}
+    except ValueError as error:
+        if type(error).__name__ != "DoesNotFit":
+            raise
+        result = {"status": f"not run: {str(error)[:300]}"}
+    Path(case["out"]).write_text(json.dumps(result))
+    return 0
+
+
+def main() -> int:
+    parser = harness.parser(__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=[name for name in SHAPES if name not in ("cpu", "smoke")])
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    if "--child" in sys.argv:
+        return child(json.loads(sys.argv[sys.argv.index("--child") + 1]))
+    arguments = parser.parse_args()
+    report = harness.Report("memory", arguments)
+    deadline = harness.Deadline(arguments.minutes)
+    for shape, variant, options, tokens in SMOKE_ROWS if arguments.smoke else ROWS:
+        if arguments.model and not arguments.smoke and shape != arguments.model:
+            continue
+        head = {"case": f"{shape}, {tokens or 'one pair'}", "shape": shape, "variant": variant, "tokens": tokens}
+        if deadline.seconds_left() < 20:
+            report.add(**head, status="not run: no time left")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            case = {"shape": shape, "variant": variant, "options": options, "tokens": tokens,
+                    "device": arguments.device, "out": str(Path(folder) / "row.json")}  # fmt: skip
+            try:
+                done = subprocess.run(
+                    [sys.executable, __file__, "--child", json.dumps(case)], timeout=deadline.seconds_left() + 15,
+                    stderr=subprocess.PIPE, text=True,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                report.add(**head, status="not run: no time left")
+                continue
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                report.add(**head, status=f"not run: exit status {done.returncode}: {last[:300]}")
+                continue
+            report.add(**head, **json.loads(Path(case["out"]).read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
