@@ -13,8 +13,8 @@ from head_problem import Case
 
 MATMUL = 790e12  # FLOP/s, bf16: an 8192^3 product on random data, one H200 (its copies ran at 4.3e12 bytes/s)
 MEMORY = 4.8e12  # bytes/s, the vendor's figure
-# Assumed share of MATMUL that a Triton matmul with TMA and an epilogue reaches: to be replaced by a measurement.
-TRITON = 0.85
+# Assumed rates at the head's shapes, as in docs/kernels.md; to be replaced by measurements.
+TRITON, VENDOR = 690e12, 760e12
 SLICE = 4096
 STRIP = 64  # columns per float32 log-sum-exp that the fused forward writes and reads again
 ROW_GROUP = 2048  # rows for which the fused forward reads the weight once
@@ -36,7 +36,7 @@ class Path:
 
     def predicted_ms(self, case: Case) -> float:
         """Matmuls at their rate, or the memory traffic if that takes longer, and the serial passes behind them."""
-        matmuls = self.floor_ms(case) / (TRITON if self.triton else 1.0)
+        matmuls = self.floor_ms(case) * MATMUL / (TRITON if self.triton else VENDOR)
         serial = 1e3 * self.serial(case) / MEMORY
         return max(matmuls, self.memory_ms(case) - serial) + serial
 
