@@ -110,12 +110,13 @@ class Schedule:
         )
         rows = [[int(sizes.computed[list(batch.pairs)].sum()) for batch in epoch] for epoch in self.epochs]
         first = max(rows[0][: self.accumulation])
+        mean = sum(map(sum, rows)) / sum(map(len, rows))
         steps = -(-len(rows[0]) // self.accumulation)
         text = (
             f"{len(sizes.computed):,} pairs an epoch: {padded:,} tokens padded, {unshared:,} without padding, "
             f"{computed:,} computed ({padded / computed:.2f} padded tokens each), {labels:,} labels\n"
-            f"{steps:,} optimizer steps an epoch, {self.accumulation} micro-batches each; the longest computes "
-            f"{max(map(max, rows)):,} tokens, the first one {first:,}"
+            f"{steps:,} optimizer steps an epoch, {self.accumulation} micro-batches each of {mean:,.0f} computed tokens "
+            f"on average; the longest has {max(map(max, rows)):,}, the first one {first:,}"
         )
         above = int((sizes.computed > budget).sum())
         if above:

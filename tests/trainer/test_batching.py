@@ -115,6 +115,7 @@ def test_the_description_counts_what_the_data_costs():
     text = plan(sizes.computed, 100).describe(sizes, 100)
     assert text.splitlines() == [
         "2 pairs an epoch: 410 tokens padded, 367 without padding, 221 computed (1.86 padded tokens each), 87 labels",
-        "1 optimizer steps an epoch, 2 micro-batches each; the longest computes 156 tokens, the first one 156",
+        "1 optimizer steps an epoch, 2 micro-batches each of 110 computed tokens on average; the longest has 156, "
+        "the first one 156",
         "1 pairs are longer than tokens_per_micro_batch=100: each is a micro-batch alone",
     ]
