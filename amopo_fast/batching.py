@@ -115,8 +115,8 @@ class Schedule:
         text = (
             f"{len(sizes.computed):,} pairs an epoch: {padded:,} tokens padded, {unshared:,} without padding, "
             f"{computed:,} computed ({padded / computed:.2f} padded tokens each), {labels:,} labels\n"
-            f"{steps:,} optimizer steps an epoch, {self.accumulation} micro-batches each of {mean:,.0f} computed tokens "
-            f"on average; the longest has {max(map(max, rows)):,}, the first one {first:,}"
+            f"{steps:,} optimizer steps an epoch, {self.accumulation} micro-batches each of {mean:,.0f} computed "
+            f"tokens on average; the longest has {max(map(max, rows)):,}, the first one {first:,}"
         )
         above = int((sizes.computed > budget).sum())
         if above:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from amopo_fast.attention import switch_attention
 from amopo_fast.attention_backends import AttentionNeeds
@@ -80,6 +80,11 @@ def refusal(config: PretrainedConfig) -> str | None:
         )
     if getattr(text, "use_bidirectional_attention", None) or not getattr(text, "is_causal", True):
         return "its attention is not causal (a prefix attends to itself in both directions)"
+    if getattr(text, "attn_temperature_tuning", False):
+        return (
+            "attn_temperature_tuning scales queries by their place in the row; set config.attn_temperature_tuning = "
+            f"False, which changes nothing for sequences under {text.floor_scale} tokens"
+        )
     if getattr(text, "alibi", False):
         return "ALiBi biases are made from places in the row, not from position_ids"
     return None
@@ -108,13 +113,21 @@ def position_limit(config: PretrainedConfig) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The body of a causal LM, from token ids to the last hidden states."""
+    decoder = model.get_decoder()
+    if decoder is model or not isinstance(decoder, PreTrainedModel):  # where the class does not say
+        decoder = next(module for module in model.children() if isinstance(module, PreTrainedModel))
+    return decoder
+
+
 def attention_needs(model: nn.Module, device: torch.device) -> AttentionNeeds:
     """What the model's layers ask of an attention backend, by its configuration and the current autocast."""
     text = model.config.get_text_config()
     sizes = [getattr(text, name, None) for name in ("head_dim", "global_head_dim", "v_head_dim")]
     sizes.append((getattr(text, "qk_nope_head_dim", None) or 0) + (getattr(text, "qk_rope_head_dim", None) or 0))
     kinds = getattr(text, "layer_types", None)
-    first_layer = getattr(model.get_decoder(), "layers", [model])[0]
+    first_layer = getattr(decoder_of(model), "layers", [model])[0]
     window = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
     autocast = torch.is_autocast_enabled(device.type)
     weights = model.get_input_embeddings().weight.dtype

@@ -22,6 +22,7 @@ from amopo_fast.models import (
     attention_needs,
     check_packing,
     check_prompt_learning,
+    decoder_of,
     position_limit,
 )
 from amopo_fast.plan import Plan
@@ -112,7 +113,7 @@ def hidden_states(model: nn.Module, plan: Plan, attention_backend: str = "auto")
         raise ValueError(f"a sequence of {plan.max_seqlen_k} tokens is beyond {limit} positions, {BEYOND_LIMIT}")
     backend = choose_backend(attention_backend, attention_needs(language_model, plan.input_ids.device))
     with packed_attention(plan, backend) as attention_inputs:
-        output = language_model.get_decoder()(
+        output = decoder_of(language_model)(
             input_ids=plan.input_ids, position_ids=plan.position_ids, use_cache=False, **attention_inputs
         )
     return output.last_hidden_state[0]

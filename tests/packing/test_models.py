@@ -20,6 +20,7 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -58,6 +59,7 @@ def on_meta(config, model_class=None):
         (Gemma3TextConfig(use_bidirectional_attention=True), None, "not causal"),
         (BloomConfig(n_layer=2, hidden_size=64, n_head=4), BloomForCausalLM, "attention interface"),
         (BartConfig(is_encoder_decoder=False), BartForCausalLM, "differ from those of separate sequences"),
+        (Llama4TextConfig(num_hidden_layers=4), None, "by their place in the row; set config.attn_temperature_tuning"),
     ],
 )
 def test_refused_with_the_reason(config, model_class, reason):
@@ -107,6 +109,12 @@ def test_the_check_leaves_the_model_and_the_random_state_alone():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.config.to_dict() == config and torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters()) and torch.get_default_dtype() == torch.float32
+
+
+def test_llama_4_is_packed_up_to_its_chunk_without_temperature_tuning():
+    config = Llama4TextConfig(num_hidden_layers=4, attn_temperature_tuning=False)
+    check_packing(on_meta(config))
+    assert position_limit(config) == 8192
 
 
 def test_a_vision_language_model_is_tried_by_its_text():
