@@ -132,7 +132,7 @@ class Guard(TrainerCallback):
                            SPIKES_FILE)  # fmt: skip
 
     def _gathered(self, value) -> list:
-        """`value` of every rank, on rank 0."""
+        """`value` of every rank."""
         if self.trainer.args.world_size == 1:
             return [value]
         everyone = [None] * self.trainer.args.world_size
@@ -144,6 +144,8 @@ class Guard(TrainerCallback):
         trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
         step = state.global_step + 1
         everyone = self._gathered(self._statistics())
+        # Each rank sees its own shards of a sharded model.
+        named = {part: sorted(set().union(*(rank[part] for rank in everyone))) for part in ("weights", "gradients")}
         path = Path(args.output_dir) / f"failed-step-{step}.json"
         if trainer.is_world_process_zero():
             pairs = [pair for rank in everyone for pair in rank["pairs"]]
@@ -154,17 +156,16 @@ class Guard(TrainerCallback):
                 "learning_rate": trainer._get_learning_rate() if trainer.lr_scheduler is not None else None,
                 "seed": args.seed,
                 "gradient_norm": _plain(self.grad_norm),
-                "weights": everyone[0]["weights"],
-                "gradients": everyone[0]["gradients"],
+                **named,
                 "records": sorted({pair["record"] for pair in pairs}),
                 "pairs": pairs,
             }
             path.parent.mkdir(parents=True, exist_ok=True)
             durable.write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
-        named = (everyone[0] or {}).get("weights") or (everyone[0] or {}).get("gradients") or []
-        where = f" ({', '.join(named[:3])}{', ...' if len(named) > 3 else ''})" if named else ""
+        names = named["weights"] or named["gradients"]
+        where = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
         # A loss is checked before the backward pass there, a gradient is known when it has been applied.
-        applied = what.startswith("the gradient") and args.optim_in_backward
+        applied = what.startswith("the gradient") and trainer._steps_in_backward()
         changed = "were changed by it (the optimizer steps in the backward pass)" if applied else "were not changed"
         raise NumbersError(
             f"step {step}: {what}{where}. The weights {changed}. The step's records and statistics are in "

@@ -124,6 +124,8 @@ def run(arguments) -> int:
             step = trainer.state.global_step
             print(f"stopped by SIGTERM after step {step}. {trainer.checkpointer.where_to_resume()}", file=sys.stderr)
         return STOPPED
+    if trainer.is_fsdp_enabled:  # the checkpoints are sharded, the model is for from_pretrained
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(f"model: {config.output_dir}  metrics: {Path(config.output_dir) / 'metrics.jsonl'}  "

@@ -118,14 +118,15 @@ def step_batches(pairs, world, rank, steps):
     return [collate([dataset[batch]]) for batch in schedule.epochs[0][:steps]]
 
 
-def sharded_step(model, batch, world):
-    stats = score_wrapped(model, model, batch["plan"])
-    loss = amopo_loss(stats, num_dimensions=2, beta=0.8, gamma=2.0, noise=batch["noise"],
-                      num_pairs=batch["num_pairs"] / world, weighting="gaussian").loss * batch["weight"]  # fmt: skip
-    loss.backward()
+def objective(wrapped, model, batch, world):
+    """(loss to differentiate, loss of the whole step): as the trainer scales it for engines that average gradients."""
+    stats = score_wrapped(wrapped, model, batch["plan"])
+    num_pairs = batch["num_pairs"] / world
+    result = amopo_loss(stats, num_dimensions=2, beta=0.8, gamma=2.0, noise=batch["noise"], num_pairs=num_pairs)
+    loss = result.loss * batch["weight"]
     total = loss.detach().clone()
     dist.all_reduce(total)
-    return total / world
+    return loss, total / world
 
 
 def whole(tensor):
@@ -142,7 +143,9 @@ def fsdp(folder, world, *, tied=False):
     losses, gradients = [], []
     for batch in step_batches(small_pairs(12), world, rank, 3):
         optimizer.zero_grad()
-        losses.append(sharded_step(model, batch, world))
+        loss, total = objective(model, model, batch, world)
+        loss.backward()
+        losses.append(total)
         gradients.append({name: whole(p.grad) for name, p in model.named_parameters()})
         optimizer.step()
     if world > 1:
@@ -194,8 +197,50 @@ def head_not_gathered(folder, world):
     return {"error": error}
 
 
+def zero(folder, world, stage=None):
+    """Three SGD steps under DeepSpeed's CPU accelerator; without a stage, or on one rank, without DeepSpeed."""
+    rank = dist.get_rank()
+    model = prepare_model(small_model(attention_dropout=0.0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    if world > 1:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+        config = {
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, "overlap_comm": False},
+            "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }  # fmt: skip
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for batch in step_batches(small_pairs(12), world, rank, 3):
+        loss, total = objective(engine if world > 1 else model, model, batch, world)
+        losses.append(total)
+        if world > 1:
+            engine.backward(loss)
+            engine.step()
+        else:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    if stage == 3 and world > 1:
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    else:
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {"losses": torch.stack(losses), "weights": weights}
+
+
+def zero2(folder, world):
+    return zero(folder, world, 2)
+
+
+def zero3(folder, world):
+    return zero(folder, world, 3)
+
+
 SCENARIOS = {f.__name__: f for f in (ddp, ddp_saved, ddp_resumed, ddp_bad_loss, fsdp, fsdp_tied, fsdp_loaded,
-                                     head_not_gathered)}  # fmt: skip
+                                     head_not_gathered, zero2, zero3)}  # fmt: skip
 
 
 def one_rank(folder, scenario, world, rank, port):

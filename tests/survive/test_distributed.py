@@ -17,16 +17,20 @@ SCENARIOS = ["ddp:1,2,4", "ddp_saved:2", "ddp_resumed:1,4", "ddp_bad_loss:2", "f
              "fsdp_loaded:1,2,4", "head_not_gathered:2"]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory):
-    """results(scenario, world): one process imports torch once and forks all groups, which costs a third."""
-    folder = tmp_path_factory.mktemp("groups")
+def run_groups(folder, scenarios, **variables):
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), str(folder), *SCENARIOS]
+    path = os.pathsep.join([path, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, str(SCRIPT), str(folder), *scenarios]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return lambda scenario, world: torch.load(folder / f"{scenario}-{world}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    """results(scenario, world): one process imports torch once and forks all groups, which costs a third."""
+    return run_groups(tmp_path_factory.mktemp("groups"), SCENARIOS)
 
 
 def close(expected, found, tolerance=TOLERANCE):
@@ -106,3 +110,14 @@ def test_a_sharded_checkpoint_loads_on_another_world_size(groups, world):
 def test_a_sharded_head_is_refused_outside_of_its_forward_and_gathered_inside(groups):
     result = groups("head_not_gathered", 2)
     assert "weight is a DTensor; call this inside the wrapped forward" in result["error"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_equals_the_single_process(tmp_path, stage):
+    """DeepSpeed's CPU accelerator. Optional: it is in no extra of this project."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    results = run_groups(tmp_path, [f"zero{stage}:1,2"], DS_ACCELERATOR="cpu")
+    alone, together = results(f"zero{stage}", 1), results(f"zero{stage}", 2)
+    close(alone["losses"], together["losses"])
+    for name, weight in alone["weights"].items():
+        close(weight, together["weights"][name])
