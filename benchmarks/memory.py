@@ -168,6 +168,28 @@ def predict(config, row, setup) -> dict:
     return {"predicted_bytes": prediction.peak, "predicted_parts": prediction.parts, "flop": prediction.flops}
 
 
+def predict_only(shape: str, options: dict, budget: int) -> dict:
+    """What a GPU with liger-kernel is predicted to need; runs anywhere."""
+    from dataclasses import replace
+
+    from amopo_fast.config import AMoPOConfig, ModelConfig
+    from amopo_fast.preflight import longest_row, setup_of
+
+    options = dict(options)
+    rank = ModelConfig.lora_r if options.pop("use_peft", False) else None
+    pairs, per_step = fitting_pairs(shape, budget)
+    with tempfile.TemporaryDirectory() as folder:
+        args = AMoPOConfig(
+            output_dir=folder, tokens_per_micro_batch=budget, pairs_per_step=per_step, use_cpu=True, report_to=[],
+            **options,
+        )  # fmt: skip
+    row, accumulates = longest_row(pairs, args)
+    dtype = torch.float32 if options.get("weight_precision") == "fp32" else torch.bfloat16
+    setup = setup_of(args, dtype, lora_rank=rank, quantised=False, nested=False, accumulates=accumulates)
+    config = Qwen2Config(**SHAPES[shape], max_position_embeddings=8192)
+    return {"longest_tokens": row.tokens, **predict(config, row, replace(setup, liger=True))}
+
+
 def plain(shape: str, device: str) -> dict:
     """The same pairs with transformers and torch alone; its attention is flash-attn's where that is installed."""
     from amopo_fast.batching import PairSizes
@@ -225,6 +247,7 @@ def child(case: dict) -> int:
 def main() -> int:
     parser = harness.parser(__doc__.splitlines()[0])
     parser.add_argument("--model", choices=[name for name in SHAPES if name not in ("cpu", "smoke")])
+    parser.add_argument("--predict", action="store_true", help="write the predictions alone, for GPUs, and run nothing")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     if "--child" in sys.argv:
         return child(json.loads(sys.argv[sys.argv.index("--child") + 1]))
@@ -235,6 +258,10 @@ def main() -> int:
         if arguments.model and not arguments.smoke and shape != arguments.model:
             continue
         head = {"case": f"{shape}, {tokens or 'one pair'}", "shape": shape, "variant": variant, "tokens": tokens}
+        if arguments.predict:
+            if variant != "plain":
+                report.add(**head, status="not run: predicted", **predict_only(shape, options, tokens))
+            continue
         if deadline.seconds_left() < 20:
             report.add(**head, status="not run: no time left")
             continue
