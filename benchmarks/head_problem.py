@@ -89,7 +89,7 @@ class Oracle:
             z = x @ inputs.weight.detach()[begin : begin + COLUMNS].double().T
             self.largest_logit = max(self.largest_logit, z.abs().max().item())
             lse = torch.logaddexp(lse, z.logsumexp(1))
-        self._lse = lse
+        self.lse = lse
         self.logps = (x * inputs.weight.detach()[inputs.labels].double()).sum(1) - lse
 
     def mean_entropy(self) -> float:
@@ -106,7 +106,7 @@ class Oracle:
         x = self._inputs.hidden.detach()[self.rows].double()
         for begin in range(0, self._inputs.weight.shape[0], COLUMNS):
             w = self._inputs.weight.detach()[begin : begin + COLUMNS].double()
-            yield w, (x @ w.T - self._lse[self.rows, None]).exp()
+            yield w, (x @ w.T - self.lse[self.rows, None]).exp()
 
     def gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """(dX of the sampled rows, dW of the sampled columns) for d loss / d logps = gradient (N,)."""
@@ -115,6 +115,6 @@ class Oracle:
         for w, p in self._row_probabilities():
             dx -= p @ w
         x = inputs.hidden.detach().double()
-        p = (x @ inputs.weight.detach()[self.columns].double().T - self._lse[:, None]).exp()
+        p = (x @ inputs.weight.detach()[self.columns].double().T - self.lse[:, None]).exp()
         dz = ((inputs.labels[:, None] == self.columns).double() - p) * g[:, None]
         return dx * g[self.rows, None], dz.T @ x
