@@ -105,7 +105,8 @@ def judge(outputs, inputs: Inputs, oracle: Oracle, variant: Variant) -> dict[str
 def prepare(variant: Variant, mode: Mode, case: Case, inputs: Inputs, oracle: Oracle):
     """(runner or None, the row's fields): builds the variant, runs it and compares it with the oracle.
 
-    The second run, in which memory is measured, is the only timed one of a variant that takes longer than SLOW_SECONDS.
+    The second run, in which memory is measured, is the only timed one of a variant that takes more than SLOW_SECONDS of
+    CPU time.
     """
     device = inputs.hidden.device.type
     failure = None
@@ -121,9 +122,9 @@ def prepare(variant: Variant, mode: Mode, case: Case, inputs: Inputs, oracle: Or
         if isinstance(function, Ours):
             errors |= function.kept()
         del outputs
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         extra = harness.extra_memory(run, inputs, device=device)
-        seconds = time.perf_counter() - begin
+        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
     except torch.OutOfMemoryError:
         failure = "out of memory"
     except Exception as error:  # a peer may fail in any way, and must not end the others' measurement
@@ -137,8 +138,8 @@ def prepare(variant: Variant, mode: Mode, case: Case, inputs: Inputs, oracle: Or
         if name.endswith("_error") and not error <= (logps_limit if name == "logps_error" else gradient_limit):
             return None, {"status": f"wrong: {name} {error:.1e}", **errors, "extra_memory_bytes": extra}
     fields = {"status": "ok", **errors, "extra_memory_bytes": extra}
-    if seconds > SLOW_SECONDS:
-        return None, {**fields, **harness.summary([1e3 * seconds])}
+    if cpu_seconds > SLOW_SECONDS:
+        return None, {**fields, **harness.summary([1e3 * seconds]), "min_cpu_ms": 1e3 * cpu_seconds}
     return run, fields
 
 
@@ -176,8 +177,9 @@ def benchmark(case: Case, mode: Mode, variants: Sequence[Variant], report, argum
         rows[variant.name] = {**common, "variant": variant.name, "options": variant.options, **fields}
         if run is not None:
             runs[variant.name] = run
+    warmup = 2 if arguments.device == "cuda" else 0  # everything has run twice by now
     times = harness.measure(
-        runs, inputs, device=arguments.device, rounds=arguments.rounds, warmup=2, deadline=deadline
+        runs, inputs, device=arguments.device, rounds=arguments.rounds, warmup=warmup, deadline=deadline
     )  # fmt: skip
     for name, row in rows.items():
         report.add(**row, **times.get(name, {}))
