@@ -239,8 +239,34 @@ def plain_table(entry: str) -> str:
     return "\n\n".join(parts)
 
 
+def quality_table() -> str:
+    """Share of good responses by method and dimension, and win rates against SimPO, over seeds."""
+    parts = []
+    for report in [*results("quality", "cuda"), *results("quality", "cpu")]:
+        summary = report["rows"][-1]
+        if summary["case"] != "summary" or summary["status"] != "ok":
+            continue
+        rates, steps = summary["rates"], {row["case"]: row["steps"] for row in report["rows"] if "steps" in row}
+        names = list(next(iter(rates.values())))
+        table = [[method, str(steps[method]), *(share(found[name]) for name in names)]
+                 for method, found in rates.items()]  # fmt: skip
+        parts.append(markdown(["good responses, %", "steps", *names], table))
+        for against, key in (("SimPO", "win_rates"), ("SimPO, as many steps", "win_rates_as_many_steps")):
+            names = list(next(iter(summary[key].values())))
+            table = [[method, *(share(found[name]) for name in names)] for method, found in summary[key].items()]
+            parts.append(markdown([f"win rate against {against}, %", *names], table))
+        parts.append(f"{summary['seeds']} seeds, 95 % intervals. " + caption(report))
+    return "\n\n".join(parts) or markdown(["method", "good responses"], [["all", NOT_MEASURED]])
+
+
+def share(value: dict) -> str:
+    return f"{100 * value['value']:.1f} ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
+
+
 def block(name: str) -> str:
     match name.split():
+        case ["quality"]:
+            return quality_table()
         case ["head", "cpu"]:
             return head_cpu_table()
         case ["head", case_name]:
