@@ -13,7 +13,7 @@ _HEAD = """# Configuration
 
 <!-- Written by docs/make_configuration.py from the dataclasses in amopo_fast/config.py; a test holds it to them. -->
 
-`amopo-fast train --config run.yaml --key value` takes every key below, and every key of
+`amopo-fast train --config run.yaml --beta 1.0` takes every key below, and every key of
 [transformers.TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments).
 A YAML file holds `key: value` lines; the command line overrides it. A key that does not exist, or a value of the wrong
 type, ends with its name and what to write. `validate`, `show` and `eval` read the data's keys from the same file.
