@@ -1,0 +1,45 @@
+"""What Triton makes of the head's launches for GPUs that are not there: no spills, shared memory, matrix instructions.
+
+A choice of launches, for time; `python tests/kernels/head_launches.py` compiles all of them.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from compiling import compile_kernels  # noqa: E402
+from head_launches import is_matmul, launches_of  # noqa: E402
+
+CHOICE = {  # compute capability -> (case, kernels that differ from those of the cases before)
+    90: [
+        ({}, ("_tile_lse_kernel", "_dlogits_kernel", "_d_weight_kernel", "_d_hidden_kernel", "_merge_kernel")),
+        ({"frozen": True, "bias": True, "softcap": 30.0}, ("_tile_lse_kernel", "_raise_kernel", "_finish_kernel")),
+        ({"filtered": True}, ("_mass_kernel", "_dlogits_kernel")),
+    ],
+    80: [({}, ("_tile_lse_kernel", "_dlogits_kernel", "_d_weight_kernel", "_d_hidden_kernel"))],
+    100: [({}, ("_tile_lse_kernel", "_dlogits_kernel", "_d_weight_kernel", "_d_hidden_kernel"))],
+}
+
+
+@pytest.mark.parametrize("cc", CHOICE)
+def test_shipped_launches(cc):
+    chosen = []
+    for case, names in CHOICE[cc]:
+        found = [x for x in launches_of(cc, "fused", **case) if x.kernel.split(":")[1] in names]
+        assert {x.kernel.split(":")[1] for x in found} == set(names)
+        chosen += found
+    for compiled in compile_kernels(chosen):
+        compiled.check(matmul=is_matmul(compiled.launch))
+
+
+@pytest.mark.parametrize("cc", CHOICE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tiles_fit_each_other(cc, dtype):
+    """What filtered gradients and buffers of whole tiles rely on."""
+    from amopo_kernels.backends import launch
+
+    tiles = launch.FLOAT32 if dtype == torch.float32 else launch.SIXTEEN_BIT[cc]
+    scores = tiles.scores
+    assert tiles.d_hidden.rows == scores.rows and scores.columns % tiles.d_weight.rows == 0
+    assert scores.rows % tiles.d_weight.depth == 0 and scores.columns % tiles.d_hidden.depth == 0
+    assert 256 % scores.columns == 0  # slices and buffers are multiples of 256
