@@ -230,9 +230,8 @@ def test_float16_keeps_small_gradients(backend):
         assert found.any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend, entropy", [("fused", False), ("chunked", True)])
 @pytest.mark.parametrize("needed", range(1, 8))
-@pytest.mark.parametrize("entropy", [False, True])
 def test_every_subset_of_gradients(backend, needed, entropy):
     hidden, weight, labels, bias = problem(9, 24, 70, bias=True)
     tensors = (hidden, weight, bias)
@@ -381,10 +380,13 @@ def concentrated(rows, features, vocabulary, dtype, seed=0):
     return hidden.requires_grad_(), weight.requires_grad_(), labels.to(DEVICE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("softcap, bias", [(None, False), (40.0, True)])
+@pytest.mark.parametrize(
+    "dtype, softcap, bias",
+    [(torch.float32, None, False), (torch.bfloat16, None, True), (torch.float16, None, False),
+     (torch.float32, 40.0, True)],
+)  # fmt: skip
 def test_filtered_drops_little_and_says_how_much(dtype, softcap, bias):
-    rows, vocabulary = 70, 1200
+    rows, vocabulary = 70, 640
     hidden, weight, labels = concentrated(rows, 48, vocabulary, dtype)
     offset = torch.randn(vocabulary, device=DEVICE).mul_(0.1).to(dtype).requires_grad_() if bias else None
     cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE)
@@ -406,9 +408,9 @@ def test_filtered_drops_little_and_says_how_much(dtype, softcap, bias):
         assert relative_error(found, wanted) < tolerance
     # The dropped mass is what the oracle says: sum of |g| p outside the kept tiles, relative to sum |g| (1 - p_y).
     if softcap is None:
-        z = hidden.detach().double() @ weight.detach().double().T
+        z = hidden.detach().double() @ weight.detach().double().T + (offset.detach().double() if bias else 0)
         p = z.softmax(1).scatter(1, labels[:, None], 0.0) * grad.abs()[:, None]
-        tiles = torch.nn.functional.pad(p, (0, -vocabulary % 64, 0, -rows % 32)).view(-1, 32, 19, 64).sum((1, 3))
+        tiles = torch.nn.functional.pad(p, (0, -vocabulary % 64, 0, -rows % 32)).view(-1, 32, 10, 64).sum((1, 3))
         negligible = tiles <= 2.0**-12 * grad.abs().max()
         assert abs((tiles * negligible).sum() / p.sum() - dropped) < 1e-4 * dropped + 1e-9
         assert recomputed == pytest.approx((~negligible).float().mean().item())

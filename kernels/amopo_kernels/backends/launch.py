@@ -39,6 +39,7 @@ class Configuration:
     d_weight: Tile  # dS^T x hidden: V x H
     d_hidden: Tile  # dS x weight: N x H
     descriptors: bool  # read operands through tensor descriptors (TMA)
+    blocks_per_processor: int = 1  # of the persistent grid; 1 where a block takes all registers
 
 
 def _uniform(tile: Tile, descriptors: bool) -> Configuration:
@@ -53,8 +54,10 @@ SIXTEEN_BIT = {
     90: _uniform(Tile(128, 256, 64, 8, 4), descriptors=True),
     100: _uniform(Tile(128, 256, 64, 8, 4), descriptors=True),
 }
+# Operands at addresses that are no multiples of 16 bytes: their pointers and masks take registers.
+UNALIGNED = _uniform(Tile(128, 128, 32, 8, 3), descriptors=False)
 # On the CUDA cores, or in TF32 where torch allows it: correct, but a vendor matmul is faster.
-FLOAT32 = _uniform(Tile(64, 64, 32, 4, 2), descriptors=False)
+FLOAT32 = Configuration(Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 4, 2), False, 3)
 
 
 def table_key(capability: int) -> int:
@@ -78,11 +81,11 @@ def tiles(device: torch.device, dtype: torch.dtype) -> Configuration:
 
 
 def configuration(problem: Problem) -> Configuration:
-    """`tiles`, without descriptors where the operands' addresses do not allow them."""
+    """`tiles`, or what runs where the operands' addresses do not allow them."""
     found = tiles(problem.hidden.device, problem.hidden.dtype)
-    return replace(
-        found, descriptors=found.descriptors and _describable(problem.hidden) and _describable(problem.weight)
-    )
+    if _aligned(problem.hidden) and _aligned(problem.weight):
+        return found
+    return replace(found if found in (INTERPRETER, FLOAT32) else UNALIGNED, descriptors=False)
 
 
 def processors(device: torch.device) -> int:
@@ -91,16 +94,21 @@ def processors(device: torch.device) -> int:
 
 
 def grid(problem: Problem, rows: int, columns: int, tile: Tile) -> tuple[int]:
-    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-    return (min(tiles, processors(problem.hidden.device)),)
+    count = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    return (min(count, processors(problem.hidden.device) * configuration(problem).blocks_per_processor),)
 
 
-def matmul(configuration: Configuration, tile: Tile, dtype: torch.dtype) -> dict:
-    """The arguments that all matmul kernels share. float32 multiplies in TF32 only if torch's own matmuls may."""
+def matmul(configuration: Configuration, tile: Tile, dtype: torch.dtype, *, listed: bool = False) -> dict:
+    """The arguments that all matmul kernels share. float32 multiplies in TF32 only if torch's own matmuls may.
+
+    listed: the sum runs over listed tiles. Their numbers are loaded ahead of the operands, which halves the number of
+    buffers that the pipeliner makes of a number of stages.
+    """
+    num_stages = tile.num_stages * 2 - 1 if listed and configuration.descriptors else tile.num_stages
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return dict(
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=GROUP, DESCRIPTORS=configuration.descriptors,
-        PRECISION="tf32" if tf32 else "ieee", num_warps=tile.num_warps, num_stages=tile.num_stages,
+        PRECISION="tf32" if tf32 else "ieee", num_warps=tile.num_warps, num_stages=num_stages,
     )  # fmt: skip
 
 
@@ -111,8 +119,8 @@ def source(matrix: Tensor, block: tuple[int, int], descriptors: bool) -> Tensor 
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
 
 
-def _describable(matrix: Tensor) -> bool:
-    """Tensor descriptors need addresses and row strides that are multiples of 16 bytes."""
+def _aligned(matrix: Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes, as tensor descriptors and wide loads need it."""
     return all(size * matrix.element_size() % 16 == 0 for size in (matrix.stride(0), matrix.shape[1])) and (
         matrix.data_ptr() % 16 == 0
     )

@@ -116,7 +116,7 @@ def d_weight_slice(
         problem.rows, problem.features, dlogits.stride(0), begin, end, hidden.stride(0), out.stride(0),
         STRIP=min(tile.columns, 64), SCALE=upstream.weight_scale is not None, FILTERED=selection is not None,
         TILE_ROWS=configuration.scores.rows, TILE_COLUMNS=configuration.scores.columns,
-        **launch.matmul(configuration, tile, hidden.dtype),
+        **launch.matmul(configuration, tile, hidden.dtype, listed=selection is not None),
     )  # fmt: skip
 
 
@@ -139,5 +139,5 @@ def add_d_hidden(
         problem.rows, problem.features, dlogits.stride(0), begin, end, problem.weight.stride(0),
         STRIP=min(tile.columns, 64), RESCALE=rescale is not None, FILTERED=selection is not None,
         TILE_ROWS=configuration.scores.rows, TILE_COLUMNS=configuration.scores.columns,
-        **launch.matmul(configuration, tile, problem.weight.dtype),
+        **launch.matmul(configuration, tile, problem.weight.dtype, listed=selection is not None),
     )  # fmt: skip
