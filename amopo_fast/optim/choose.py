@@ -9,7 +9,6 @@ from torch import nn
 from transformers import TrainingArguments
 
 from amopo_fast.optim.adamw import AdamW
-from amopo_fast.optim.states import BLOCK_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +39,13 @@ def choose_optimizer(args: TrainingArguments, model: nn.Module, micro_batches: i
                "seed": args.seed}  # fmt: skip
     rounds = args.weight_precision != "bf16"
     trains_bf16 = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
+    has_bf16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    if trains_bf16 and args.weight_precision == "fp32" or args.weight_precision.startswith("bf16") and not has_bf16:
+        found = "bfloat16" if has_bf16 else "float32"
+        raise ValueError(
+            f"weight_precision={args.weight_precision}, but the model given has {found} weights: load it in the other "
+            "dtype, or give its name and not the model"
+        )
     if trains_bf16 and not rounds:
         logger.warning(PLAIN_BF16_WARNING)
 
@@ -58,9 +64,7 @@ def choose_optimizer(args: TrainingArguments, model: nn.Module, micro_batches: i
         return None
     name = str(getattr(args.optim, "value", args.optim))
     if sharded and name in ("adamw_torch_8bit", "adamw_torch_4bit"):
-        given = [args.optim_args] if args.optim_args else []
-        block = f"block_size={BLOCK_SIZE[STATES_OF_OPTIM[name]]}"
-        args.optim_args = ",".join([*given, "bf16_stochastic_round=True", *([] if given else [block])])
+        args.optim_args = ",".join(filter(None, [args.optim_args, "bf16_stochastic_round=True"]))
         return None
     if sharded or name not in STATES_OF_OPTIM:
         engine = " under FSDP or DeepSpeed" if sharded else ""

@@ -35,6 +35,26 @@ def test_float32_weights_and_frozen_bfloat16_leave_the_choice_to_trainer(tmp_pat
     assert choose_optimizer(config(tmp_path), linear(torch.bfloat16).requires_grad_(False), 1) is None
 
 
+def test_a_model_of_another_precision_than_asked_for_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="weight_precision=fp32, but the model given has bfloat16 weights"):
+        choose_optimizer(config(tmp_path, weight_precision="fp32"), linear(torch.bfloat16), 1)
+    with pytest.raises(ValueError, match="weight_precision=bf16_stochastic, but .* has float32 weights"):
+        choose_optimizer(config(tmp_path, weight_precision="bf16_stochastic"), linear(torch.float32), 1)
+
+
+def test_under_fsdp_torchaos_optimizer_is_told_to_round_stochastically(tmp_path):
+    from transformers import Trainer
+
+    args = config(tmp_path, optim="adamw_torch_8bit")
+    args.fsdp = True
+    assert choose_optimizer(args, linear(torch.bfloat16), 1) is None
+    cls, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    assert cls([torch.nn.Parameter(torch.zeros(4))], **options).bf16_stochastic_round
+    args.optim = "adamw_torch_fused"
+    with pytest.raises(ValueError, match="under FSDP or DeepSpeed does not round stochastically"):
+        choose_optimizer(args, linear(torch.bfloat16), 1)
+
+
 def test_plain_bfloat16_only_on_request_and_with_an_explanation(tmp_path, caplog):
     with pytest.raises(ValueError, match="adafactor does not round stochastically"):
         choose_optimizer(config(tmp_path, optim="adafactor"), linear(torch.bfloat16), 1)
