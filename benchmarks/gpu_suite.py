@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -54,6 +55,7 @@ SUITE = [
     Entry("racecheck", f"{SANITIZER} --tool racecheck python -m pytest -m gpu tests/kernels", 8),
     Entry("quality", "python benchmarks/quality.py", 12),
 ]
+MINIMUM_SECONDS = 15  # what an entry is begun for
 GRACE_SECONDS = 20  # beyond its minutes, for the measurement in hand
 
 
@@ -84,7 +86,7 @@ def main() -> int:
 def run(entry: Entry, arguments: argparse.Namespace, device: str, deadline: Deadline) -> dict:
     """{"status": "ok", "failed: ...", "stopped: ..." or "not run: ...", "seconds", "report"}."""
     left = min(60 * entry.minutes, deadline.seconds_left() - GRACE_SECONDS)
-    if left < 15:
+    if left < MINIMUM_SECONDS:
         return {"status": "not run: no time left", "seconds": 0.0, "report": None}
     command = [sys.executable if word == "python" else word for word in entry.command.split()]
     if shutil.which(command[0]) is None:
@@ -99,12 +101,15 @@ def run(entry: Entry, arguments: argparse.Namespace, device: str, deadline: Dead
     with open(arguments.out / "suite.log", "a") as log:
         log.write(f"===== {entry.name}: {' '.join(command)}\n")
         log.flush()
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )  # fmt: skip
         try:
-            code = subprocess.run(
-                command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT, timeout=left + GRACE_SECONDS
-            ).returncode
+            code = child.wait(left + GRACE_SECONDS)
             status = "ok" if code == 0 else f"failed: exit status {code}"
         except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # what it started, too: nothing may stay on the GPU
+            child.wait()
             status = f"stopped: after {left + GRACE_SECONDS:.0f} s"
     content = None
     if report.exists():

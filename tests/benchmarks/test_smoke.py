@@ -49,11 +49,12 @@ def test_suite_writes_each_report_and_the_log(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["suite.json", "suite.log"]
 
 
-def test_suite_survives_an_entry_that_fails_or_is_absent_or_late(tmp_path, monkeypatch):
+def test_suite_survives_entries_that_fail_hang_are_absent_or_late(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu_suite
 
     monkeypatch.setattr(gpu_suite, "GRACE_SECONDS", 0)
+    monkeypatch.setattr(gpu_suite, "MINIMUM_SECONDS", 0.5)
     arguments = argparse.Namespace(out=tmp_path, smoke=True)
     deadline = gpu_suite.Deadline(1)
     statuses = [
@@ -61,7 +62,13 @@ def test_suite_survives_an_entry_that_fails_or_is_absent_or_late(tmp_path, monke
         for name, command, minutes in [
             ("fails", "python -c raise(SystemExit(3))", 1),
             ("absent", "no-such-tool benchmarks/loss.py", 1),
-            ("late", "python -c pass", 0.1),
+            ("hangs", "python -c __import__('time').sleep(600)", 1 / 60),
+            ("late", "python -c pass", 0),
         ]
     ]
-    assert statuses == ["failed: exit status 3", "not run: no-such-tool is not installed", "not run: no time left"]
+    assert statuses == [
+        "failed: exit status 3",
+        "not run: no-such-tool is not installed",
+        "stopped: after 1 s",
+        "not run: no time left",
+    ]
