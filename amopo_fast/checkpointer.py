@@ -98,7 +98,13 @@ class Checkpointer(TrainerCallback):
         )
         if folder is not None:
             check_sharded(folder)
-            changed = differences(checkpoints.read_marker(folder)["fingerprint"], self._fingerprint)
+            marker = checkpoints.read_marker(folder)
+            if marker["model_only"]:
+                raise CheckpointError(
+                    f"{folder} holds no optimizer: it was saved with save_only_model. Start a new run with "
+                    f"--model_name_or_path {folder}"
+                )
+            changed = differences(marker["fingerprint"], self._fingerprint)
             if changed:
                 raise CheckpointError(
                     f"{folder} belongs to another run: {'; '.join(changed)}. Resume with the model, data and options "
@@ -173,6 +179,7 @@ class Checkpointer(TrainerCallback):
                     "step": state.global_step,
                     "fingerprint": self._fingerprint,
                     "world_size": args.world_size,
+                    "model_only": args.save_only_model,
                     "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
                 }
                 checkpoints.publish(staged, output_dir / name, marker)

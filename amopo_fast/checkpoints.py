@@ -44,7 +44,7 @@ def problem_of(folder: Path) -> str:
     try:
         content = json.loads(marker.read_text(encoding="utf-8"))
         files = {str(name): int(size) for name, size in content["files"].items()}
-        content["step"], content["fingerprint"]
+        content["step"], content["fingerprint"], content["world_size"], content["model_only"]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         return f"its {MARKER} cannot be read ({type(error).__name__}: {error})"
     for name, size in files.items():
@@ -109,7 +109,7 @@ def resolve(output_dir: str | Path, resume: str | bool | None) -> Path | None:
 
 
 def read_marker(folder: Path) -> dict:
-    """The marker of a complete checkpoint: {"step", "files", "fingerprint", "world_size", "versions"}."""
+    """The marker of a complete checkpoint: {"step", "files", "fingerprint", "world_size", "model_only", "versions"}."""
     return json.loads((folder / MARKER).read_text(encoding="utf-8"))
 
 

@@ -254,3 +254,46 @@ def test_a_kill_between_rename_and_marker_is_an_incomplete_checkpoint(copy):
     assert problem_of(copy / "checkpoint-8") == ""
     os.replace(copy / "checkpoint-8" / MARKER, copy / "checkpoint-8" / f".{MARKER}.tmp")
     assert "cut off" in problem_of(copy / "checkpoint-8")
+
+
+def lora_model():
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(small_model(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.1))
+
+
+VARIANTS = {
+    "adamw": {},
+    "in backward, clipped by the previous norm": {"optim_in_backward": "adamw", "max_grad_norm": 0.01},
+    "in backward, 8-bit, bfloat16": {"optim_in_backward": "adamw_8bit", "weight_precision": "bf16_stochastic"},
+    "fused AdamW, bfloat16": {"weight_precision": "bf16_stochastic"},
+    "lora": {},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_optimizer_resumes_exactly(tmp_path, name):
+    def run(folder, callbacks=None):
+        model = lora_model() if name == "lora" else small_model()
+        model = model.to(torch.bfloat16) if "bfloat16" in name else model
+        options = {"tokens_per_micro_batch": 10**6, "save_steps": 3, **VARIANTS[name]}
+        trainer = small_trainer(folder, model=model, callbacks=callbacks, **options)
+        trainer.train(resume_from_checkpoint="auto")
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    stopped = run(tmp_path / "stopped", [At(3, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    assert stopped.checkpointer.stopped
+    resumed = run(tmp_path / "stopped")
+    expected, found = dict(whole.model.named_parameters()), dict(resumed.model.named_parameters())
+    different = [key for key in expected if not torch.equal(expected[key], found[key])]
+    assert not different
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "stopped")
+    states = [torch.load(f / "checkpoint-8" / "optimizer.pt", weights_only=True) for f in tmp_path.iterdir()]
+    assert str(states[0]) == str(states[1])
+
+
+def test_a_checkpoint_of_the_model_alone_is_not_resumed(tmp_path):
+    small_trainer(tmp_path, save_only_model=True, max_steps=2).train()
+    with pytest.raises(CheckpointError, match="checkpoint-2 holds no optimizer: it was saved with save_only_model"):
+        small_trainer(tmp_path).train(resume_from_checkpoint="last")

@@ -171,3 +171,30 @@ def test_the_command_line_ends_with_4_on_a_bad_number(tmp_path, monkeypatch, cap
     monkeypatch.setattr(train, "run", fail)
     assert main(["train"]) == 4
     assert capsys.readouterr().err == "amopo-fast train: error: step 7: the loss is not finite\n"
+
+
+def test_the_guard_waits_for_the_device_once_a_step(tmp_path):
+    """`tolist` of the reduced numbers is the one read; every other would be an `item`, which torch dispatches."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    reads, shapes = Reads(), []
+    run = small_trainer(tmp_path, save_strategy="no", eval_strategy="no")
+    for name in ("add", "on_pre_optimizer_step"):
+        original = getattr(run.guard, name)
+
+        def watched(*args, original=original, **kwargs):
+            with reads:
+                return original(*args, **kwargs)
+
+        setattr(run.guard, name, watched)
+    reduce = run.accelerator.reduce
+    run.accelerator.reduce = lambda tensor, *args: shapes.append(tuple(tensor.shape)) or reduce(tensor, *args)
+    run.train()
+    assert shapes.count((4,)) == 8 and reads.count == 0
