@@ -100,6 +100,15 @@ def check_lengths(model: nn.Module, pairs: Iterable[PairTokens]) -> None:
             raise ValueError(f"record {pair.record}: {length} tokens are beyond {limit} positions, {BEYOND_LIMIT}")
 
 
+def backend_for(model: nn.Module, device: torch.device, requested: str = "auto") -> str:
+    """The backend that runs the model's packed rows on `device`, under the autocast that is on.
+
+    Raises:
+        ValueError: `choose_backend`.
+    """
+    return choose_backend(requested, attention_needs(causal_lm(model), device))
+
+
 def hidden_states(model: nn.Module, plan: Plan, attention_backend: str = "auto") -> torch.Tensor:
     """(T, H) last hidden states of a packed row, after the final norm. Arguments and errors as `score`."""
     language_model = causal_lm(model)
@@ -111,7 +120,7 @@ def hidden_states(model: nn.Module, plan: Plan, attention_backend: str = "auto")
     limit = position_limit(language_model.config)
     if limit is not None and plan.max_seqlen_k > limit:
         raise ValueError(f"a sequence of {plan.max_seqlen_k} tokens is beyond {limit} positions, {BEYOND_LIMIT}")
-    backend = choose_backend(attention_backend, attention_needs(language_model, plan.input_ids.device))
+    backend = backend_for(model, plan.input_ids.device, attention_backend)
     with packed_attention(plan, backend) as attention_inputs:
         output = decoder_of(language_model)(
             input_ids=plan.input_ids, position_ids=plan.position_ids, use_cache=False, **attention_inputs

@@ -35,7 +35,7 @@ from amopo_fast.optim import backward_grad_norm, choose_optimizer
 from amopo_fast.preflight import load_for_training
 from amopo_fast.prompts import PairTokens
 from amopo_fast.safety import write_arguments
-from amopo_fast.scoring import check_lengths, prepare_model, score_wrapped
+from amopo_fast.scoring import backend_for, check_lengths, prepare_model, score_wrapped
 from amopo_fast.termination import Termination
 from amopo_kernels import amopo_loss
 
@@ -277,9 +277,12 @@ class _EpochOfPlan(TrainerCallback):
         self.batches = batches
         self.description = description
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        half = torch.bfloat16 if args.bf16 else torch.float16
+        with torch.autocast(args.device.type, dtype=half, enabled=bool(args.bf16 or args.fp16)):
+            backend = backend_for(model, args.device, args.attention_backend)
         if state.is_world_process_zero:
-            print(self.description, flush=True)
+            print(f"{self.description}\nattention: {backend}", flush=True)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # On a resume within an epoch, state.epoch is a fraction; rounding keeps 1 - 1e-16 from meaning epoch 0.

@@ -27,4 +27,4 @@ def test_layers_are_compiled_before_anything_wraps_them(tmp_path, monkeypatch):
 def test_the_cost_of_the_data_is_printed_before_training(tmp_path, capsys):
     trainer(tmp_path, max_steps=1).train()
     text = capsys.readouterr().out
-    assert "14 pairs an epoch: " in text and "4 optimizer steps an epoch" in text
+    assert "14 pairs an epoch: " in text and "4 optimizer steps an epoch" in text and "attention: sdpa" in text
