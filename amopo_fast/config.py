@@ -127,6 +127,12 @@ class AMoPOConfig(TrainingArguments):
     )  # fmt: skip
     tokens_per_micro_batch: int = field(default=8192, metadata={"help": "Computed tokens of a micro-batch, at most."})
     kernel_backend: str = field(default="auto", metadata={"help": "amopo_kernels' backend of the head."})
+    logits_cache_gib: float = field(
+        default=0.0,
+        metadata={"help": "GPU memory for probabilities that the head keeps for its backward: 2 bytes per label row "
+                  "and token of the vocabulary keep all of them and save a quarter of the head's work. Not with "
+                  "backend torch; unused where the head is frozen."},
+    )  # fmt: skip
     attention_backend: str = field(
         default="auto",
         metadata={"help": "flash_attention_4, flash_attention_3, flash_attention_2, varlen (torch's), sdpa (one call "
@@ -211,7 +217,9 @@ class AMoPOConfig(TrainingArguments):
         for name in positive if self.max_steps > 0 else [*positive, "num_train_epochs"]:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        for name in ("seed", "learning_rate", "sft_coef", "max_grad_norm", "dataloader_num_workers"):
+        not_negative = ("seed", "learning_rate", "sft_coef", "max_grad_norm", "dataloader_num_workers",
+                        "logits_cache_gib")  # fmt: skip
+        for name in not_negative:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.pairs_per_step is None:

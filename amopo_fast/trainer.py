@@ -193,6 +193,7 @@ class AMoPOTrainer(Trainer):
                 plan,
                 attention_backend=self.args.attention_backend,
                 backend=self.args.kernel_backend,
+                logits_cache_bytes=int(self.args.logits_cache_gib * 2**30),
             )
         result = amopo_loss(
             stats,

@@ -79,11 +79,13 @@ def label_logps(
     else:
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
     backend = dispatch.choose_backend(backend, hidden, dtype, gradient)
-    needs_grad = torch.is_grad_enabled() and hidden.requires_grad
+    needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     mode = dispatch.choose_mode(
         backend, dtype, gradient=gradient, entropy=entropy, cache_bytes=cache_bytes,
-        frozen=needs_grad and not any(x.requires_grad for x in (weight, bias) if x is not None),
+        frozen=needed == [True, False, False],
     )  # fmt: skip
+    if not any(needed):
+        mode = "exact"  # which keeps nothing
     if filter_stats is not None:
         validation.check_filter_stats(filter_stats, gradient, hidden.device)
     labels = labels.long()

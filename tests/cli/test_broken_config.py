@@ -77,6 +77,7 @@ KEYS = [
     ({"weighting": "bst"}, "choose one of gaussian, mean, uniform"),
     ({"compat": "old"}, "choose one of paper, upstream"),
     ({"kernel_backend": "cuda"}, "choose one of auto"),
+    ({"logits_cache_gib": -1}, "logits_cache_gib=-1.0 must not be negative"),
     ({"attention_backend": "flash"}, "run.yaml: attention_backend"),
     ({"dimensions": []}, "dimensions must be a non-empty list"),
     ({"dimensions": ["a", "a"]}, "dimensions must differ"),

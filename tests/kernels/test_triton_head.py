@@ -299,8 +299,13 @@ def test_retain_graph_and_double_backward(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_is_stored_without_gradients(backend):
     hidden, weight, labels, _ = problem(5, 24, 140)
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
+    before = dispatch.runs()
     with torch.no_grad():
         assert linear_logps(hidden, weight, labels, backend=backend).grad_fn is None
+        linear_sequence_stats(hidden, weight, labels, cu_seqlens, backend=backend, logits_cache_bytes=10**6)
+    ran = {key: count - before.get(key, 0) for key, count in dispatch.runs().items() if count != before.get(key, 0)}
+    assert ran == {(backend, "exact"): 2}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
