@@ -1,7 +1,8 @@
 """Does AMoPO serve several dimensions better than SimPO? A small model from scratch, a task that a program judges.
 
-    python benchmarks/quality.py --out benchmarks/results/quality_cpu.json          15 minutes on 2 CPU cores
-    python benchmarks/quality.py --setting gpu --out benchmarks/results/quality.json    10 minutes on one GPU
+    python benchmarks/quality.py --out quality.json                   15 minutes on 2 CPU cores
+    python benchmarks/quality.py --setting gpu --out quality.json     10 minutes on one GPU
+    python benchmarks/tables.py --add quality.json                    files it under results/ and writes the tables
 
 For every seed a model learns the task from right answers and then sees answers in which each dimension is good half of
 the time: it knows how, and does not do it. From that model four methods train on the same pairs, each until it has
