@@ -41,6 +41,7 @@ ROWS = [
     ("32B", "4-bit, in backward", IN_BACKWARD_4 | RECOMPUTED, 8192),
     ("32B", "8-bit, in backward", IN_BACKWARD_8 | RECOMPUTED, 8192),
     ("32B", "LoRA", {"use_peft": True, **RECOMPUTED}, 8192),
+    ("32B", "QLoRA", {"use_peft": True, "load_in_4bit": True, **RECOMPUTED}, 8192),
     ("32B", "4-bit, in backward, 8 layers kept", IN_BACKWARD_4 | RECOMPUTED | {"keep_layers": 8}, 8192),
     ("7B", "8-bit, in backward", IN_BACKWARD_8, 8192),
     ("7B", "8-bit, in backward, recomputed", IN_BACKWARD_8 | RECOMPUTED, 8192),
@@ -126,7 +127,7 @@ def train(shape: str, options: dict, budget: int, device: str) -> dict:
 
     cuda = device.startswith("cuda")
     options = dict(options)
-    adapter = options.pop("use_peft", False)
+    adapter, four_bits = options.pop("use_peft", False), options.pop("load_in_4bit", False)
     pairs, per_step = fitting_pairs(shape, budget)
     sizes = PairSizes.of(pairs)
     with tempfile.TemporaryDirectory() as folder:
@@ -142,8 +143,10 @@ def train(shape: str, options: dict, budget: int, device: str) -> dict:
         window = Window(cuda, live)
         with live or contextlib.nullcontext():
             model = load_for_training(config, args, pairs, adapter=adapter)
+            if four_bits:
+                quantise(model)
             setup = setup_of(
-                args, next(model.parameters()).dtype, lora_rank=config.lora_r if adapter else None, quantised=False,
+                args, model.lm_head.weight.dtype, lora_rank=config.lora_r if adapter else None, quantised=four_bits,
                 nested=False, accumulates=False,
             )  # fmt: skip
             predicted = predict(model.config, row, setup)
@@ -159,6 +162,22 @@ def train(shape: str, options: dict, budget: int, device: str) -> dict:
         tokens = {kind: int(getattr(sizes, kind)[used].sum()) for kind in ("computed", "padded", "labels")}
     return {"pairs_per_step": args.pairs_per_step, "longest_tokens": row.tokens, **predicted, **window.row(tokens),
             "prediction_over_peak": predicted["predicted_bytes"] / window.peak}  # fmt: skip
+
+
+def quantise(model: torch.nn.Module) -> None:
+    """Random weights to nf4, layer by layer, as transformers does with weights from a file."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for module in list(model.get_decoder().modules()):
+        for name, linear in list(module.named_children()):
+            if type(linear) is torch.nn.Linear:
+                weight, bias = linear.weight, linear.bias
+                four = Linear4bit(weight.shape[1], weight.shape[0], bias is not None, compute_dtype=weight.dtype,
+                                  quant_type="nf4", device="meta")  # fmt: skip
+                four.weight = Params4bit(weight.data, requires_grad=False, quant_type="nf4", module=four)
+                four.bias = bias
+                setattr(module, name, four.to(weight.device))
+    model.is_loaded_in_4bit = True
 
 
 def predict(config, row, setup) -> dict:
@@ -177,6 +196,7 @@ def predict_only(shape: str, options: dict, budget: int) -> dict:
 
     options = dict(options)
     rank = ModelConfig.lora_r if options.pop("use_peft", False) else None
+    four_bits = options.pop("load_in_4bit", False)
     pairs, per_step = fitting_pairs(shape, budget)
     with tempfile.TemporaryDirectory() as folder:
         args = AMoPOConfig(
@@ -185,7 +205,7 @@ def predict_only(shape: str, options: dict, budget: int) -> dict:
         )  # fmt: skip
     row, accumulates = longest_row(pairs, args)
     dtype = torch.float32 if options.get("weight_precision") == "fp32" else torch.bfloat16
-    setup = setup_of(args, dtype, lora_rank=rank, quantised=False, nested=False, accumulates=accumulates)
+    setup = setup_of(args, dtype, lora_rank=rank, quantised=four_bits, nested=False, accumulates=accumulates)
     config = Qwen2Config(**SHAPES[shape], max_position_embeddings=8192)
     return {"longest_tokens": row.tokens, **predict(config, row, replace(setup, liger=True))}
 
