@@ -270,6 +270,24 @@ def test_no_host_synchronisation():
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_two_launches_forward_and_backward():
+    stats, noise = random_stats(8, 4)
+    num_pairs, upstream = torch.tensor(8.0, device=DEVICE), torch.tensor(1.0, device=DEVICE)
+
+    def step():
+        options = {"num_dimensions": 4, "beta": 0.8, "gamma": 1.5, "noise": noise, "num_pairs": num_pairs}
+        torch.autograd.grad(amopo_loss(stats, **options).loss, stats.logp_sum, upstream)
+        torch.cuda.synchronize()
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert 1 <= len(kernels) <= 2, kernels
+
+
 def test_compiles_for_every_architecture():
     floats = ("logp_sum", "mean", "std", "loss", "weights", "margins", "chosen", "rejected", "gradient")
     arguments = {f"{name}_ptr": torch.float32 for name in floats} | {"length_ptr": torch.int32, "pairs": 8}
