@@ -126,7 +126,10 @@ def load_for_training(
         fp32_fits=lambda: not checks or estimate(shape, row, setup(torch.float32)).needed <= free,
     )
     if checks and args.memory_check:
-        require_fit(config.model_name_or_path, shape, row, setup(dtype), free)
+        prediction = require_fit(config.model_name_or_path, shape, row, setup(dtype), free)
+        if args.process_index == 0:
+            print(f"weights in {str(dtype).removeprefix('torch.')}; about {prediction.needed / GIB:.1f} of "
+                  f"{free / GIB:.1f} GiB free on each GPU will be needed", flush=True)  # fmt: skip
     return load_model(config, args, dtype)
 
 

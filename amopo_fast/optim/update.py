@@ -46,9 +46,9 @@ class Step:
 
 
 def rounding_seed(seed: int, count: int, parameter: int) -> int:
-    """63 bits that depend on each argument."""
+    """An integer in [2^62, 2^63) that depends on each argument; never so small that Triton takes it for 32 bits."""
     digest = hashlib.blake2b(struct.pack("<qqq", seed, count, parameter), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return int.from_bytes(digest, "little") >> 2 | 1 << 62
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
