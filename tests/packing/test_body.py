@@ -15,19 +15,6 @@ from amopo_fast.plan import build_plan
 from amopo_fast.scoring import prepare_model, score
 
 
-@pytest.fixture
-def unpatched(monkeypatch):
-    """Liger patches a model's file for the whole process; put everything back afterwards."""
-    from transformers.models.gemma2 import modeling_gemma2
-    from transformers.models.qwen3 import modeling_qwen3
-
-    for module in (modeling_qwen3, modeling_gemma2):
-        for name, value in list(vars(module).items()):
-            if name == "apply_rotary_pos_emb" or isinstance(value, type):
-                monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(F, "cross_entropy", F.cross_entropy)
-
-
 @pytest.mark.parametrize("family", ["qwen3", "gemma2"])
 def test_liger_patches_the_body_and_neither_forward_nor_cross_entropy(unpatched, family):
     pytest.importorskip("liger_kernel")

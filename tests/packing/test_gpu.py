@@ -40,7 +40,7 @@ def test_bfloat16_on_the_chosen_backend(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_liger_body_and_compiled_layers(family):
+def test_liger_body_and_compiled_layers(family, unpatched):
     pytest.importorskip("liger_kernel")
     from transformers.integrations.liger import apply_liger_kernel
 
