@@ -9,7 +9,7 @@ import torch
 from compiling import Launch, compile_kernels
 
 import amopo_kernels.loss
-from amopo_kernels import DoubleBackwardError, SequenceStats, UnsupportedError, amopo_loss, reference
+from amopo_kernels import DoubleBackwardError, SequenceStats, UnsupportedError, amopo_loss, linear_amopo_loss, reference
 from amopo_kernels.backends import triton_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,7 +22,10 @@ WEIGHTINGS = {
 FIELDS = ("loss", "weights", "margins", "chosen_rewards", "rejected_rewards")
 
 # numpy, under the interpreter, where a pair has no entry; the kernel discards that NaN.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -199,6 +202,30 @@ def test_too_many_dimensions_are_refused():
     stats, noise = random_stats(1, triton_loss.TILE + 1)
     with pytest.raises(UnsupportedError, match="512 dimensions at most"):
         amopo_loss(stats, num_dimensions=triton_loss.TILE + 1, beta=0.8, gamma=1.5, noise=noise)
+
+
+@pytest.mark.parametrize("compat", ["paper", "upstream"])
+@pytest.mark.parametrize("backend", ["fused", "chunked"])
+def test_from_hidden_states_to_gradients(backend, compat):
+    """All of it in Triton: scores, statistics, loss and back; one dimension of the second pair is absent."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([0, 5, 3, 4, 1, 2, 7, 0, 0])
+    hidden = torch.randn(int(lengths.sum()), 40, generator=generator).to(DEVICE).requires_grad_()
+    weight = (torch.randn(300, 40, generator=generator) / 5).to(DEVICE).requires_grad_()
+    labels = torch.randint(300, (int(lengths.sum()),), generator=generator).to(DEVICE)
+    cu_seqlens = lengths.cumsum(0).int().to(DEVICE)
+    noise = torch.randn(2, 2, 2, generator=generator).to(DEVICE)
+    options = {"num_dimensions": 2, "beta": 0.8, "gamma": 1.5, "compat": compat, "sft_coef": 0.1}
+    result = linear_amopo_loss(hidden, weight, labels, cu_seqlens, noise=noise, backend=backend, **options)
+    gradients = torch.autograd.grad(result.loss, (hidden, weight))
+    x, w = (t.detach().cpu().double().requires_grad_() for t in (hidden, weight))
+    expected = reference.linear_amopo_loss(x, w, labels.cpu(), cu_seqlens.cpu(), noise=noise.cpu().double(), **options)
+    wanted = torch.autograd.grad(expected.loss, (x, w))
+    for name in FIELDS:
+        value, other = getattr(result, name).detach().cpu().double(), getattr(expected, name).detach()
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    for value, other in zip(gradients, wanted, strict=True):
+        assert (value.cpu().double() - other).norm() <= 1e-5 * other.norm()
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
