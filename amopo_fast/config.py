@@ -196,6 +196,8 @@ class AMoPOConfig(TrainingArguments):
         if self.use_liger_kernel is None:
             self.use_liger_kernel = not self.use_cpu and liger_by_default()
         super().__post_init__()
+        if self.use_cpu and (self.fsdp or self.deepspeed):
+            raise ValueError("use_cpu with fsdp or deepspeed: accelerate would silently run DDP; leave one of them out")
         if self.use_liger_kernel:
             self.liger_kernel_config = liger_config(self.liger_kernel_config)
         if self.torch_compile:

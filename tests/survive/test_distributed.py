@@ -121,3 +121,27 @@ def test_deepspeed_equals_the_single_process(tmp_path, stage):
     close(alone["losses"], together["losses"])
     for name, weight in alone["weights"].items():
         close(weight, together["weights"][name])
+
+
+@pytest.mark.parametrize("engine", [{"fsdp": "full_shard"}, {"deepspeed": str(ROOT / "configs/deepspeed/zero3.json")}])
+def test_sharding_on_the_cpu_is_refused_because_it_would_be_ddp(tmp_path, engine):
+    from amopo_fast.config import AMoPOConfig
+
+    if "deepspeed" in engine:
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    with pytest.raises(ValueError, match="would silently run DDP"):
+        AMoPOConfig(output_dir=str(tmp_path), use_cpu=True, **engine)
+
+
+def test_the_shipped_configurations_are_those_that_the_engines_know():
+    """The YAML's keys by accelerate's own class; the JSON by its syntax. Running them needs GPUs."""
+    import json
+
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for path in (ROOT / "configs" / "accelerate").glob("*.yaml"):
+        config = load_config_from_file(str(path))
+        assert config.distributed_type in ("FSDP", "MULTI_GPU")
+    for stage in (2, 3):
+        content = json.loads((ROOT / "configs" / "deepspeed" / f"zero{stage}.json").read_text())
+        assert content["zero_optimization"]["stage"] == stage
