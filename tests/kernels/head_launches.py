@@ -113,7 +113,7 @@ def launches_of(
             head.backward(
                 problem, backend, forward, empty(rows, dtype=torch.float32),
                 empty(rows, dtype=torch.float32) if entropy else None, 
-                d_hidden=empty(rows, features, dtype=torch.float32), d_weight=empty(vocabulary, features),
+                need_hidden=True, d_weight=empty(vocabulary, features),
                 d_bias=empty(vocabulary) if bias else None, filtered=filtered,
             )  # fmt: skip
     distinct = {}

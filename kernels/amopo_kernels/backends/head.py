@@ -49,14 +49,16 @@ class Forward:
 
 
 def slice_columns(hidden: Tensor, dtype: torch.dtype) -> int:
-    """Columns of a slice: a multiple of a tile's, about 4096, whose tiles fill the grid's waves best.
+    """Columns of a slice: a multiple of a tile's, whose tiles fill the grid's waves best.
 
-    4096 columns of bf16 dS are 32 MB at 4096 rows and stay in L2; fewer would read and write dX32 too often.
+    About 4096, or as many as make dS 32 MB in 16 bits, which stay in L2; fewer would read and write dX32 too often, and
+    cost launches where there are few rows.
     """
     if launch.INTERPRETED:
         return 128
     tiles, processors = launch.tiles(hidden.device, dtype), launch.processors(hidden.device)
     rows, features = hidden.shape
+    splits = slice_gradients.splits_of_d_hidden(hidden, tiles.d_hidden)
 
     def waves(height: int, width: int, tile: launch.Tile) -> int:
         return triton.cdiv(triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.columns), processors)
@@ -64,10 +66,11 @@ def slice_columns(hidden: Tensor, dtype: torch.dtype) -> int:
     def time_per_column(columns: int) -> float:
         scores = waves(rows, columns, tiles.scores) * features
         d_weight = waves(columns, features, tiles.d_weight) * rows
-        d_hidden = waves(rows, features, tiles.d_hidden) * columns
+        d_hidden = waves(rows * splits, features, tiles.d_hidden) * columns / splits
         return (scores + d_weight + d_hidden) / columns
 
-    return min(range(3072, 6145, 256), key=time_per_column)
+    about = min(max(4096, 2**24 // max(rows, 1) // 256 * 256), 32768)
+    return min(range(about * 3 // 4, about * 3 // 2 + 1, 256), key=time_per_column)
 
 
 def cached_columns(hidden: Tensor, vocabulary: int, dtype: torch.dtype, cache_bytes: int) -> int:
@@ -119,7 +122,7 @@ def forward(
     statistics = TileStatistics.empty(problem, strip, entropy)
     d_hidden = cache = reference = None
     if not problem.rows:
-        unit = problem.hidden.float() if unit_gradient else None
+        unit = _no_rows(problem) if unit_gradient else None
         return Forward(_merge(problem, statistics, ignore_index), unit, tile_lse=statistics.lse)
     if unit_gradient:
         d_hidden, reference = _accumulate_unit_gradient(problem, engine, statistics, step)
@@ -152,15 +155,15 @@ def _accumulate_unit_gradient(
     # How far a strip may exceed its row's reference, and how far above 1 the largest one is put, in bits.
     # float16 holds up to 2^16, and small probabilities keep their digits above 2^-14.
     limit, headroom = (15.0, 14.0) if problem.hidden.dtype == torch.float16 else (32.0, 0.0)
-    d_hidden = torch.zeros(problem.rows, problem.features, dtype=torch.float32, device=problem.hidden.device)
+    parts = engine.gradients.new_d_hidden(problem)
     reference = torch.full_like(statistics.label_score, -1e30)
     rescale = torch.empty_like(reference)
     p = problem.hidden.new_empty(problem.rows, _padded(min(step, problem.vocabulary)))
     for begin, end in _slices(0, problem.vocabulary, step):
         engine.scores.tile_lse(problem, begin, end, statistics, Probabilities(p, reference, limit))
         kept_probabilities.raise_reference(p, begin, end, statistics, reference, rescale, limit, headroom)
-        engine.gradients.add_d_hidden(problem, begin, end, p, d_hidden, rescale)
-    return d_hidden, reference
+        engine.gradients.add_d_hidden(problem, begin, end, p, parts, rescale)
+    return _sum(parts), reference
 
 
 def backward(
@@ -170,16 +173,16 @@ def backward(
     grad: Tensor,
     grad_entropy: Tensor | None,
     *,
-    d_hidden: Tensor | None,
+    need_hidden: bool,
     d_weight: Tensor | None,
     d_bias: Tensor | None,
     filtered: bool = False,
-) -> Tensor | None:
-    """Write the gradients that are wanted; return the shares that filtering.select reports, if filtered.
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write d_weight and d_bias where given; return (dX (N, H) float32, filtering.select's shares), or None for each.
 
     Args:
         grad, grad_entropy: (N,), of the log-probabilities and of the entropies.
-        d_hidden: (N, H) float32, zeros. d_weight: (V, H). d_bias: (V,). Any floating dtype.
+        d_weight: (V, H). d_bias: (V,). Any floating dtype.
     """
     engine = ENGINES[backend]
     step, vocabulary = slice_columns(problem.hidden, problem.hidden.dtype), problem.vocabulary
@@ -187,12 +190,13 @@ def backward(
         for gradient in (d_weight, d_bias):
             if gradient is not None:
                 gradient.zero_()
-        return grad.new_zeros(3) if filtered else None
+        return _no_rows(problem) if need_hidden else None, grad.new_zeros(3) if filtered else None
     upstream = Upstream.of(problem, forward.rows, grad, grad_entropy)
     cached = 0 if forward.cache is None else min(forward.cache.shape[1], vocabulary)
     strip = strip_columns(problem.hidden, problem.hidden.dtype, backend, entropy=False, keeps_probabilities=True)
     width = _padded(min(step, vocabulary))
     ds = problem.hidden.new_empty(problem.rows, width)
+    parts = engine.gradients.new_d_hidden(problem) if need_hidden else None
     shares, selections = None, []
     if filtered:
         own = strip_columns(problem.hidden, problem.hidden.dtype, backend, entropy=False, keeps_probabilities=False)
@@ -212,10 +216,20 @@ def backward(
             engine.dlogits.dlogits(problem, begin, end, forward.rows, upstream, ds, partial, **selection)
         if d_weight is not None:
             engine.gradients.d_weight_slice(problem, begin, end, ds, upstream, d_weight, **selection)
-        if d_hidden is not None:
-            engine.gradients.add_d_hidden(problem, begin, end, ds, d_hidden, **selection)
+        if need_hidden:
+            engine.gradients.add_d_hidden(problem, begin, end, ds, parts, **selection)
         if d_bias is not None:
             d_bias[begin:end] = partial.sum(0)[: end - begin]
-    if d_hidden is not None and upstream.hidden_scale is not None:
-        d_hidden.mul_(upstream.hidden_scale[:, None])
-    return shares
+    if not need_hidden:
+        return None, shares
+    d_hidden = _sum(parts)
+    return d_hidden if upstream.hidden_scale is None else d_hidden.mul_(upstream.hidden_scale[:, None]), shares
+
+
+def _no_rows(problem: Problem) -> Tensor:
+    return problem.hidden.new_empty(0, problem.features, dtype=torch.float32)
+
+
+def _sum(parts: Tensor) -> Tensor:
+    """(splits, N, H) -> (N, H)."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)

@@ -74,11 +74,13 @@ def _raise_kernel(
 ):  # fmt: skip
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = r < rows
-    t = tl.arange(0, STRIPS)
-    place = tile_lse + t.to(tl.int64)[:, None] * rows + r[None, :]
-    values = tl.load(place, mask=(t < strips)[:, None] & real[None, :], other=float("-inf"))
     before = tl.load(reference + r, mask=real, other=0.0)
-    largest = tl.max(values, 0)
+    largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    for first in range(0, strips, STRIPS):
+        t = first + tl.arange(0, STRIPS)
+        place = tile_lse + t.to(tl.int64)[:, None] * rows + r[None, :]
+        values = tl.load(place, mask=(t < strips)[:, None] & real[None, :], other=float("-inf"))
+        largest = tl.maximum(largest, tl.max(values, 0))
     raised = largest - before > limit
     after = tl.where(raised, largest - headroom, before)
     tl.store(reference + r, after, mask=real)
@@ -159,7 +161,7 @@ def raise_reference(
     strips = triton.cdiv(end - begin, strip)
     _raise_kernel[(triton.cdiv(rows, block),)](
         probabilities, statistics.lse[begin // strip :], reference, rescale, rows, strips, probabilities.stride(0),
-        limit, headroom, ROWS=block, STRIP=strip, STRIPS=triton.next_power_of_2(strips), num_warps=4,
+        limit, headroom, ROWS=block, STRIP=strip, STRIPS=64, num_warps=4,
     )  # fmt: skip
 
 

@@ -114,15 +114,14 @@ def linear_logps_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients that are needed, in their tensors' dtypes, the others empty; and what filter_stats gets."""
     problem = _problem(hidden, weight, bias, labels, softcap, temperature, dtype)
-    d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if need_hidden else None
     d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None
     d_bias = torch.empty_like(bias) if need_bias else None
     forward = head.Forward(
         RowStatistics(logps, lse, miss, entropy), cache=cache if cache.numel() else None, tile_lse=tile_lse
     )
     with torch.cuda.device_of(hidden):
-        shares = head.backward(
-            problem, backend, forward, grad, grad_entropy, d_hidden=d_hidden, d_weight=d_weight, d_bias=d_bias,
+        d_hidden, shares = head.backward(
+            problem, backend, forward, grad, grad_entropy, need_hidden=need_hidden, d_weight=d_weight, d_bias=d_bias,
             filtered=gradient_mode == "filtered",
         )  # fmt: skip
     if need_hidden:

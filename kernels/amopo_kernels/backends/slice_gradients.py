@@ -4,11 +4,13 @@
     dX32      = rescale * dX32 + dS W[slice]            float32
 
 Work: 2 N H FLOP per column each. With dS resident in L2, memory sees X (again per slice), dW once, dX32 read and
-written once per slice: 8 N H bytes. Order: persistent grids, no split along the sum and no atomics.
+written once per slice: 8 N H bytes. Order: persistent grids, no atomics. Where N x H has fewer tiles than the GPU has
+processors, the sum over a slice's columns is split and every split has a dX32 of its own, added up in the end.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -59,7 +61,7 @@ def _d_weight_kernel(
 
 @triton.jit
 def _d_hidden_kernel(
-    dlogits, weight, d_hidden, rescale, column_lists, column_counts, lists_stride,
+    dlogits, weight, d_hidden, rescale, column_lists, column_counts, lists_stride, splits,
     rows, features, width, begin, end, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
     RESCALE: tl.constexpr, FILTERED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
@@ -67,16 +69,19 @@ def _d_hidden_kernel(
 ):  # fmt: skip
     row_tiles = tl.cdiv(rows, ROWS)
     column_tiles = tl.cdiv(features, COLUMNS)
+    count = row_tiles * column_tiles
     FLATTEN: tl.constexpr = DESCRIPTORS and not FILTERED
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
-        row_tile, column_tile = grouped_tile(tile, row_tiles, column_tiles, GROUP)
+    for index in tl.range(tl.program_id(0), count * splits, tl.num_programs(0), flatten=FLATTEN):
+        split = index // count
+        row_tile, column_tile = grouped_tile(index % count, row_tiles, column_tiles, GROUP)
         row = row_tile * ROWS
         h = column_tile * COLUMNS
         accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
         steps = tl.cdiv(end - begin, DEPTH)
         if FILTERED:
             steps = tl.load(column_counts + row // TILE_ROWS) * (TILE_COLUMNS // DEPTH)
-        for step in range(0, steps):
+        per_split = tl.cdiv(steps, splits)
+        for step in range(split * per_split, tl.minimum((split + 1) * per_split, steps)):
             v = step * DEPTH
             if FILTERED:
                 kept = step // (TILE_COLUMNS // DEPTH)
@@ -90,7 +95,7 @@ def _d_hidden_kernel(
         for i in tl.static_range(COLUMNS // STRIP):
             c = h + i * STRIP + tl.arange(0, STRIP)
             inside = (r < rows)[:, None] & (c < features)[None, :]
-            places = d_hidden + r.to(tl.int64)[:, None] * features + c[None, :]
+            places = d_hidden + (split * rows + r).to(tl.int64)[:, None] * features + c[None, :]
             before = tl.load(places, mask=inside, other=0.0)
             if RESCALE:
                 before *= tl.load(rescale + r, mask=r < rows, other=0.0)[:, None]
@@ -120,22 +125,35 @@ def d_weight_slice(
     )  # fmt: skip
 
 
+def splits_of_d_hidden(hidden: Tensor, tile: launch.Tile) -> int:
+    """How many parts of a slice's columns are summed apart, to fill the grid."""
+    rows, features = hidden.shape
+    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(features, tile.columns)
+    return max(1, launch.processors(hidden.device) // max(tiles, 1))
+
+
+def new_d_hidden(problem: Problem) -> Tensor:
+    """(splits, N, H) float32 zeros for `add_d_hidden`; their sum is dX32."""
+    splits = splits_of_d_hidden(problem.hidden, launch.configuration(problem).d_hidden)
+    return problem.hidden.new_zeros(splits, problem.rows, problem.features, dtype=torch.float32)
+
+
 def add_d_hidden(
     problem: Problem,
     begin: int,
     end: int,
     dlogits: Tensor,  # (N, width), width >= end - begin
-    out: Tensor,  # (N, H) float32, contiguous
+    out: Tensor,  # of new_d_hidden
     rescale: Tensor | None = None,  # (N,) float32
     selection: SliceSelection | None = None,
 ) -> None:
     configuration = launch.configuration(problem)
     tile, descriptors = configuration.d_hidden, configuration.descriptors
-    _d_hidden_kernel[launch.grid(problem, problem.rows, problem.features, tile)](
+    _d_hidden_kernel[launch.grid(problem, problem.rows * out.shape[0], problem.features, tile)](
         launch.source(dlogits, (tile.rows, tile.depth), descriptors),
         launch.source(problem.weight, (tile.depth, tile.columns), descriptors), out, rescale,
         *((selection.column_lists, selection.column_counts, selection.column_lists.shape[1]) if selection
-          else (None, None, 0)),
+          else (None, None, 0)), out.shape[0],
         problem.rows, problem.features, dlogits.stride(0), begin, end, problem.weight.stride(0),
         STRIP=min(tile.columns, 64), RESCALE=rescale is not None, FILTERED=selection is not None,
         TILE_ROWS=configuration.scores.rows, TILE_COLUMNS=configuration.scores.columns,

@@ -131,11 +131,16 @@ def d_weight_slice(
     out[begin:end] = unscaled.mul_(upstream.weight_scale)
 
 
+def new_d_hidden(problem: Problem) -> Tensor:
+    """(1, N, H) float32 zeros for `add_d_hidden`."""
+    return problem.hidden.new_zeros(1, problem.rows, problem.features, dtype=torch.float32)
+
+
 def add_d_hidden(
     problem: Problem, begin: int, end: int, dlogits: Tensor, out: Tensor, rescale: Tensor | None = None
 ) -> None:
     """As slice_gradients.add_d_hidden."""
-    dlogits, weight = dlogits[:, : end - begin], problem.weight[begin:end]
+    dlogits, weight, out = dlogits[:, : end - begin], problem.weight[begin:end], out[0]
     if rescale is not None:
         out.mul_(rescale[:, None])
     if not out.is_cuda:
