@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, set_seed
 
 from amopo_fast.profile_memory import set_layers
 
@@ -130,5 +130,5 @@ def add_adapter(model: nn.Module, adapter: LoraConfig) -> nn.Module:
 
 def save_in_shards(model: nn.Module) -> None:
     """Let `save_pretrained` copy SHARD_SIZE of weights to the host at a time; Trainer has no option for it."""
-    if hasattr(model, "get_output_embeddings") and not hasattr(model, "peft_config"):
+    if isinstance(model, PreTrainedModel):  # an adapter is small
         model.save_pretrained = functools.partial(type(model).save_pretrained, model, max_shard_size=SHARD_SIZE)
