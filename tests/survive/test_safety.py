@@ -15,11 +15,11 @@ from small_run import small_trainer
 
 from amopo_fast.checkpoints import MARKER
 from amopo_fast.cli import main
-from amopo_fast.cli.train import build_model
-from amopo_fast.config import ModelConfig
+from amopo_fast.config import AMoPOConfig, ModelConfig
 from amopo_fast.demo.data import DIMENSIONS, TRAIN_FILE
 from amopo_fast.demo.model import demo_model, demo_tokenizer
 from amopo_fast.errors import CheckpointError
+from amopo_fast.loading import load_model
 from amopo_fast.safety import check_sharded, redact
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +110,8 @@ def test_models_load_from_whole_safetensors_without_remote_code(model_folder, tm
 
     def load(folder):
         with model_errors(str(folder)):
-            return build_model(ModelConfig(model_name_or_path=str(folder)), seed=0)
+            args = AMoPOConfig(output_dir=str(tmp_path / "run"), use_cpu=True)
+            return load_model(ModelConfig(model_name_or_path=str(folder)), args, torch.float32)
 
     folder = Path(shutil.copytree(model_folder, tmp_path / "truncated"))
     os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size // 2)
@@ -128,7 +129,7 @@ def test_models_load_from_whole_safetensors_without_remote_code(model_folder, tm
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\n")
-    with pytest.raises(ValueError, match="trust_remote_code|own"):
+    with pytest.raises(ValueError, match="contains custom code"):
         load(folder)
     assert not (tmp_path / "owned").exists()
 
