@@ -12,10 +12,11 @@ from amopo_fast.cli import main
 from amopo_fast.cli.evaluate import find_models, step_of
 from amopo_fast.demo.data import HELDOUT_FILE
 from amopo_fast.demo.model import demo_model, demo_tokenizer
-from amopo_fast.evaluate import difference, mean_interval, score_pairs, summary, wilson
+from amopo_fast.evaluate import _histogram, difference, mean_interval, score_pairs, summary, wilson
 from amopo_fast.metrics import PER_DIMENSION
 from amopo_fast.prompts import PromptBuilder
 from amopo_fast.records import DEFAULT_DIMENSIONS, read_pairs
+from amopo_kernels import sequence_stats
 
 BETA, GAMMA = 1.5, 0.5
 
@@ -66,6 +67,21 @@ def test_scores_are_those_of_separate_sequences(pairs, scores):
     assert np.abs(counts - scores.probabilities).sum() <= 2  # a probability on a bin's edge may fall either way
 
 
+def test_token_probabilities_are_counted_by_dimension_and_side():
+    # Two pairs, two dimensions: sequences (pair, dimension, side) of these lengths, the second dimension once absent.
+    lengths = [3, 1, 2, 4, 5, 2, 0, 0]
+    rng = np.random.default_rng(0)
+    probability = rng.uniform(0, 1, sum(lengths)).astype(np.float32)
+    probability[0] = 1.0
+    logps = torch.from_numpy(np.log(probability))
+    found = _histogram(sequence_stats(logps, torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)), 2)
+    ends = np.cumsum(lengths)
+    for sequence in range(4):
+        own = [probability[ends[i] - lengths[i] : ends[i]] for i in (sequence, sequence + 4)]
+        expected = np.histogram(np.concatenate(own), np.linspace(0, 1, 21))[0]
+        assert found[sequence // 2, sequence % 2].tolist() == expected.tolist()
+
+
 def test_summary_counts_what_the_table_holds(scores):
     found = summary(scores)
     accuracy = scores.column("accuracy")
@@ -97,10 +113,12 @@ def test_intervals_hold_what_they_promise():
 
 
 def test_difference_is_paired(pairs, scores):
-    other = score_pairs(demo_model(1), pairs, dimensions=DEFAULT_DIMENSIONS, beta=BETA, gamma=GAMMA)
-    change = difference(scores, other)
+    other = replace(scores, table=scores.table.copy())
+    other.column("accuracy")[:3, 2] = 1 - other.column("accuracy")[:3, 2]
     expected = other.column("accuracy")[:, 2] - scores.column("accuracy")[:, 2]
-    assert change["correctness"]["value"] == pytest.approx(expected.mean())
+    change = difference(scores, other)["correctness"]
+    assert change["value"] == pytest.approx(expected.mean()) and change["value"] != 0
+    assert change["high"] - change["value"] == pytest.approx(1.96 * expected.std(ddof=1) / 12**0.5, rel=1e-3)
     with pytest.raises(ValueError, match="different pairs"):
         difference(scores, score_pairs(demo_model(1), pairs[1:], dimensions=DEFAULT_DIMENSIONS))
 
