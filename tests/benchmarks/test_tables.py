@@ -76,9 +76,9 @@ def test_cpu_results_are_compared_with_plain_logits(tables, tmp_path):
 
 
 def test_a_block_is_replaced_and_its_surroundings_kept(tables):
-    text = "before\n<!-- table: quality -->\nold\n<!-- end -->\nafter\n"
+    text = "before\n<!-- table: loss -->\nold\n<!-- end -->\nafter\n"
     filled = tables.fill(text)
-    assert filled.startswith("before\n<!-- table: quality -->\n| case |") and filled.endswith("\n<!-- end -->\nafter\n")
+    assert filled.startswith("before\n<!-- table: loss -->\n| case |") and filled.endswith("\n<!-- end -->\nafter\n")
     assert "old" not in filled and tables.fill(filled) == filled
 
 
