@@ -51,6 +51,7 @@ CASES = {
     "filtered, all options": {"filtered": True, "bias": True, "softcap": 30.0},
     "float16": {"dtype": torch.float16, "bias": True},
     "float32": {"dtype": torch.float32},
+    "few rows": {"rows": 512, "features": 896},
     "rows that no descriptor can read": {"features": 900},
 }
 

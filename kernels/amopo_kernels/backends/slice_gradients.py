@@ -81,8 +81,13 @@ def _d_hidden_kernel(
         if FILTERED:
             steps = tl.load(column_counts + row // TILE_ROWS) * (TILE_COLUMNS // DEPTH)
         per_split = tl.cdiv(steps, splits)
-        for step in range(split * per_split, tl.minimum((split + 1) * per_split, steps)):
-            v = step * DEPTH
+        begin_step = split * per_split
+        trips = per_split  # the same for every tile, or the two loops would not become one
+        if FILTERED:
+            trips = tl.minimum(per_split, steps - begin_step)
+        for i in range(0, trips):
+            step = begin_step + i
+            v = tl.where(step < steps, step * DEPTH, 1 << 30)  # past the last split's end: zeros
             if FILTERED:
                 kept = step // (TILE_COLUMNS // DEPTH)
                 tile_of_slice = tl.load(column_lists + row // TILE_ROWS * lists_stride + kept)
