@@ -5,6 +5,7 @@ FOLDER/SCENARIO-WORLD.pt.
 """
 
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from amopo_fast.batching import Collator, PairDataset, PairSizes, plan_epochs
+from amopo_fast.checkpoints import complete_checkpoints
 from amopo_fast.scoring import prepare_model, score_wrapped
 from amopo_kernels import amopo_loss, linear_logps
 from amopo_kernels.errors import ShardedTensorError
@@ -95,6 +97,26 @@ def ddp_bad_loss(folder, world):
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "step": trainer.state.global_step}
     return {"error": "", "step": trainer.state.global_step}
+
+
+class SigtermAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def ddp_sigterm(folder, world):
+    """Only the last rank receives SIGTERM; all save and stop after the same step."""
+    callbacks = [SigtermAt(2)] if int(os.environ["RANK"]) == world - 1 else []
+    options = {**SGD, "save_steps": 100}
+    model = small_model(attention_dropout=0.0)
+    trainer = small_trainer(folder / "sigterm", model=model, callbacks=callbacks, **options)
+    trainer.train()
+    complete = [checkpoint.step for checkpoint in complete_checkpoints(folder / "sigterm")]
+    return {"stopped": trainer.checkpointer.stopped, "step": trainer.state.global_step, "complete": complete}
 
 
 def group_like_accelerate(model):
@@ -239,8 +261,11 @@ def zero3(folder, world):
     return zero(folder, world, 3)
 
 
-SCENARIOS = {f.__name__: f for f in (ddp, ddp_saved, ddp_resumed, ddp_bad_loss, fsdp, fsdp_tied, fsdp_loaded,
-                                     head_not_gathered, zero2, zero3)}  # fmt: skip
+SCENARIOS = {
+    f.__name__: f
+    for f in (ddp, ddp_saved, ddp_resumed, ddp_bad_loss, ddp_sigterm, fsdp, fsdp_tied, fsdp_loaded, head_not_gathered,
+              zero2, zero3)
+}  # fmt: skip
 
 
 def one_rank(folder, scenario, world, rank, port):

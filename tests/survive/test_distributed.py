@@ -13,8 +13,8 @@ ROOT = SCRIPT.parents[2]
 TOLERANCE = 1e-6  # relative, float32
 
 
-SCENARIOS = ["ddp:1,2,4", "ddp_saved:2", "ddp_resumed:1,4", "ddp_bad_loss:2", "fsdp:1,2,4", "fsdp_tied:1,2",
-             "fsdp_loaded:1,2,4", "head_not_gathered:2"]  # fmt: skip
+SCENARIOS = ["ddp:1,2,4", "ddp_saved:2", "ddp_resumed:1,4", "ddp_bad_loss:2", "ddp_sigterm:2", "fsdp:1,2,4",
+             "fsdp_tied:1,2", "fsdp_loaded:1,2,4", "head_not_gathered:2"]  # fmt: skip
 
 
 def run_groups(folder, scenarios, **variables):
@@ -80,6 +80,10 @@ def test_a_bad_loss_on_one_rank_stops_all(groups):
     result = groups("ddp_bad_loss", 2)
     assert result["step"] == 2
     assert result["error"].startswith("NumbersError: step 3: the loss is not finite")
+
+
+def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(groups):
+    assert groups("ddp_sigterm", 2) == {"stopped": True, "step": 3, "complete": [3]}
 
 
 @pytest.mark.parametrize("scenario, worlds", [("fsdp", (2, 4)), ("fsdp_tied", (2,))])
