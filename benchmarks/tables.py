@@ -260,7 +260,8 @@ def quality_table() -> str:
 
 
 def share(value: dict) -> str:
-    return f"{100 * value['value']:.1f} ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
+    low, high = max(value["low"], 0.0), min(value["high"], 1.0)  # Student's t knows nothing of a share's bounds
+    return f"{100 * value['value']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def block(name: str) -> str:

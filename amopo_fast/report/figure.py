@@ -63,8 +63,8 @@ def _panel(axis, panel: Panel) -> None:
         if series.kind == "faint":
             axis.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
         else:
-            style = "--" if series.dashed else "-" if series.kind == "line" else ""
-            axis.plot(x, y, style, color=color, label=label, linewidth=1.6,
+            style = "--" if series.dashed else "-" if series.kind == "line" else "none"
+            axis.plot(x, y, linestyle=style, color=color, label=label, linewidth=1.6,
                       marker="o" if series.kind == "dots" else None, markersize=4)  # fmt: skip
     axis.set_title(panel.title, fontsize=10, loc="left")
     axis.set_xlabel(panel.x_label, fontsize=8)
