@@ -11,7 +11,6 @@ from amopo_kernels.logps import label_logps
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 OPTIONS = {
-    "plain": {},
     "bias": {"bias": True},
     "softcap": {"softcap": 4.0},
     "temperature": {"temperature": 0.7},
