@@ -31,7 +31,7 @@ def hub_records(source: Source) -> Iterator[RawRecord]:
                 source.subset or None,
                 data_dir=source.data_dir or None,
                 split="train" if by_record else split,
-                streaming=True,
+                streaming="[" not in split,  # a slice, train[:500], needs the whole split at hand
             )
         for record, value in enumerate(rows):
             yield RawRecord(record, None, value)

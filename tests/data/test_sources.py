@@ -241,7 +241,10 @@ def test_every_kind_of_file_holds_the_same_pairs(tmp_path, name):
     assert found == [(i, row["prompt"], row["chosen"], {"a": 4.0}, {"a": 1.0}) for i, row in enumerate(ROWS)]
 
 
-def test_a_folder_of_parquet_files_is_read_through_datasets(tmp_path):
+def test_a_folder_of_parquet_files_is_read_through_datasets(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "set"
     folder.mkdir()
     parquet(folder / "train-0.parquet", ROWS[:3])
@@ -249,6 +252,7 @@ def test_a_folder_of_parquet_files_is_read_through_datasets(tmp_path):
     assert len(read_pairs(folder, dimensions=("a",))[0]) == 3
     pairs, _ = read_pairs(Source.parse(f"{folder},split=test"), dimensions=("a",))
     assert [pair.record for pair in pairs] == [0, 1] and pairs[0].source == f"{folder}:test"
+    assert len(read_pairs(Source.parse(f"{folder},split=train[:2]"), dimensions=("a",))[0]) == 2
     with pytest.raises(DataError, match="unreadable data set.*Remedy"):
         read_pairs(Source.parse(f"{folder},split=nowhere"), dimensions=("a",))
     with pytest.raises(DataError, match="unreadable data set.*Remedy"):
