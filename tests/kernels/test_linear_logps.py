@@ -107,6 +107,18 @@ def test_autocast_rounds_the_operands_and_nothing_else():
         assert relative_error(a.grad, b.grad) < 1e-2
 
 
+def test_backward_inside_autocast_equals_backward_outside():
+    gradients = []
+    for inside in (False, True):
+        hidden, weight, labels, bias = problem(21, 16, 2500)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_logps(hidden, weight, labels, bias).sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            gradients.append(torch.autograd.grad(loss, (hidden, weight, bias)))
+    for outside, inside in zip(*gradients, strict=True):
+        assert torch.equal(outside, inside)
+
+
 @pytest.mark.parametrize("shift", [0.0, -60.0, 60.0])
 def test_large_and_strongly_negative_logits(shift):
     hidden, weight, labels, bias = problem(24, 16, 3001, scale=12)

@@ -132,6 +132,12 @@ class LinearLogps(torch.autograd.Function):
                 "linear_logps has no second derivative; call backward without create_graph, "
                 "or use amopo_kernels.reference for gradients of gradients"
             )
+        # Called inside an autocast region, backward would meet matmuls that round their operands anew.
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            return LinearLogps._gradients(ctx, grad_logps, grad_entropy)
+
+    @staticmethod
+    def _gradients(ctx, grad_logps, grad_entropy):
         hidden, weight, bias, labels, lse, logps, entropy = ctx.saved_tensors
         options = ctx.options
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
