@@ -41,6 +41,7 @@ def _merge_kernel(
         )
         total += tl.sum(tl.exp2(values - maximum[None, :]), 0)
     others = maximum + tl.log2(total)
+    # A label outside the vocabulary never wrote its score, which is still NaN, and so is all of its row.
     label = tl.load(label_score + r, mask=real, other=0.0)
     difference = others - label
     small = tl.exp2(-tl.abs(difference))
@@ -49,11 +50,6 @@ def _merge_kernel(
     row_logp = -(tl.maximum(difference, 0.0) * LN2 + tail)
     row_lse = tl.maximum(others, label) + tail * LOG2E
     row_miss = tl.where(difference >= 0, inverse, small * inverse)
-    # A label outside the vocabulary never wrote its score, which is still NaN, and stays so on its row alone.
-    bad = label != label
-    row_logp = tl.where(bad, label, row_logp)
-    row_lse = tl.where(bad, label, row_lse)
-    row_miss = tl.where(bad, label, row_miss)
     ignored = tl.load(labels + r, mask=real, other=0).to(tl.int64) == ignore_index
     tl.store(logps + r, tl.where(ignored, 0.0, row_logp), mask=real)
     tl.store(lse + r, tl.where(ignored, 1e30, row_lse), mask=real)  # every probability of the row becomes 0
