@@ -24,7 +24,7 @@ DEMO_TRAINING: dict[str, Any] = {
     "warmup_steps": 0.1,
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
-    "num_train_epochs": 3,
+    "num_train_epochs": 4,
     "pairs_per_step": 8,
     "beta": 5.0,
     "gamma": 0.5,

@@ -1,4 +1,4 @@
-"""Six steps on a GPU, for test_gpu.py: `gpu_fsdp.py FOLDER`. Under accelerate's FSDP2 if it was launched so."""
+"""Six steps on a GPU, for test_fsdp_gpu.py: `gpu_fsdp.py FOLDER`. Under accelerate's FSDP2 if it was launched so."""
 
 import json
 import sys
