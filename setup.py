@@ -10,10 +10,10 @@ EXTRAS = {
     "flash": ["flash-attn>=2.7"],
     "liger": ["liger-kernel>=0.6"],
     "lowbit": ["torchao>=0.15"],
-    "peft": ["peft>=0.18"],
+    "peft": ["bitsandbytes>=0.45"],  # QLoRA; LoRA itself needs nothing beyond the requirements
     "bench": ["liger-kernel>=0.6", "cut-cross-entropy>=25.1", "trl>=0.25"],
     "test": [
-        "pytest>=8", "hypothesis>=6.100", "peft>=0.18", "torchao>=0.15", "tensorboard>=2.16", "ruff>=0.9", "mypy>=1.15",
+        "pytest>=8", "hypothesis>=6.100", "torchao>=0.15", "tensorboard>=2.16", "ruff>=0.9", "mypy>=1.15",
     ],
 }
 EXTRAS["all"] = sorted({requirement for name in ("liger", "lowbit", "peft") for requirement in EXTRAS[name]})
@@ -34,6 +34,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "transformers>=5.17,<6",
         "accelerate>=1.10",
+        "peft>=0.18",
         "datasets>=4.0",
         "safetensors>=0.5",
         "numpy>=1.26",

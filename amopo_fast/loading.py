@@ -97,10 +97,8 @@ def peft_config(config: ModelConfig) -> LoraConfig | None:
     """The adapter that the options ask for, or None."""
     if not config.use_peft:
         return None
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise ValueError("use_peft needs the library peft: pip install 'amopo-fast[peft]'") from None
+    from peft import LoraConfig
+
     targets = config.lora_target_modules or ["all-linear"]
     return LoraConfig(
         task_type="CAUSAL_LM",
