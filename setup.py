@@ -10,10 +10,11 @@ EXTRAS = {
     "flash": ["flash-attn>=2.7"],
     "liger": ["liger-kernel>=0.6"],
     "lowbit": ["torchao>=0.15"],
-    "peft": ["bitsandbytes>=0.45"],  # QLoRA; LoRA itself needs nothing beyond the requirements
+    "peft": ["bitsandbytes>=0.46.1"],  # QLoRA; LoRA itself needs nothing beyond the requirements
     "bench": ["liger-kernel>=0.6", "cut-cross-entropy>=25.1", "trl>=0.25"],
     "test": [
-        "pytest>=8", "hypothesis>=6.100", "torchao>=0.15", "tensorboard>=2.16", "ruff>=0.9", "mypy>=1.15",
+        "pytest>=8", "hypothesis>=6.100", "torchao>=0.15", "bitsandbytes>=0.46.1", "tensorboard>=2.16", "ruff>=0.9",
+        "mypy>=1.15",
     ],
 }
 EXTRAS["all"] = sorted({requirement for name in ("liger", "lowbit", "peft") for requirement in EXTRAS[name]})
