@@ -160,18 +160,23 @@ def named_sources(sources: list[Source]) -> dict[str, Source]:
     return named
 
 
+def prompt_builder(config: DataConfig, tokenizer, score_range: tuple[float, float]) -> PromptBuilder:
+    """The builder of a run's prompts, with the options of its configuration."""
+    return PromptBuilder(
+        tokenizer,
+        config.dimensions,
+        score_range=score_range,
+        order=config.prompt_order,
+        max_length=config.max_length,
+        template=config.prompt_template,
+    )
+
+
 class _Loader:
     def __init__(self, config: DataConfig, tokenizer, score_range: tuple[float, float], seed: int, folder: Path | None):
         self.config, self.seed, self.folder = config, seed, folder
         self.reading = Reading(config.dimensions, score_range, config.missing_scores, config.tied_dimensions)
-        self.builder = PromptBuilder(
-            tokenizer,
-            config.dimensions,
-            score_range=score_range,
-            order=config.prompt_order,
-            max_length=config.max_length,
-            template=config.prompt_template,
-        )
+        self.builder = prompt_builder(config, tokenizer, score_range)
         self.counts: dict[str, Counts] = {}
         self.prompts: set[bytes] | None = set() if config.eval_data else None  # of the sources since last emptied
         self.last_record = 0  # number of records of the source that was loaded last

@@ -197,7 +197,7 @@ def validate_data(config: DataConfig, tokenizer=None) -> DataReport:
 
     Raises ValueError for options that make no sense.
     """
-    from amopo_fast.data import common_score_range
+    from amopo_fast.data import common_score_range, prompt_builder
 
     sources = parse_sources(config.train_data), parse_sources(config.eval_data)
     opened, failed = [], {}
@@ -216,14 +216,7 @@ def validate_data(config: DataConfig, tokenizer=None) -> DataReport:
     reading = Reading(config.dimensions, score_range, config.missing_scores, config.tied_dimensions)
     builder = None
     if tokenizer is not None:
-        builder = PromptBuilder(
-            tokenizer,
-            config.dimensions,
-            score_range=score_range,
-            order=config.prompt_order,
-            max_length=config.max_length,
-            template=config.prompt_template,
-        )
+        builder = prompt_builder(config, tokenizer, score_range)
     by_source = {each.source: each for each in opened}
     prompts: list[set[tuple]] = [set(), set()]
     reports: list[list[ValidationReport]] = [[], []]

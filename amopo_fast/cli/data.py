@@ -52,10 +52,9 @@ def run_validate(arguments) -> int:
 def run_show(arguments) -> int:
     from rich.console import Console
 
-    from amopo_fast.data import common_score_range
+    from amopo_fast.data import common_score_range, prompt_builder
     from amopo_fast.failed_step import FailedStep
     from amopo_fast.inspect_data import show_record
-    from amopo_fast.prompts import PromptBuilder
     from amopo_fast.records import Reading, iter_records
     from amopo_fast.sources.candidate import Dropped
     from amopo_fast.sources.formats import open_source
@@ -76,14 +75,7 @@ def run_show(arguments) -> int:
     opened = [open_source(source) for source in sources]
     score_range = common_score_range(config, opened)
     reading = Reading(config.dimensions, score_range, config.missing_scores, config.tied_dimensions)
-    builder = PromptBuilder(
-        load_tokenizer(options.tokenizer),
-        config.dimensions,
-        score_range=score_range,
-        order=config.prompt_order,
-        max_length=config.max_length,
-        template=config.prompt_template,
-    )
+    builder = prompt_builder(config, load_tokenizer(options.tokenizer), score_range)
     shown = False
     base = 0  # a run numbers the records of its second source behind the first one's
     for source in opened:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import dispatch
 from .stats import linear_sequence_stats
 from .types import AMoPOLoss, SequenceStats
 
 WEIGHTINGS = ("gaussian", "mean", "uniform")
-_HAS_TRITON = find_spec("triton") is not None
 
 
 def amopo_loss(
@@ -67,7 +66,7 @@ def amopo_loss(
 
 def _implementation(stats: SequenceStats) -> Callable[..., AMoPOLoss]:
     """One Triton launch for float32 statistics on a GPU; plain torch on the CPU, in float64 and without Triton."""
-    if stats.logp_sum.is_cuda and stats.logp_sum.dtype == torch.float32 and _HAS_TRITON:
+    if stats.logp_sum.is_cuda and stats.logp_sum.dtype == torch.float32 and dispatch.HAS_TRITON:
         from .backends import triton_loss
 
         return triton_loss.amopo_loss

@@ -10,12 +10,10 @@ bfloat16 after each addition.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from . import validation
+from . import dispatch, validation
 from .errors import DoubleBackwardError, UnsupportedError
 
 
@@ -69,7 +67,7 @@ def segment_sum_rows(values: Tensor, order: Tensor, offsets: Tensor, *, backend:
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend={backend!r}; choose one of auto, triton, torch")
     if backend == "auto":
-        triton = values.is_cuda and values.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+        triton = values.is_cuda and values.dtype != torch.float64 and dispatch.HAS_TRITON
         backend = "triton" if triton else "torch"
     rows = values.flatten(1)
     if backend == "torch":
