@@ -29,7 +29,9 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["amopo_fast*"]), *find_packages(where="kernels")],
     package_dir={"amopo_fast": "amopo_fast", "amopo_kernels": "kernels/amopo_kernels"},
-    package_data={"amopo_fast": ["demo/*.json", "demo/*.jsonl", "templates/*.yaml"], "amopo_kernels": ["py.typed"]},
+    package_data={
+        "amopo_fast": ["demo/*.json", "demo/*.jsonl", "prompts/templates/*.yaml"], "amopo_kernels": ["py.typed"]
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

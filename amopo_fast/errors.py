@@ -18,6 +18,18 @@ class NumbersError(RuntimeError):
     """A NaN or an infinity; the message says where, in which step, and which file holds the step's records."""
 
 
+class OptionError(ValueError):
+    """An option that cannot be used; the message says why and what to use.
+
+    Attributes:
+        option: its name, "" where several or none are meant; a command line says where it was set.
+    """
+
+    def __init__(self, message: str, option: str = ""):
+        super().__init__(message)
+        self.option = option
+
+
 def shown(value: object) -> str:
     """A value as an error message shows it: its type and at most about 60 characters of it."""
     return f"{type(value).__name__} {_short.repr(value)}"

@@ -107,7 +107,7 @@ def fitting_pairs(shape: str, budget: int) -> tuple[list, int]:
 
     Pairs above 4096 tokens, or above the budget, are left out: a step is one micro-batch, and all are about as long.
     """
-    from amopo_fast.batching import PairSizes
+    from amopo_fast.packing.schedule import PairSizes
 
     count = 40 if shape == "smoke" else None
     pairs = random_pairs(lengths("qa"), "dimension_first", SHAPES[shape]["vocab_size"], count)
@@ -118,12 +118,13 @@ def fitting_pairs(shape: str, budget: int) -> tuple[list, int]:
 
 def train(shape: str, options: dict, budget: int, device: str) -> dict:
     """One row through this package's own path."""
-    from amopo_fast.batching import PairSizes
-    from amopo_fast.config import AMoPOConfig, ModelConfig
-    from amopo_fast.loading import peft_config
-    from amopo_fast.preflight import load_for_training, longest_row, setup_of
-    from amopo_fast.profile_memory import LiveBytes
-    from amopo_fast.trainer import AMoPOTrainer
+    from amopo_fast.memory.profile import LiveBytes
+    from amopo_fast.models.config import ModelConfig
+    from amopo_fast.models.loading import peft_config
+    from amopo_fast.packing.schedule import PairSizes
+    from amopo_fast.training.config import AMoPOConfig
+    from amopo_fast.training.loading import load_for_training, longest_row, setup_of
+    from amopo_fast.training.trainer import AMoPOTrainer
 
     cuda = device.startswith("cuda")
     options = dict(options)
@@ -181,7 +182,7 @@ def quantise(model: torch.nn.Module) -> None:
 
 
 def predict(config, row, setup) -> dict:
-    from amopo_fast.estimate import estimate
+    from amopo_fast.memory.estimate import estimate
 
     prediction = estimate(config, row, setup)
     return {"predicted_bytes": prediction.peak, "predicted_parts": prediction.parts, "flop": prediction.flops}
@@ -191,8 +192,9 @@ def predict_only(shape: str, options: dict, budget: int) -> dict:
     """What a GPU with liger-kernel is predicted to need; runs anywhere."""
     from dataclasses import replace
 
-    from amopo_fast.config import AMoPOConfig, ModelConfig
-    from amopo_fast.preflight import longest_row, setup_of
+    from amopo_fast.models.config import ModelConfig
+    from amopo_fast.training.config import AMoPOConfig
+    from amopo_fast.training.loading import longest_row, setup_of
 
     options = dict(options)
     rank = ModelConfig.lora_r if options.pop("use_peft", False) else None
@@ -212,8 +214,8 @@ def predict_only(shape: str, options: dict, budget: int) -> dict:
 
 def plain(shape: str, device: str) -> dict:
     """The same pairs with transformers and torch alone; its attention is flash-attn's where that is installed."""
-    from amopo_fast.batching import PairSizes
-    from amopo_fast.profile_memory import LiveBytes
+    from amopo_fast.memory.profile import LiveBytes
+    from amopo_fast.packing.schedule import PairSizes
 
     cuda = device.startswith("cuda")
     pairs = random_pairs(lengths("qa"), "dimension_first", SHAPES[shape]["vocab_size"], count=WARMUP + STEPS)

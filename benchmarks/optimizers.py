@@ -20,13 +20,13 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 import harness
-from amopo_fast.config import AMoPOConfig
+from amopo_fast.data.pairs import read_pairs
 from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE, TRAIN_FILE
 from amopo_fast.demo.model import DEMO_TRAINING, demo_model, demo_tokenizer
 from amopo_fast.optim.states import moment_bytes
-from amopo_fast.prompts import PromptBuilder
-from amopo_fast.records import read_pairs
-from amopo_fast.trainer import AMoPOTrainer
+from amopo_fast.prompts.builder import PromptBuilder
+from amopo_fast.training.config import AMoPOConfig
+from amopo_fast.training.trainer import AMoPOTrainer
 
 LEARNING_RATE = 3e-4
 STOCHASTIC = {"weight_precision": "bf16_stochastic"}

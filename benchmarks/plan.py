@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 import harness
-from amopo_fast.plan import Plan, build_plan
-from amopo_fast.prompts import PairTokens
+from amopo_fast.packing.plan import Plan, build_plan
+from amopo_fast.prompts.tokens import PairTokens
 from step_data import lengths, random_pairs
 
 

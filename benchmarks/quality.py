@@ -36,13 +36,13 @@ from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 import harness  # noqa: E402
-from amopo_fast.config import AMoPOConfig  # noqa: E402
-from amopo_fast.plan import build_plan  # noqa: E402
-from amopo_fast.prompts import PromptBuilder  # noqa: E402
-from amopo_fast.records import Message, Pair  # noqa: E402
+from amopo_fast.data.pairs import Message, Pair  # noqa: E402
+from amopo_fast.packing.plan import build_plan  # noqa: E402
+from amopo_fast.prompts.builder import PromptBuilder  # noqa: E402
 from amopo_fast.report.figure import draw  # noqa: E402
 from amopo_fast.report.panels import Panel, Section, Series  # noqa: E402
-from amopo_fast.trainer import AMoPOTrainer  # noqa: E402
+from amopo_fast.training.config import AMoPOConfig  # noqa: E402
+from amopo_fast.training.trainer import AMoPOTrainer  # noqa: E402
 from quality_task import (  # noqa: E402
     DIMENSIONS,
     JUDGED,

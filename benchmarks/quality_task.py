@@ -20,7 +20,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from amopo_fast.records import Message, Pair
+from amopo_fast.data.pairs import Message, Pair
 
 DIMENSIONS = ("no_object", "correctness", "format", "brevity")
 JUDGED = DIMENSIONS[1:]

@@ -30,14 +30,15 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import harness
-from amopo_fast.attention import is_switched
-from amopo_fast.attention_backends import FLASH, choose_backend
-from amopo_fast.batching import PairSizes, best_fit, noise
-from amopo_fast.body import LIGER_BODY, compile_layers
-from amopo_fast.models import attention_needs
-from amopo_fast.plan import Plan, build_plan
-from amopo_fast.prompts import PairTokens
-from amopo_fast.scoring import head_of, hidden_states, prepare_model, score
+from amopo_fast.models.architecture import attention_needs, head_of
+from amopo_fast.models.attention import is_switched
+from amopo_fast.models.attention_backends import FLASH, choose_backend
+from amopo_fast.models.check import prepare_model
+from amopo_fast.models.faster_layers import LIGER_BODY, compile_layers
+from amopo_fast.models.scoring import hidden_states, score
+from amopo_fast.packing.plan import Plan, build_plan
+from amopo_fast.packing.schedule import PairSizes, best_fit, noise
+from amopo_fast.prompts.tokens import PairTokens
 from amopo_kernels import SequenceStats, amopo_loss, reference
 from step_data import DIMENSIONS, lengths, random_pairs
 

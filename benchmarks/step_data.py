@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from amopo_fast.prompts import PairTokens
+from amopo_fast.prompts.tokens import PairTokens
 
 LENGTHS = Path(__file__).with_name("step_lengths.json")
 DIMENSIONS = ("no_object", "helpfulness", "correctness", "instruction_following")
@@ -44,9 +44,9 @@ def _common(a: list[str], b: list[str]) -> int:
 
 def lengths_of(path: str) -> dict:
     """The content of step_lengths.json for a file of pairs."""
+    from amopo_fast.data.pairs import read_pairs
     from amopo_fast.demo.model import demo_tokenizer
-    from amopo_fast.prompts import PromptBuilder
-    from amopo_fast.records import read_pairs
+    from amopo_fast.prompts.builder import PromptBuilder
 
     pairs, _ = read_pairs(path, dimensions=DIMENSIONS)
     builder = PromptBuilder(demo_tokenizer(), DIMENSIONS, score_range=(0, 5))

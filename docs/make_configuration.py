@@ -6,7 +6,9 @@ import dataclasses
 import re
 from pathlib import Path
 
-from amopo_fast.config import AMoPOConfig, DataConfig, ModelConfig
+from amopo_fast.data.config import DataConfig
+from amopo_fast.models.config import ModelConfig
+from amopo_fast.training.config import AMoPOConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 _HEAD = """# Configuration

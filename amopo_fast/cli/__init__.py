@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except (ValueError, OSError, CheckpointError, NumbersError) as error:
-        from amopo_fast.safety import redact
+        from amopo_fast.survival.safety import redact
 
         print(redact(f"amopo-fast {arguments.command}: error: {error}"), file=sys.stderr)
         return 4 if isinstance(error, NumbersError) else 1

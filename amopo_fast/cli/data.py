@@ -17,7 +17,9 @@ def add_parser(commands) -> None:
 def _parse(command: str, rest, add_arguments):
     """(DataConfig, namespace). Files named without a flag are training data; the keys of a training run are allowed."""
     from amopo_fast.cli.options import parse_options
-    from amopo_fast.config import AMoPOConfig, DataConfig, ModelConfig
+    from amopo_fast.data.config import DataConfig
+    from amopo_fast.models.config import ModelConfig
+    from amopo_fast.training.config import AMoPOConfig
 
     def add(parser) -> None:
         parser.add_argument("data", nargs="*", help="files, folders or Hub names; the same as --train_data")
@@ -36,7 +38,7 @@ def _parse(command: str, rest, add_arguments):
 def run_validate(arguments) -> int:
     from rich.console import Console
 
-    from amopo_fast.inspect_data import validate_data
+    from amopo_fast.prompts.inspect import validate_data
 
     config, options = _parse(
         "validate", arguments.rest, lambda parser: parser.add_argument("--json", action="store_true", help="print JSON")
@@ -52,13 +54,13 @@ def run_validate(arguments) -> int:
 def run_show(arguments) -> int:
     from rich.console import Console
 
-    from amopo_fast.data import common_score_range, prompt_builder
-    from amopo_fast.failed_step import FailedStep
-    from amopo_fast.inspect_data import show_record
-    from amopo_fast.records import Reading, iter_records
-    from amopo_fast.sources.candidate import Dropped
-    from amopo_fast.sources.formats import open_source
-    from amopo_fast.sources.spec import parse_sources
+    from amopo_fast.data.pairs import Reading, iter_records
+    from amopo_fast.data.sources.candidate import Dropped
+    from amopo_fast.data.sources.formats import open_source
+    from amopo_fast.data.sources.spec import parse_sources
+    from amopo_fast.prompts.dataset import common_score_range, prompt_builder
+    from amopo_fast.prompts.show import show_record
+    from amopo_fast.survival.failed_step import FailedStep
 
     def add_arguments(parser) -> None:
         parser.add_argument("--record", type=int, default=0, help="number of the record, from 0")

@@ -35,8 +35,8 @@ def add_parser(commands) -> None:
 
 def load_config(name: str, overrides: str | None = None):
     """A causal LM's configuration from a Hub name, a folder or a config.json."""
-    from amopo_fast.config import ModelConfig
-    from amopo_fast.loading import load_shape
+    from amopo_fast.models.config import ModelConfig
+    from amopo_fast.models.loading import load_shape
 
     path = Path(name)
     return load_shape(ModelConfig(str(path.parent) if path.is_file() else name, random_weights=True,
@@ -44,9 +44,9 @@ def load_config(name: str, overrides: str | None = None):
 
 
 def run(arguments) -> int:
-    from amopo_fast import estimate as prediction
-    from amopo_fast.cli.train import model_errors
-    from amopo_fast.estimate_advice import OPTIMIZERS
+    from amopo_fast.memory import estimate as prediction
+    from amopo_fast.memory.advice import OPTIMIZERS
+    from amopo_fast.models.loading import model_errors
 
     gpu = prediction.parse_gpu(arguments.gpu)
     with model_errors(arguments.model):
@@ -85,7 +85,7 @@ def _print(report: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from amopo_fast.estimate import GIB
+    from amopo_fast.memory.estimate import GIB
 
     gpu, row, rows = report["gpu"], report["row"], report["rows"]
     console = Console()

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+from amopo_fast.errors import OptionError
+
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 @dataclass
-class Objective:
+class EvaluationOptions:
     """Keys of a training run's configuration that its evaluation needs."""
 
     beta: float = field(default=0.8, metadata={"help": "Scale of the log-probability difference in the margin."})
@@ -23,7 +23,7 @@ class Objective:
 
     def __post_init__(self):
         if self.beta <= 0:
-            raise ValueError(f"beta={self.beta} must be positive")
+            raise OptionError(f"beta={self.beta} must be positive", "beta")
 
 
 def add_parser(commands) -> None:
@@ -47,27 +47,31 @@ def _add_arguments(parser) -> None:
 def run(arguments) -> int:
     from amopo_fast.cli.data import load_tokenizer
     from amopo_fast.cli.options import parse_options
-    from amopo_fast.config import AMoPOConfig, DataConfig, ModelConfig
-    from amopo_fast.data import load_eval_data
-    from amopo_fast.evaluate import difference, score_pairs, summary
+    from amopo_fast.data.config import DataConfig
+    from amopo_fast.evaluation.preferences import difference, score_pairs, summary
+    from amopo_fast.models.config import ModelConfig
+    from amopo_fast.models.loading import load_trained
+    from amopo_fast.prompts.dataset import load_eval_data
+    from amopo_fast.training.config import AMoPOConfig
+    from amopo_fast.training.objective import AMoPO
 
     config, objective, options = parse_options(
-        "eval", (DataConfig, Objective), arguments.rest, ignore=(ModelConfig, AMoPOConfig), add_arguments=_add_arguments
-    )
+        "eval", (DataConfig, EvaluationOptions), arguments.rest, ignore=(ModelConfig, AMoPOConfig),
+        add_arguments=_add_arguments,
+    )  # fmt: skip
     models = [found for name in options.models for found in find_models(name, options.checkpoints)]
     tokenizer = load_tokenizer(tokenizer_folder(models[0]))
     data = load_eval_data(config, tokenizer, seed=objective.seed)
     sets: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in data.evals}
     first = {}
     for name in models:
-        model = load_model(name, options.dtype, options.device)
+        model = load_trained(name, dtype=options.dtype, device=options.device)
         for label, pairs in data.evals.items():
             scores = score_pairs(
                 model,
                 pairs,
                 dimensions=config.dimensions,
-                beta=objective.beta,
-                gamma=objective.gamma,
+                objective=AMoPO(objective.beta, objective.gamma),
                 tokens_per_row=options.tokens_per_row,
             )
             result = summary(scores)
@@ -88,34 +92,40 @@ def run(arguments) -> int:
     return 0
 
 
-def find_models(name: str, checkpoints: bool) -> list[str]:
+def find_models(name: str, every: bool) -> list[str]:
     """The model itself, or the checkpoints of a run by step and its final model behind them.
 
     A folder that holds no model but checkpoints is a run. Raises ValueError for one that holds neither.
     """
+    from amopo_fast.survival import checkpoints
+
     folder = Path(name)
     if not folder.is_dir():
         if folder.exists() or name.startswith((".", "/", "~")):
             raise ValueError(f"{name} is no folder of a model; give a folder with config.json or adapter_config.json")
         return [name]
-    whole = any((folder / file).is_file() for file in _MODEL_FILES)
-    found = [p for p in folder.iterdir() if p.is_dir() and _CHECKPOINT.fullmatch(p.name)]
-    found = [p for p in found if any((p / file).is_file() for file in _MODEL_FILES)]
-    if (checkpoints or not whole) and found:
-        ordered = sorted(found, key=lambda p: int(p.name.split("-")[1]))
-        return [str(p) for p in ordered] + ([name] if whole else [])
+    whole = _holds_model(folder)
+    steps = {checkpoints.step_of(path): path for path in folder.iterdir() if _holds_model(path)}
+    found = [steps[step] for step in sorted(steps.keys() - {None})]
+    if (every or not whole) and found:
+        return [str(path) for path in found] + ([name] if whole else [])
     if not whole:
         raise ValueError(f"{name} holds no model: no config.json, no adapter_config.json and no checkpoint-N folder")
     return [name]
 
 
+def _holds_model(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in _MODEL_FILES)
+
+
 def step_of(name: str) -> int | None:
     """The optimizer step of a checkpoint folder, or of a run's final model by its last metrics."""
-    match = _CHECKPOINT.fullmatch(Path(name).name)
-    if match:
-        return int(match[1])
     from amopo_fast.report.runs import read_metrics
+    from amopo_fast.survival import checkpoints
 
+    step = checkpoints.step_of(name)
+    if step is not None:
+        return step
     try:
         return int(read_metrics(name)[-1]["step"])
     except (OSError, ValueError):
@@ -134,34 +144,6 @@ def tokenizer_folder(name: str) -> str:
     if adapter.is_file():
         return str(json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or name)
     return name
-
-
-def load_model(name: str, dtype: str, device: str | None):
-    """A causal LM, with its adapter if the folder is one's; safetensors without remote code.
-
-    Raises ValueError that names the folder where it cannot be loaded.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from amopo_fast.cli.train import model_errors
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind: Any = dtype if dtype != "auto" else ("float32" if device == "cpu" else "auto")
-    with model_errors(name):
-        if (Path(name) / "adapter_config.json").is_file():
-            from peft import PeftConfig, PeftModel
-
-            base = PeftConfig.from_pretrained(name).base_model_name_or_path
-            model = AutoModelForCausalLM.from_pretrained(
-                base, use_safetensors=True, dtype=kind, trust_remote_code=False
-            )
-            model = PeftModel.from_pretrained(model, name)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                name, use_safetensors=True, dtype=kind, trust_remote_code=False
-            )
-        return model.to(device)
 
 
 def _short(name: str, models: list[str]) -> str:

@@ -14,7 +14,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments) -> int:
-    from amopo_fast.merge import merge_adapter
+    from amopo_fast.models.merge import merge_adapter
 
     merge_adapter(arguments.adapter, arguments.output_dir, base=arguments.base, dtype=arguments.dtype)
     print(f"merged model: {arguments.output_dir}")

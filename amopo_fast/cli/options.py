@@ -13,15 +13,11 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 import yaml
 from transformers import HfArgumentParser
 
-from amopo_fast.errors import shown
-from amopo_fast.sources.spec import did_you_mean, parse_sources
+from amopo_fast.data.sources.spec import did_you_mean, parse_sources
+from amopo_fast.errors import OptionError, shown
 
 # Keys whose YAML value may be a mapping or a list of them.
 SOURCE_KEYS = ("train_data", "eval_data")
-
-
-class OptionError(ValueError):
-    """An option that cannot be used. The message names the file or the command line, the key and the remedy."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -163,22 +159,8 @@ def _build(each: type, given: dict[str, Any], origin: dict[str, str]) -> Any:
     inputs = {f.name: given[f.name] for f in dataclasses.fields(each) if f.init and f.name in given}
     try:
         return each(**inputs)
-    except Exception as error:  # TrainingArguments raises whatever its libraries raise
-        raise OptionError(f"{_culprit(each, inputs, origin, error)}: {_sentence(error)}") from None
-
-
-def _culprit(each: type, inputs: dict[str, Any], origin: dict[str, str], error: Exception) -> str:
-    """Which of the options that the user set raises the error: the one that raises it alone, or else those it names."""
-    defaults = {f.name: f.default for f in dataclasses.fields(each)}
-    given = [name for name in inputs if name in origin]
-    for name in given:
-        try:
-            each(**{name: inputs[name]})
-        except Exception as alone:
-            if str(alone) == str(error):
-                return origin[name]
-    named = [name for name in given if name in str(error) and inputs[name] != defaults.get(name)]
-    return ", ".join(origin[name] for name in named) or "options"
+    except OptionError as error:
+        raise OptionError(f"{origin.get(error.option) or error.option or 'options'}: {_sentence(error)}") from None
 
 
 def _sentence(error: Exception) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which `amopo-fast --help` need not
-    from amopo_fast.data import Data
+    from amopo_fast.prompts.dataset import Data
 
 
 STOPPED = 3  # exit code: SIGTERM arrived, a checkpoint was saved
@@ -18,28 +17,6 @@ STOPPED = 3  # exit code: SIGTERM arrived, a checkpoint was saved
 def add_parser(commands) -> None:
     train = commands.add_parser("train", help="train a model", add_help=False)
     train.set_defaults(run=run, takes_rest=True)
-
-
-@contextmanager
-def model_errors(name: str | None):
-    """Turns what the libraries raise while a model loads into an error that names the model and a remedy."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, ValueError) and _raised_here(error):
-            raise  # says what to do already
-        text = " ".join(str(error).split())
-        raise ValueError(
-            f"model_name_or_path: {name!r} cannot be loaded: {type(error).__name__}: {text[:400]}; "
-            "give a folder with config.json, tokenizer.json and whole .safetensors files, or a Hub name"
-        ) from error
-
-
-def _raised_here(error: Exception) -> bool:
-    place = error.__traceback__
-    while place.tb_next:
-        place = place.tb_next
-    return place.tb_frame.f_globals.get("__name__", "").startswith("amopo_fast")
 
 
 def check_output_dir(folder: Path) -> None:
@@ -62,28 +39,17 @@ def print_counts(data: Data) -> None:
         print(f"warning: {data.shared_prompts} evaluation prompts are in the training data too", file=sys.stderr)
 
 
-def console_trainer(*args, **kwargs):
-    """An AMoPOTrainer that prints one short line per log."""
-    from transformers import PrinterCallback, ProgressCallback
-
-    from amopo_fast.report.console import ConsoleProgress
-    from amopo_fast.trainer import AMoPOTrainer
-
-    trainer = AMoPOTrainer(*args, **kwargs)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ConsoleProgress())
-    return trainer
-
-
 def run(arguments) -> int:
-    from amopo_fast import checkpoints
     from amopo_fast.cli.options import parse_options
-    from amopo_fast.config import AMoPOConfig, DataConfig, ModelConfig
-    from amopo_fast.data import load_data
-    from amopo_fast.loading import load_shape, load_tokenizer, peft_config
-    from amopo_fast.preflight import load_for_training
+    from amopo_fast.data.config import DataConfig
+    from amopo_fast.models.config import ModelConfig
+    from amopo_fast.models.loading import load_shape, load_tokenizer, model_errors, peft_config
+    from amopo_fast.prompts.dataset import load_data
     from amopo_fast.report.figure import plot_run
+    from amopo_fast.survival import checkpoints
+    from amopo_fast.training.config import AMoPOConfig
+    from amopo_fast.training.loading import load_for_training
+    from amopo_fast.training.trainer import console_trainer
 
     data_config, model_config, config, _ = parse_options(
         "train", (DataConfig, ModelConfig, AMoPOConfig), arguments.rest
@@ -134,8 +100,9 @@ def run(arguments) -> int:
 
 
 def _dry_run(model, config, data_config, model_config, data, tokenizer) -> int:
-    from amopo_fast.loading import peft_config
-    from amopo_fast.preflight import dry_run, prepare_dry_run, print_dry_run
+    from amopo_fast.models.loading import peft_config
+    from amopo_fast.training.dry_run import dry_run, prepare_dry_run, print_dry_run
+    from amopo_fast.training.trainer import console_trainer
 
     with tempfile.TemporaryDirectory() as folder:
         prepare_dry_run(config, folder)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from amopo_fast.records import DEFAULT_DIMENSIONS, Pair
+from amopo_fast.data.pairs import DEFAULT_DIMENSIONS, Pair
 
 TRAIN_FILE = Path(__file__).with_name("train.jsonl")
 HELDOUT_FILE = Path(__file__).with_name("heldout.jsonl")

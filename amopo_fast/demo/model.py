@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from amopo_fast.demo.data import TRAIN_FILE
-from amopo_fast.prompts import CHATML
-from amopo_fast.wording import DEFAULT_TEMPLATE
+from amopo_fast.prompts.builder import CHATML
+from amopo_fast.prompts.wording import DEFAULT_TEMPLATE
 
 VOCABULARY = 1280
 _PAD, _START, _END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

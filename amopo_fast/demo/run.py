@@ -9,18 +9,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from amopo_fast.config import AMoPOConfig
+from amopo_fast.data.pairs import read_pairs
 from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE, TRAIN_FILE, shuffled
 from amopo_fast.demo.model import DEMO_TRAINING, demo_model, demo_tokenizer
-from amopo_fast.prompts import PromptBuilder
-from amopo_fast.records import read_pairs
+from amopo_fast.prompts.builder import PromptBuilder
 from amopo_fast.report.figure import plot_run
+from amopo_fast.training.config import AMoPOConfig
+from amopo_fast.training.trainer import console_trainer
 
 
 def demo_trainer(output_dir: str | Path, seed: int, *, shuffle_labels: bool = False, max_steps: int = -1):
     """The demo's trainer, before its first step. `shuffle_labels` is the control: nothing should be learned."""
-    from amopo_fast.cli.train import console_trainer
-
     options = dict(DEMO_TRAINING)
     max_length = options.pop("max_length")
     tokenizer = demo_tokenizer()

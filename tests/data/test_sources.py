@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from amopo_fast.records import DataError, Message, Reading, read_pairs, read_records
-from amopo_fast.sources.formats import open_source
-from amopo_fast.sources.spec import Source, parse_sources
+from amopo_fast.data.pairs import Message, Reading, read_pairs, read_records
+from amopo_fast.data.sources.formats import open_source
+from amopo_fast.data.sources.spec import Source, parse_sources
+from amopo_fast.errors import DataError
 
 
 def write_lines(path, records):

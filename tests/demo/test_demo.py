@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from amopo_fast.data.pairs import read_pairs
 from amopo_fast.demo import generate
 from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE, TRAIN_FILE
-from amopo_fast.records import read_pairs
 
 ROOT = Path(__file__).parents[2]
 # Trains the whole demo and prints its mean held-out accuracy before and after.

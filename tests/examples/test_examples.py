@@ -9,10 +9,12 @@ import yaml
 
 from amopo_fast.cli import main
 from amopo_fast.cli.options import parse_options
-from amopo_fast.config import AMoPOConfig, DataConfig, ModelConfig
+from amopo_fast.data.config import DataConfig
+from amopo_fast.data.sources.spec import parse_sources
 from amopo_fast.demo.data import HELDOUT_FILE
 from amopo_fast.demo.model import demo_model, demo_tokenizer
-from amopo_fast.sources.spec import parse_sources
+from amopo_fast.models.config import ModelConfig
+from amopo_fast.training.config import AMoPOConfig
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))

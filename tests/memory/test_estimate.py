@@ -9,13 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from amopo_fast.cli import main
-from amopo_fast.estimate import GIB, GPUS, Row, Setup, estimate, parameters_of, parse_gpu, tokens_per_second
-from amopo_fast.estimate_advice import OPTIMIZERS, first_remedy
+from amopo_fast.memory.advice import OPTIMIZERS, first_remedy
+from amopo_fast.memory.estimate import GIB, GPUS, Row, Setup, estimate, parameters_of, parse_gpu, tokens_per_second
+from amopo_fast.memory.profile import LiveBytes, profile_body
+from amopo_fast.models.check import prepare_model
+from amopo_fast.models.scoring import score
 from amopo_fast.optim import AdamW
-from amopo_fast.plan import build_plan
-from amopo_fast.profile_memory import LiveBytes, profile_body
-from amopo_fast.prompts import PairTokens
-from amopo_fast.scoring import prepare_model, score
+from amopo_fast.packing.plan import build_plan
+from amopo_fast.prompts.tokens import PairTokens
 
 SMALL = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2)  # fmt: skip
@@ -98,7 +99,7 @@ def test_within_five_percent_of_a_real_step(checkpointing, in_backward, tied):
 
 
 def test_the_line_through_two_depths_goes_through_a_third():
-    from amopo_fast.profile_memory import _run, _with_layers
+    from amopo_fast.memory.profile import _run, _with_layers
 
     for checkpointing, dtype in ((True, torch.bfloat16), (False, torch.bfloat16), (True, torch.float32)):
         profile = profile_body(_with_layers(QWEN_32B, 7), tokens=256, kv_tokens=512, dtype=dtype,

@@ -5,13 +5,13 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from amopo_fast.config import AMoPOConfig
 from amopo_fast.optim import AdamW, update_triton
 from amopo_fast.optim.states import moments_of, new_state
 from amopo_fast.optim.update import Step, update_
-from amopo_fast.preflight import dry_run, prepare_dry_run
-from amopo_fast.prompts import PairTokens
-from amopo_fast.trainer import AMoPOTrainer
+from amopo_fast.prompts.tokens import PairTokens
+from amopo_fast.training.config import AMoPOConfig
+from amopo_fast.training.dry_run import dry_run, prepare_dry_run
+from amopo_fast.training.trainer import AMoPOTrainer
 
 pytestmark = [
     pytest.mark.gpu,

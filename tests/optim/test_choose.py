@@ -1,17 +1,13 @@
 """Which optimizer a run gets, what is refused, and training through AMoPOTrainer with the step in the backward pass."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from run_training import trainer
 from safetensors.torch import load_file
 
-from amopo_fast.config import AMoPOConfig
 from amopo_fast.optim import AdamW, choose_optimizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
-from run_training import trainer  # noqa: E402
+from amopo_fast.training.config import AMoPOConfig
 
 
 def config(tmp_path, **options):

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packing_cases import random_pairs, sequences_of
 
-from amopo_fast.plan import build_plan, pair_sizes
-from amopo_fast.prompts import PairTokens
+from amopo_fast.packing.plan import build_plan, pair_sizes
+from amopo_fast.prompts.tokens import PairTokens
 from amopo_kernels import inverse_index
 
 

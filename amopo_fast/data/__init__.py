@@ -1,0 +1,1 @@
+"""Pairs of text with scores, from files and data sets; floor 2."""

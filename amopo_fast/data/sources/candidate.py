@@ -1,0 +1,52 @@
+"""What a format module makes of a raw record: the parts of a pair, found but not yet validated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+NO_OBJECT = "no_object"  # the dimension whose instruction names all the others and no score
+
+
+class RawRecord(NamedTuple):
+    record: int  # number in the source, from 0
+    line: int | None  # line of the file, from 1, where records are lines
+    value: Any  # whatever the file holds there
+
+
+class Dropped(NamedTuple):
+    """A record without a preference in it (a tie, a single response): no mistake of the file, and no pair."""
+
+    record: int
+    reason: str
+
+
+class Missing:
+    """Stands for a part that the record does not have, which is something else than a null."""
+
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+MISSING = Missing()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Parts of one pair as the source holds them; `data.pairs.make_pair` validates every one of them.
+
+    `prompt` is a string or a list of {"role", "content"}; the scores are by dimension, of any type. `names` says how
+    the source spells a part ("chosen" -> "chosen.response"), so that errors name the field that the user sees.
+    `part` tells apart the pairs that one record holds.
+    """
+
+    record: int
+    prompt: Any
+    chosen: Any
+    rejected: Any
+    chosen_scores: Mapping[str, Any]
+    rejected_scores: Mapping[str, Any]
+    line: int | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    part: int = 0

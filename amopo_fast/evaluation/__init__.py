@@ -1,0 +1,1 @@
+"""What a trained model prefers; floor 8."""

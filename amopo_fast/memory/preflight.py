@@ -1,0 +1,45 @@
+"""Does a run fit into the GPU? The estimate for its longest micro-batch beside the memory that is free."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from amopo_fast.errors import OptionError
+from amopo_fast.memory.advice import first_remedy
+from amopo_fast.memory.estimate import GIB, Estimate, Row, Setup, estimate
+from amopo_fast.packing.plan import Plan
+from amopo_fast.packing.schedule import MicroBatch, PairSizes, Schedule
+
+
+class DoesNotFit(OptionError):
+    """The run needs more memory than the GPU has; the message names both and a change that fits."""
+
+
+def row_of(plan: Plan) -> Row:
+    return Row(plan.num_tokens, plan.labels.shape[0], plan.kv_indices.shape[0], plan.max_seqlen_k)
+
+
+def longest_micro_batch(schedule: Schedule, sizes: PairSizes) -> MicroBatch:
+    """The first epoch's micro-batch with the most computed tokens."""
+    return max(schedule.epochs[0], key=lambda batch: int(sizes.computed[list(batch.pairs)].sum()))
+
+
+def require_fit(name: str, config: PretrainedConfig, row: Row, setup: Setup, free: int) -> Estimate:
+    """The estimate of a run of the model `name`, if it fits into `free` bytes.
+
+    Raises:
+        DoesNotFit
+    """
+    prediction = estimate(config, row, setup)
+    if prediction.needed <= free:
+        return prediction
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in prediction.parts.items() if size > GIB / 20)
+    remedy = first_remedy(config, row, setup, free)
+    change = "no change of optimizer, precision or adapter makes it fit: share the model between GPUs"
+    if remedy:
+        change = f"what fits, in {remedy[1].needed / GIB:.1f} GiB: {remedy[0]}"
+    raise DoesNotFit(
+        f"{name}: this run needs about {prediction.needed / GIB:.1f} GiB on each GPU ({parts}, for {row.tokens} "
+        f"computed tokens in the longest micro-batch), and {free / GIB:.1f} GiB are free; {change}. `amopo-fast "
+        "estimate` compares all ways; --memory_check false skips this check"
+    )

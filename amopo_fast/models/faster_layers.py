@@ -1,0 +1,80 @@
+"""Faster layers for the model's body: liger-kernel's kernels and torch.compile. The head is amopo_kernels'."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import is_liger_kernel_available
+
+from amopo_fast.errors import OptionError
+
+# What transformers' `liger_kernel_config` passes to Liger; a model's patch takes those that it knows. Never its
+# cross-entropies: the head and the loss are amopo_kernels', and the fused one would replace the model's forward.
+LIGER_BODY = {
+    "rope": True,
+    "rms_norm": True,
+    "swiglu": True,
+    "geglu": True,
+    "cross_entropy": False,
+    "fused_linear_cross_entropy": False,
+}
+
+
+def liger_by_default() -> bool:
+    """Whether Liger's kernels, which are Triton's, can run here."""
+    return torch.cuda.is_available() and is_liger_kernel_available()
+
+
+def liger_config(given: dict[str, bool] | None) -> dict[str, bool]:
+    """`LIGER_BODY` with the user's changes.
+
+    Raises:
+        OptionError: a cross-entropy of Liger's is asked for.
+    """
+    given = given or {}
+    for name in ("cross_entropy", "fused_linear_cross_entropy"):
+        if given.get(name):
+            raise OptionError(
+                f"liger_kernel_config has {name}=True: AMoPO's head and loss are amopo_kernels'; leave it out",
+                "liger_kernel_config",
+            )
+    return {**LIGER_BODY, **given}
+
+
+@functools.cache
+def _compiled_class(layer_class: type[nn.Module], backend: str) -> type[nn.Module]:
+    """A subclass whose forward is compiled for packed rows and the class's own for everything else.
+
+    The compiled forward is inside gradient checkpointing, as the subclass is what transformers wraps with it.
+    """
+    compiled = torch.compile(layer_class.forward, dynamic=True, backend=backend)
+
+    class Compiled(layer_class):
+        def forward(self, *args, **kwargs):
+            packed = "packed_kv_indices" in kwargs
+            return (compiled if packed else layer_class.forward)(self, *args, **kwargs)
+
+    Compiled.__name__, Compiled.__qualname__ = layer_class.__name__, layer_class.__qualname__  # FSDP wraps by name
+    Compiled.__module__ = layer_class.__module__
+    return Compiled
+
+
+def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile the decoder layers of a causal LM, in place, once for all layers of a kind and all row lengths.
+
+    Padded batches and generate() run as before. Attention itself stays outside: its segments are data.
+
+    Args:
+        backend: of torch.compile.
+
+    Raises:
+        ValueError: the model has no layers that transformers could checkpoint.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no GradientCheckpointingLayer; leave compile_layers out")
+    for layer in layers:
+        layer.__class__ = _compiled_class(layer.__class__, backend)

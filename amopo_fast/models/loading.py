@@ -1,0 +1,174 @@
+"""Models for training, made where they are trained and in the dtype they are trained in: no second copy on the way.
+
+Weights come from safetensors, shard by shard onto the device, without remote code. With --random_weights they are
+initialised from the configuration on the device. LoRA and QLoRA use peft and bitsandbytes, with TRL's option names.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, set_seed
+
+from amopo_fast.errors import OptionError
+from amopo_fast.models.architecture import head_of, set_layers
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainingArguments
+
+    from amopo_fast.models.config import ModelConfig
+
+SHARD_SIZE = "5GB"  # host memory that saving takes at a time
+
+
+@contextmanager
+def model_errors(name: str | None) -> Iterator[None]:
+    """Turns what the libraries raise while a model loads into a ValueError that names the model and a remedy."""
+    try:
+        yield
+    except OptionError:
+        raise  # says what to do already
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ValueError(
+            f"model_name_or_path: {name!r} cannot be loaded: {type(error).__name__}: {text[:400]}; "
+            "give a folder with config.json, tokenizer.json and whole .safetensors files, or a Hub name"
+        ) from error
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The run's tokenizer. Raises OptionError if no model is named."""
+    if not config.model_name_or_path:
+        raise OptionError("model_name_or_path is missing: give a folder or a Hub name")
+    return AutoTokenizer.from_pretrained(
+        config.tokenizer_name_or_path or config.model_name_or_path, trust_remote_code=False
+    )
+
+
+def load_shape(config: ModelConfig) -> PretrainedConfig:
+    """The model's configuration with `config_overrides` applied.
+
+    Raises:
+        OptionError: overrides of a trained model, or of fields that the configuration does not have.
+    """
+    if config.config_overrides and not config.random_weights:
+        raise OptionError("config_overrides needs --random_weights: trained weights have one shape")
+    shape = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=False)
+    if config.config_overrides:
+        try:
+            shape.update_from_string(config.config_overrides)
+        except ValueError as error:
+            raise OptionError(f"config_overrides: {error}; write NAME=NUMBER,... of the model's config.json") from None
+        set_layers(shape, shape.get_text_config().num_hidden_layers)
+    return shape
+
+
+def load_model(config: ModelConfig, args: TrainingArguments, dtype: torch.dtype) -> nn.Module:
+    """A causal LM in `dtype` on the device of this rank; on the CPU where FSDP or DeepSpeed will place it.
+
+    Raises:
+        OptionError: a 4-bit model with random weights. OSError: not found.
+    """
+    engine_places = bool(args.fsdp) or args.deepspeed is not None
+    device = torch.device("cpu") if engine_places else args.device
+    quantisation = quantisation_config(config, dtype)
+    if config.random_weights:
+        if quantisation is not None:
+            raise OptionError("load_in_4bit quantises trained weights; leave --random_weights out")
+        shape = load_shape(config)
+        set_seed(args.seed)
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False)
+    load_shape(config)  # refuses overrides
+    placement = {"device_map": {"": device}} if device.type != "cpu" or quantisation is not None else {}
+    return AutoModelForCausalLM.from_pretrained(
+        config.model_name_or_path,
+        dtype=dtype,
+        use_safetensors=True,
+        quantization_config=quantisation,
+        trust_remote_code=False,
+        **placement,
+    )
+
+
+def quantisation_config(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """4-bit weights by bitsandbytes, decoded to `dtype` for each product; None if not asked for."""
+    if not config.load_in_4bit:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
+    )
+
+
+def peft_config(config: ModelConfig) -> LoraConfig | None:
+    """The adapter that the options ask for, or None."""
+    if not config.use_peft:
+        return None
+    from peft import LoraConfig
+
+    targets = config.lora_target_modules or ["all-linear"]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets[0] if len(targets) == 1 else targets,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )
+
+
+def add_adapter(model: nn.Module, adapter: LoraConfig) -> nn.Module:
+    """Freeze a model under a new adapter, whose weights are float32.
+
+    Raises:
+        ValueError: an adapter on the head, which the kernels read as one matrix.
+    """
+    from peft import get_peft_model
+
+    model = get_peft_model(model, adapter)
+    head_of(model)
+    return model
+
+
+def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device | None = None) -> nn.Module:
+    """A causal LM to evaluate or prompt, with its adapter if the folder is one's.
+
+    Args:
+        name: folder or Hub name. dtype: of the weights; "auto": the model's own on a GPU, float32 on a CPU.
+        device: default: CUDA where there is a GPU.
+
+    Raises:
+        ValueError: names the model that cannot be loaded.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind: Any = dtype if dtype != "auto" else ("float32" if torch.device(device).type == "cpu" else "auto")
+
+    def load(folder: str) -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=kind, trust_remote_code=False)
+
+    with model_errors(name):
+        if not (Path(name) / "adapter_config.json").is_file():
+            return load(name).to(device)
+        from peft import PeftConfig, PeftModel
+
+        base = load(PeftConfig.from_pretrained(name).base_model_name_or_path)
+        return PeftModel.from_pretrained(base, name).to(device)
+
+
+def save_in_shards(model: nn.Module) -> None:
+    """Let `save_pretrained` copy SHARD_SIZE of weights to the host at a time; Trainer has no option for it."""
+    if isinstance(model, PreTrainedModel):  # an adapter is small
+        model.save_pretrained = functools.partial(type(model).save_pretrained, model, max_shard_size=SHARD_SIZE)

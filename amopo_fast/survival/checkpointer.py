@@ -1,0 +1,245 @@
+"""Saving and resuming around transformers.Trainer's loop: what it leaves out, so that a resumed run is the same run.
+
+Trainer restores weights, optimizer, scheduler and RNG. This adds the sums since the last log line, the order of saving
+and evaluating at the end of an epoch, SIGTERM, and the refusal of a checkpoint of another model or other data.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import transformers
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
+
+from amopo_fast.errors import CheckpointError
+from amopo_fast.survival import checkpoints, durable
+from amopo_fast.survival.fingerprint import differences, run_fingerprint
+from amopo_fast.survival.safety import check_sharded
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "amopo_state_{rank}.pt"
+
+
+class AlreadyFinished(Exception):
+    """The checkpoint is the end of the run: there is no step left to train."""
+
+
+class Stateful(Protocol):
+    """Part of a run that a checkpoint holds per rank: tensors and plain Python values."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+    def combine_states(self, states: list[dict], rank: int) -> dict:
+        """The state of `rank` when the run goes on with another number of ranks than the one that saved `states`."""
+        ...
+
+
+class Checkpointer(TrainerCallback):
+    """Owns the checkpoints of an AMoPOTrainer.
+
+    Args:
+        trainer: read when training begins, so it may be half built here.
+        parts: per-rank state to save and restore by name, e.g. {"meter": trainer.meter}.
+        stop_requested: whether SIGTERM arrived, agreed over the ranks.
+    """
+
+    def __init__(self, trainer, parts: dict[str, Stateful], stop_requested: Callable[[], bool]):
+        self.trainer, self.parts, self.stop_requested = trainer, parts, stop_requested
+        self.stopped = False
+        self._staging: str | None = None
+        self._resumed: Path | None = None
+        self._fingerprint: dict = {}
+        self._evaluation_due = False
+        self._save_due = False
+
+    def run_dir(self, usual: str) -> str:
+        """Where Trainer writes checkpoint-N: the staging folder while `save` runs."""
+        return self._staging or usual
+
+    def begin(self, resume: str | Path | bool | None) -> str | None:
+        """Choose and check the checkpoint that `Trainer.train` loads; the same answer, or error, on every rank.
+
+        Raises:
+            CheckpointError: nothing to resume, or the checkpoint belongs to another model or other data.
+        """
+        outcome: list = [None]
+        if self.trainer.is_world_process_zero():
+            try:
+                outcome[0] = self._choose(resume)
+            except CheckpointError as error:
+                outcome[0] = error
+        if self.trainer.args.world_size > 1:
+            broadcast_object_list(outcome)
+        if isinstance(outcome[0], CheckpointError):
+            raise outcome[0]
+        self.stopped = self._save_due = self._evaluation_due = False
+        self._resumed = outcome[0]
+        return None if self._resumed is None else str(self._resumed)
+
+    def _choose(self, resume: str | Path | bool | None) -> Path | None:
+        trainer, args = self.trainer, self.trainer.args
+        folder = checkpoints.resolve(args.output_dir, resume)
+        self._fingerprint = run_fingerprint(
+            trainer.accelerator.unwrap_model(trainer.model),
+            trainer.train_dataset.pairs,
+            dimensions=trainer.meter.dimensions,
+            seed=args.seed,
+            pairs_per_step=args.pairs_per_step,
+        )
+        if folder is not None:
+            check_sharded(folder)
+            marker = checkpoints.read_marker(folder)
+            if marker["model_only"]:
+                raise CheckpointError(
+                    f"{folder} holds no optimizer: it was saved with save_only_model. Start a new run with "
+                    f"--model_name_or_path {folder}"
+                )
+            changed = differences(marker["fingerprint"], self._fingerprint)
+            if changed:
+                raise CheckpointError(
+                    f"{folder} belongs to another run: {'; '.join(changed)}. Resume with the model, data and options "
+                    "it was saved with, or start a new run in another output_dir"
+                )
+        return folder
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        output_dir = Path(args.output_dir)
+        if args.should_save:
+            checkpoints.clear_staging(output_dir)
+            checkpoints.supersede(output_dir, state.global_step)
+        if self._resumed is not None:
+            self._load_state(self._resumed)
+            if state.global_step >= state.max_steps:
+                self._evaluate_if_due()
+            # Trainer's loop looks at max_steps after a step only.
+            if state.global_step >= state.max_steps and not float(state.epoch).is_integer():
+                raise AlreadyFinished
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        # Not when training begins: Trainer restores the random state later, and an evaluation draws from it.
+        self._evaluate_if_due()
+
+    def _evaluate_if_due(self) -> None:
+        if self._evaluation_due:
+            self._evaluation_due = False
+            self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.stop_requested():
+            # The time until SIGKILL is short: save now, evaluate after the resume.
+            self._evaluation_due |= control.should_evaluate
+            control.should_evaluate = False
+            control.should_save = control.should_training_stop = self.stopped = True
+        # Where an epoch or the run ends, Trainer calls on_epoch_end next and evaluates there. A save before that
+        # evaluation would lose its line on a resume.
+        if control.should_save and (control.should_training_stop or float(state.epoch).is_integer()):
+            control.should_save, self._save_due = False, True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped:
+            ended = float(state.epoch).is_integer()
+            self._evaluation_due |= control.should_evaluate and ended
+            control.should_evaluate = False
+            control.should_log = control.should_log and ended
+        if self._save_due:
+            control.should_save, self._save_due = True, False
+
+    def save(self, write: Callable[[], None]) -> None:
+        """Run `write`, which lets Trainer write checkpoint-N below `run_dir`, and publish what it wrote.
+
+        Raises:
+            CheckpointError: it could not be written; complete checkpoints are as they were.
+        """
+        trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
+        output_dir, name = Path(args.output_dir), f"checkpoint-{state.global_step}"
+        if args.should_save:
+            checkpoints.clear_staging(output_dir)
+        trainer.accelerator.wait_for_everyone()
+        self._staging = str(output_dir / checkpoints.STAGING)
+        staged = Path(self._staging) / name
+        try:
+            write()
+            torch.save(self._state(), staged / STATE_FILE.format(rank=args.process_index))
+            trainer.accelerator.wait_for_everyone()
+            if args.should_save:
+                if state.best_global_step == state.global_step:
+                    state.best_model_checkpoint = str(output_dir / name)
+                    state.save_to_json(str(staged / "trainer_state.json"))
+                marker = {
+                    "step": state.global_step,
+                    "fingerprint": self._fingerprint,
+                    "world_size": args.world_size,
+                    "model_only": args.save_only_model,
+                    "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+                }
+                checkpoints.publish(staged, output_dir / name, marker)
+                durable.remove_tree(output_dir / checkpoints.STAGING)
+                checkpoints.rotate(output_dir, args.save_total_limit, state.best_model_checkpoint)
+        except Exception as error:
+            if args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            raise CheckpointError(f"{name} could not be saved in {output_dir}: {_reason(error, output_dir)}. "
+                                  f"{self.where_to_resume()}") from error  # fmt: skip
+        finally:
+            self._staging = None
+        trainer.accelerator.wait_for_everyone()
+
+    def where_to_resume(self) -> str:
+        """One sentence for the end of a message about a run that stopped."""
+        complete = checkpoints.complete_checkpoints(self.trainer.args.output_dir)
+        if not complete:
+            return "There is no complete checkpoint yet"
+        return f"The last complete checkpoint is {complete[-1].path}: go on with --resume_from_checkpoint last"
+
+    def _state(self) -> dict:
+        trainer = self.trainer
+        return {
+            "loss_since_log": trainer._tr_loss.detach().cpu(),
+            "last_logged_step": trainer._globalstep_last_logged,
+            "loss_total": trainer._total_loss_scalar,
+            "evaluation_due": self._evaluation_due,
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+        }
+
+    def _load_state(self, folder: Path) -> None:
+        trainer, rank = self.trainer, self.trainer.args.process_index
+        saved_ranks = checkpoints.read_marker(folder)["world_size"]
+
+        def load(number: int) -> dict:
+            return torch.load(folder / STATE_FILE.format(rank=number), map_location="cpu", weights_only=True)
+
+        if saved_ranks == trainer.args.world_size:
+            state = load(rank)
+        else:
+            states = [load(number) for number in range(saved_ranks)]
+            state = states[0]
+            # Trainer logs the mean over ranks of this sum.
+            state["loss_since_log"] = torch.stack([one["loss_since_log"] for one in states]).mean()
+            for name, part in self.parts.items():
+                state["parts"][name] = part.combine_states([one["parts"][name] for one in states], rank)
+        trainer._tr_loss += state["loss_since_log"].to(trainer._tr_loss.device)
+        trainer._globalstep_last_logged = state["last_logged_step"]
+        trainer._total_loss_scalar = state["loss_total"]
+        self._evaluation_due = state["evaluation_due"]
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+
+
+def _reason(error: BaseException, folder: Path) -> str:
+    """What went wrong; a full disk in words, since safetensors and torch.save report it in words of their own."""
+    free = shutil.disk_usage(folder).free
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    # torch.save reports a short write as "unexpected pos" or "file write failed", without the cause.
+    if full or free < 2**20:
+        return f"no space left on the device ({free / 2**20:.1f} MiB free); free some, or lower save_total_limit"
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,164 @@
+"""Checkpoints that are whole or not there, and the one that a run resumes from.
+
+    .saving/checkpoint-N  ->  fsync  ->  checkpoint-N  ->  checkpoint-N/complete.json
+
+The marker `complete.json` comes last and lists every file with its size. A folder without it, or with a file that is
+missing or of another size, is skipped on resume, with the reason. transformers.Trainer writes the contents.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from amopo_fast.errors import CheckpointError
+from amopo_fast.survival import durable
+
+logger = logging.getLogger(__name__)
+
+MARKER = "complete.json"
+STAGING = ".saving"
+SUPERSEDED = "superseded"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder `checkpoint-N`; `problem` says why it cannot be resumed, "" if it can."""
+
+    path: Path
+    step: int
+    problem: str
+
+
+def problem_of(folder: Path) -> str:
+    """Why `folder` is not a complete checkpoint, or ""."""
+    marker = folder / MARKER
+    if not marker.exists():
+        return f"it has no {MARKER}: saving it was cut off, or another program wrote it"
+    try:
+        content = json.loads(marker.read_text(encoding="utf-8"))
+        files = {str(name): int(size) for name, size in content["files"].items()}
+        content["step"], content["fingerprint"], content["world_size"], content["model_only"]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"its {MARKER} cannot be read ({type(error).__name__}: {error})"
+    for name, size in files.items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found} bytes, {size} were written"
+    return ""
+
+
+def step_of(folder: str | Path) -> int | None:
+    """The optimizer step of a folder named checkpoint-N, None for another name."""
+    match = _NAME.fullmatch(Path(folder).name)
+    return int(match[1]) if match else None
+
+
+def checkpoints_in(output_dir: str | Path) -> list[Checkpoint]:
+    """All folders named checkpoint-N, oldest first."""
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        return []
+    found = [(step, path) for path in output_dir.iterdir() if (step := step_of(path)) is not None]
+    return [Checkpoint(path, step, problem_of(path)) for step, path in sorted(found) if path.is_dir()]
+
+
+def complete_checkpoints(output_dir: str | Path) -> list[Checkpoint]:
+    """Those that can be resumed, oldest first."""
+    return [checkpoint for checkpoint in checkpoints_in(output_dir) if not checkpoint.problem]
+
+
+def resolve(output_dir: str | Path, resume: str | Path | bool | None) -> Path | None:
+    """The folder to resume from.
+
+    Args:
+        resume: None or False: none. "last" or True: the newest complete checkpoint of `output_dir`; newer ones that are
+            not complete are logged with the reason. "auto": the same, or a fresh run if there is none. Else a folder.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or the named folder is none.
+    """
+    if resume is None or resume is False or resume == "":
+        return None
+    word = str(resume).lower()
+    if word not in ("true", "last", "auto"):
+        problem = problem_of(Path(str(resume))) if Path(str(resume)).is_dir() else "there is no such folder"
+        if problem:
+            raise CheckpointError(f"{resume} cannot be resumed: {problem}. Give a complete one, or `last`")
+        return Path(str(resume))
+    skipped = []
+    for checkpoint in reversed(checkpoints_in(output_dir)):
+        if not checkpoint.problem:
+            for other in skipped:
+                logger.warning("skipped %s: %s", other.path, other.problem)
+            logger.warning("resuming from %s", checkpoint.path)
+            return checkpoint.path
+        skipped.append(checkpoint)
+    reasons = "".join(f"; {other.path.name}: {other.problem}" for other in skipped)
+    if word == "auto":
+        logger.warning("%s has no complete checkpoint%s: starting from the beginning", output_dir, reasons)
+        return None
+    found = "complete checkpoint" if skipped else "checkpoint"
+    raise CheckpointError(
+        f"{output_dir} has no {found} to resume from{reasons}. Leave resume_from_checkpoint out to start from the "
+        "beginning"
+    )
+
+
+def read_marker(folder: Path) -> dict:
+    """The marker of a complete checkpoint: {"step", "files", "fingerprint", "world_size", "model_only", "versions"}."""
+    return json.loads((folder / MARKER).read_text(encoding="utf-8"))
+
+
+def clear_staging(output_dir: Path) -> None:
+    """Remove what killed saves and deletions left."""
+    for leftover in (output_dir / STAGING, *output_dir.glob(".removing-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def publish(staged: Path, final: Path, marker: dict) -> None:
+    """Turn a staged folder into the checkpoint `final`. The folder is only complete once this returns."""
+    files = {str(path.relative_to(staged)): path.stat().st_size for path in sorted(staged.rglob("*")) if path.is_file()}
+    durable.flush_tree(staged)
+    durable.remove_tree(final)  # an incomplete one of the same step: `supersede` has moved complete ones away
+    os.replace(staged, final)
+    durable.flush(final.parent)
+    durable.write_text(final / MARKER, json.dumps({**marker, "files": files}, indent=1) + "\n")
+
+
+def rotate(output_dir: Path, limit: int | None, keep: str | None = None) -> None:
+    """Delete the oldest complete checkpoints beyond `limit`, never the newest complete one nor `keep` (the best)."""
+    if not limit or limit < 1:
+        return
+    complete = complete_checkpoints(output_dir)
+    protected = {complete[-1].path.name} | ({Path(keep).name} if keep else set())
+    removable = [checkpoint for checkpoint in complete if checkpoint.path.name not in protected]
+    for checkpoint in removable[: max(0, len(complete) - max(limit, len(protected)))]:
+        durable.remove_tree(checkpoint.path)
+
+
+def supersede(output_dir: Path, step: int) -> None:
+    """Set complete checkpoints beyond `step` aside: the run that starts at `step` would mix with them."""
+    later = [checkpoint.path for checkpoint in complete_checkpoints(output_dir) if checkpoint.step > step]
+    if later:
+        set_aside(output_dir, later)
+
+
+def set_aside(output_dir: Path, paths: list[Path]) -> None:
+    """Move files and folders of an earlier run to output_dir/superseded/1, /2, ..."""
+    number = 1
+    while (folder := output_dir / SUPERSEDED / str(number)).exists():
+        number += 1
+    folder.mkdir(parents=True)
+    for path in paths:
+        os.replace(path, folder / path.name)
+    logger.warning("an earlier run's %s moved to %s", ", ".join(path.name for path in paths), folder)

@@ -1,0 +1,78 @@
+"""What must be the same for a run to go on from a checkpoint: the model's shape, its frozen weights, data and order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from amopo_fast.prompts.tokens import PairTokens
+
+SAMPLED = 1024  # elements of a frozen tensor that enter the digest: all of 32B's weights would take minutes
+
+# Set by the trainer or by loading, not by the model's author.
+_VOLATILE = ("_name_or_path", "transformers_version", "use_cache", "dtype", "attn_implementation")
+
+
+def data_digest(pairs: Iterable[PairTokens]) -> str:
+    """Hex digest of all token ids in order; 1 GB of ids takes about 2 s."""
+    digest = hashlib.blake2b(digest_size=16)
+    for pair in pairs:
+        digest.update(struct.pack("<q", pair.record))
+        for part in (*pair.prompts, pair.chosen, pair.rejected):
+            digest.update(struct.pack("<q", -1 if part is None else len(part)))
+            if part is not None:
+                digest.update(np.ascontiguousarray(part, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def model_digests(model: nn.Module) -> dict[str, str]:
+    """{"configuration", "parameters", "frozen weights"}: hex digests of an unwrapped model.
+
+    `parameters` covers names, shapes, dtypes and what is trained. `frozen weights` covers `SAMPLED` elements of every
+    frozen tensor, because a checkpoint of adapters does not hold them; sharded and meta tensors are left out.
+    """
+    names, frozen = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed ZeRO-3 leaves an empty tensor
+        names.update(f"{name} {tuple(shape)} {parameter.dtype} {parameter.requires_grad}\n".encode())
+        data = parameter.data
+        if not parameter.requires_grad and type(data) is torch.Tensor and not data.is_meta and data.numel():
+            flat = data.reshape(-1)
+            sample = flat[:: max(1, flat.numel() // SAMPLED)].contiguous().cpu()
+            frozen.update(sample.view(torch.uint8).numpy().tobytes())
+    config = getattr(model, "config", None)
+    options = config.to_diff_dict() if hasattr(config, "to_diff_dict") else {}
+    options = {key: value for key, value in options.items() if key not in _VOLATILE and not key.endswith("_token_id")}
+    text = json.dumps(options, sort_keys=True, default=str)
+    return {
+        "configuration": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+        "parameters": names.hexdigest(),
+        "frozen weights": frozen.hexdigest(),
+    }
+
+
+def run_fingerprint(model: nn.Module, pairs, *, dimensions, seed: int, pairs_per_step: int) -> dict:
+    """JSON-serialisable. World size, micro-batches and hyper-parameters of the loss are free to change."""
+    return {
+        "model": model_digests(model),
+        "data": {"pairs": len(pairs), "tokens": data_digest(pairs)},
+        "order": {"dimensions": list(dimensions), "seed": seed, "pairs per step": pairs_per_step},
+    }
+
+
+def differences(saved: dict, now: dict) -> list[str]:
+    """One line per entry that differs, in words for an error message."""
+    lines = []
+    for part, entries in now.items():
+        for key, value in entries.items():
+            before = saved.get(part, {}).get(key)
+            if before != value:
+                digests = isinstance(value, str)
+                lines.append(f"{part}: {key} changed" + ("" if digests else f" from {before} to {value}"))
+    return lines

@@ -1,0 +1,174 @@
+"""AMoPOConfig: TrainingArguments with AMoPO's own options and the published defaults."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, Field, dataclass, field, fields
+
+from transformers import TrainingArguments
+
+from amopo_fast.errors import OptionError
+from amopo_fast.models.attention_backends import BACKENDS as ATTENTION_BACKENDS
+from amopo_fast.models.faster_layers import liger_by_default, liger_config
+from amopo_fast.models.precision import WEIGHT_PRECISIONS, autocasts_by_default
+from amopo_fast.optim import IN_BACKWARD
+from amopo_fast.optim.adamw import CLIPPING
+
+CHOICES = {
+    "weighting": ("gaussian", "mean", "uniform"),
+    "compat": ("paper", "upstream"),
+    "weight_precision": WEIGHT_PRECISIONS,
+    "optim_in_backward": (None, *IN_BACKWARD),
+    "clip_in_backward": CLIPPING,
+    "attention_backend": ("auto", *ATTENTION_BACKENDS),
+}
+POSITIVE = ("beta", "tokens_per_micro_batch", "per_device_train_batch_size", "per_device_eval_batch_size",
+            "gradient_accumulation_steps")  # fmt: skip
+NOT_NEGATIVE = ("seed", "learning_rate", "sft_coef", "max_grad_norm", "dataloader_num_workers", "logits_cache_gib")
+
+
+@dataclass
+class AMoPOConfig(TrainingArguments):
+    """TrainingArguments with AMoPO's own hyper-parameters and the published defaults (arXiv 2506.07165).
+
+    An optimizer step always uses `pairs_per_step` pairs over all ranks. `tokens_per_micro_batch` only splits them
+    for memory: gradients are equal under any split.
+    """
+
+    beta: float = field(default=0.8, metadata={"help": "Scale of the log-probability difference in the margin."})
+    gamma: float = field(default=2.0, metadata={"help": "Target margin."})
+    weighting: str = field(
+        default="gaussian", metadata={"help": "gaussian (paper), mean or uniform. Evaluation uses mean."}
+    )
+    compat: str = field(default="paper", metadata={"help": "paper, or upstream: the reference code's normalisation."})
+    sft_coef: float = field(default=0.0, metadata={"help": "Weight of the chosen response's negative log-likelihood."})
+    pairs_per_step: int | None = field(
+        default=None,
+        metadata={"help": "Pairs per optimizer step over all ranks. Default: per_device_train_batch_size * "
+                  "gradient_accumulation_steps * ranks."},
+    )  # fmt: skip
+    tokens_per_micro_batch: int = field(default=8192, metadata={"help": "Computed tokens of a micro-batch, at most."})
+    kernel_backend: str = field(default="auto", metadata={"help": "amopo_kernels' backend of the head."})
+    logits_cache_gib: float = field(
+        default=0.0,
+        metadata={"help": "GPU memory for probabilities that the head keeps for its backward: 2 bytes per label row "
+                  "and token of the vocabulary keep all of them and save a quarter of the head's work. Not with "
+                  "backend torch; unused where the head is frozen."},
+    )  # fmt: skip
+    attention_backend: str = field(
+        default="auto",
+        metadata={"help": "flash_attention_4, flash_attention_3, flash_attention_2, varlen (torch's), sdpa (one call "
+                  "per segment, any device), or auto: the first of them that is installed and fits the model."},
+    )  # fmt: skip
+    use_liger_kernel: bool | None = field(
+        default=None,
+        metadata={"help": "liger-kernel's RMSNorm, RoPE and SwiGLU in the model's body, never its cross-entropy. "
+                  "Default: on a GPU, where liger-kernel is installed."},
+    )  # fmt: skip
+    compile_layers: bool = field(
+        default=False, metadata={"help": "torch.compile the decoder layers, once for all row lengths."}
+    )
+    weight_precision: str = field(
+        default="auto",
+        metadata={"help": "fp32: float32 weights, bf16 autocast on GPUs; bf16_stochastic: bfloat16 weights, updates "
+                  "rounded stochastically; bf16: rounded to nearest, which loses small updates; auto: fp32 where it "
+                  "fits into the GPU, else bf16_stochastic."},
+    )  # fmt: skip
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Autocast to bfloat16. Default: on GPUs that have it."}
+    )
+    optim_in_backward: str | None = field(
+        default=None,
+        metadata={"help": "adamw, adamw_8bit or adamw_4bit: step each parameter inside the backward pass and free its "
+                  "gradient. One micro-batch per step, one GPU."},
+    )  # fmt: skip
+    clip_in_backward: str = field(
+        default="previous_norm",
+        metadata={"help": "With optim_in_backward, clip by the previous_norm (global, of the step before) or "
+                  "per_tensor; this step's global norm is not known in time."},
+    )  # fmt: skip
+    keep_layers: int = field(
+        default=0,
+        metadata={"help": "With gradient_checkpointing: the last N layers keep their activations instead of "
+                  "recomputing them."},
+    )  # fmt: skip
+    memory_check: bool = field(
+        default=True, metadata={"help": "Before loading: refuse a run that the estimate says does not fit the GPU."}
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Measure one step on the longest micro-batch beside the prediction, save nothing and end."},
+    )
+    learning_rate: float = field(default=3e-7, metadata={"help": "Initial learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or a share of all steps below 1."})
+    max_grad_norm: float = field(default=3.0, metadata={"help": "Gradient clipping norm; 0: none."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs."})
+    logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between two lines of metrics."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "True would hide a NaN loss."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every trained parameter is used, so the search of the graph is left out."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Batches are plans, not columns."})
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Pairs in an evaluation row."})
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and autocasts_by_default()
+        if self.use_liger_kernel is None:
+            self.use_liger_kernel = not self.use_cpu and liger_by_default()
+        if self.fp16 and self.bf16:
+            raise OptionError("fp16 and bf16 are both true: choose one of them", "fp16")
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except ValueError as error:
+                    raise OptionError(f"{name}: not JSON: {error}", name) from None
+        try:
+            super().__post_init__()
+        except Exception as error:  # TrainingArguments raises whatever its libraries raise
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise OptionError(text, self._blamed(text)) from error
+        if self.use_cpu and (self.fsdp or self.deepspeed):
+            raise OptionError(
+                "use_cpu with fsdp or deepspeed: accelerate would silently run DDP; leave one of them out", "use_cpu"
+            )
+        if self.use_liger_kernel:
+            self.liger_kernel_config = liger_config(self.liger_kernel_config)
+        if self.torch_compile:
+            raise OptionError(
+                "torch_compile compiles the whole model, for every row anew; use compile_layers", "torch_compile"
+            )
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                named = ", ".join(filter(None, choices))
+                raise OptionError(f"{name}={getattr(self, name)!r}; choose one of {named}", name)
+        for name in POSITIVE if self.max_steps > 0 else (*POSITIVE, "num_train_epochs"):
+            if not getattr(self, name) > 0:
+                raise OptionError(f"{name}={getattr(self, name)} must be positive", name)
+        for name in NOT_NEGATIVE:
+            if not getattr(self, name) >= 0:
+                raise OptionError(f"{name}={getattr(self, name)} must not be negative", name)
+        if self.pairs_per_step is None:
+            self.pairs_per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        if self.pairs_per_step < self.world_size:
+            raise OptionError(
+                f"pairs_per_step={self.pairs_per_step} is less than the {self.world_size} ranks", "pairs_per_step"
+            )
+        if self.compat == "upstream" and self.pairs_per_step > 1:
+            # The softmax of that mode runs over a call's pairs, so its loss depends on how a step is split.
+            self.tokens_per_micro_batch = max(self.tokens_per_micro_batch, 2**31)
+
+    def _blamed(self, text: str) -> str:
+        """The option that an error of transformers is about: the one that it names or whose value it quotes, among
+        those that are not at their default."""
+        changed = [f for f in fields(self) if f.init and getattr(self, f.name, None) != _default(f)]
+        named = [f.name for f in changed if f.name in text]
+        quoted = [f.name for f in changed if isinstance(v := getattr(self, f.name), str) and v and v in text]
+        return max(named, key=len, default="") or next(iter(quoted), "")
+
+
+def _default(each: Field) -> object:
+    return each.default if each.default_factory is MISSING else each.default_factory()

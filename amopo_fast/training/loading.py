@@ -1,0 +1,90 @@
+"""The model of a run: its weights' precision, the check that the run fits, and the loading itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from amopo_fast.memory.estimate import GIB, Row, Setup, estimate
+from amopo_fast.memory.preflight import longest_micro_batch, require_fit, row_of
+from amopo_fast.models.config import ModelConfig
+from amopo_fast.models.loading import load_model, load_shape
+from amopo_fast.models.precision import weights_dtype
+from amopo_fast.optim.choose import IN_BACKWARD, STATES_OF_OPTIM
+from amopo_fast.packing.plan import build_plan
+from amopo_fast.packing.schedule import PairSizes, plan_epochs
+from amopo_fast.prompts.tokens import PairTokens
+
+if TYPE_CHECKING:
+    from amopo_fast.training.config import AMoPOConfig
+
+
+def setup_of(
+    args: AMoPOConfig, dtype: torch.dtype, *, lora_rank: int | None, quantised: bool, nested: bool, accumulates: bool
+) -> Setup:
+    """The estimate's view of a run. An `--optim` that is not AdamW counts as one with float32 states."""
+    weights = "fp32" if dtype == torch.float32 else "bf16"
+    states = STATES_OF_OPTIM.get(str(getattr(args.optim, "value", args.optim)), "fp32")
+    if args.optim_in_backward:
+        states = IN_BACKWARD[args.optim_in_backward]
+    elif weights == "bf16" and args.weight_precision == "bf16" and states == "fp32" and lora_rank is None:
+        states = "bf16"  # torch keeps its states in the weights' dtype
+    checkpointing = bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
+    options = args.gradient_checkpointing_kwargs or {}
+    return Setup(
+        states=states, weights=weights, in_backward=bool(args.optim_in_backward), checkpointing=checkpointing,
+        keep_layers=args.keep_layers, offload=bool(options.get("offload")), lora_rank=lora_rank, quantised=quantised,
+        nested=nested, accumulates=accumulates, gpus=args.world_size if args.fsdp else 1,
+        liger=bool(args.use_liger_kernel),
+    )  # fmt: skip
+
+
+def longest_row(pairs: Sequence[PairTokens], args: AMoPOConfig) -> tuple[Row, bool]:
+    """(the longest micro-batch of the run's first epoch, whether a step has several)."""
+    sizes = PairSizes.of(pairs)
+    schedule = plan_epochs(
+        sizes.computed.tolist(), pairs_per_step=args.pairs_per_step, tokens_per_micro_batch=args.tokens_per_micro_batch,
+        epochs=1, seed=args.seed, world_size=args.world_size, rank=args.process_index,
+    )  # fmt: skip
+    plan = build_plan([pairs[i] for i in longest_micro_batch(schedule, sizes).pairs])
+    return row_of(plan), schedule.accumulation > 1
+
+
+def load_for_training(
+    config: ModelConfig, args: AMoPOConfig, pairs: Sequence[PairTokens] | None, *, adapter: bool
+) -> nn.Module:
+    """Choose the weights' precision, check that the run fits, and load the model on its device.
+
+    Args:
+        pairs: the training data; without it, or off CUDA, nothing is checked and "auto" is float32.
+        adapter: whether an adapter will be trained over it.
+
+    Raises:
+        DoesNotFit: the run needs more memory than is free.
+    """
+    shape = load_shape(config)
+    checks = args.device.type == "cuda" and bool(pairs) and args.deepspeed is None
+    row, accumulates = longest_row(pairs, args) if checks else (None, False)
+    free = torch.cuda.mem_get_info(args.device)[0] if checks else 0
+
+    def setup(dtype: torch.dtype) -> Setup:
+        return setup_of(
+            args, dtype, lora_rank=config.lora_r if adapter else None, quantised=config.load_in_4bit,
+            nested=config.use_bnb_nested_quant, accumulates=accumulates,
+        )  # fmt: skip
+
+    dtype = weights_dtype(
+        args.weight_precision,
+        device=args.device,
+        adapter=adapter,
+        fp32_fits=lambda: not checks or estimate(shape, row, setup(torch.float32)).needed <= free,
+    )
+    if checks and args.memory_check:
+        prediction = require_fit(config.model_name_or_path, shape, row, setup(dtype), free)
+        if args.process_index == 0:
+            print(f"weights in {str(dtype).removeprefix('torch.')}; about {prediction.needed / GIB:.1f} of "
+                  f"{free / GIB:.1f} GiB free on each GPU will be needed", flush=True)  # fmt: skip
+    return load_model(config, args, dtype)

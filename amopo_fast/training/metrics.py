@@ -1,0 +1,108 @@
+"""Training and evaluation metrics from an objective's columns, summed on the device and read once per log line."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from amopo_fast.packing.plan import Plan
+from amopo_fast.training.objective import SHARES
+
+
+class Meter:
+    """Sums of tables and token counts since the last log line. No host synchronisation before `read`.
+
+    dimensions: names of the K dimensions. columns: names of a table's columns (`Objective.columns`).
+    """
+
+    def __init__(self, dimensions: Sequence[str], columns: Sequence[str]):
+        self.dimensions, self.columns = tuple(dimensions), tuple(columns)
+        self.reset()
+
+    def reset(self) -> None:
+        self._sums: torch.Tensor | None = None
+        self._computed = self._labels = self._padded = 0
+        self._since = time.perf_counter()
+
+    def add(self, table: torch.Tensor, plan: Plan) -> None:
+        present = ~torch.isnan(table)
+        sums = torch.stack([table.nan_to_num(0.0).sum(0), present.float().sum(0)])
+        self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
+        self._computed += plan.num_tokens
+        self._labels += plan.labels.shape[0]
+        self._padded += plan.padded_tokens
+
+    def state_dict(self) -> dict:
+        """For a checkpoint: the sums since the last log line and the seconds that passed."""
+        return {
+            "sums": None if self._sums is None else self._sums.cpu(),
+            "tokens": [self._computed, self._labels, self._padded],
+            "elapsed": time.perf_counter() - self._since,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self._sums = state["sums"]  # `add` moves it to the device of the tables
+        self._computed, self._labels, self._padded = state["tokens"]
+        self._since = time.perf_counter() - state["elapsed"]
+
+    def combine_states(self, states: list[dict], rank: int) -> dict:
+        """Rank 0 takes the sums of all old ranks, the others begin empty."""
+        if rank:
+            return {"sums": None, "tokens": [0, 0, 0], "elapsed": states[0]["elapsed"]}
+        sums = [state["sums"] for state in states if state["sums"] is not None]
+        return {
+            "sums": torch.stack(sums).sum(0) if sums else None,
+            "tokens": [sum(counts) for counts in zip(*(state["tokens"] for state in states), strict=True)],
+            "elapsed": states[0]["elapsed"],
+        }
+
+    def read(self, reduce=lambda tensor: tensor) -> dict[str, float]:
+        """Metrics since the last call; `reduce` sums a tensor over ranks. Empty if nothing was added."""
+        if self._sums is None:
+            return {}
+        counts = torch.tensor([self._computed, self._labels, self._padded], dtype=torch.float64).to(self._sums.device)
+        sums, counts = reduce(self._sums), reduce(counts)
+        elapsed = time.perf_counter() - self._since
+        logs = table_metrics((sums[0] / sums[1]).tolist(), self.dimensions, self.columns)
+        computed, labels, padded = counts.tolist()
+        logs["tokens_per_second/computed"] = computed / elapsed
+        logs["tokens_per_second/label"] = labels / elapsed
+        logs["tokens_per_second/padded_equivalent"] = padded / elapsed
+        logs["memory/peak_gib"] = peak_memory() / 2**30
+        self.reset()
+        return logs
+
+
+def table_metrics(means: list[list[float]], dimensions: Sequence[str], columns: Sequence[str]) -> dict[str, float]:
+    """{"margin/helpfulness": ..., "accuracy/mean": ...} from means (K, columns); absent dimensions are left out."""
+    logs = {}
+    for index, name in enumerate(columns):
+        values = {d: row[index] for d, row in zip(dimensions, means, strict=True) if row[index] == row[index]}
+        logs.update({f"{name}/{dimension}": value for dimension, value in values.items()})
+        if values and name not in SHARES:
+            logs[f"{name}/mean"] = sum(values.values()) / len(values)
+    return logs
+
+
+def evaluation_metrics(table: np.ndarray, dimensions: Sequence[str], columns: Sequence[str]) -> dict[str, float]:
+    """Means over pairs of an evaluation's table (pairs, K, columns), NaN where a dimension is absent.
+
+    "preference_loss" is the mean over pairs of the sum of the column "loss", so that rows of unequal size weigh by
+    their pairs.
+    """
+    table = np.asarray(table, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        means = np.nansum(table, 0) / np.sum(~np.isnan(table), 0)
+    losses = np.nansum(table[..., columns.index("loss")], -1)
+    return {**table_metrics(means.tolist(), dimensions, columns), "preference_loss": float(losses.mean())}
+
+
+def peak_memory() -> int:
+    """Bytes: the CUDA allocator's peak, or the process's resident peak without a GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

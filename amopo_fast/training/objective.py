@@ -1,0 +1,129 @@
+"""What a run minimises: from a row's statistics to its loss and to every number that is reported of a pair.
+
+    objective(stats, batch) -> Outcome(loss, columns)
+
+The trainer, its evaluation, `amopo-fast eval`, metrics, failed-step files and pictures know an objective by this call
+and by the names of its columns alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amopo_kernels import SequenceStats, amopo_loss
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an objective needs beside the statistics of P pairs in K dimensions."""
+
+    num_dimensions: int  # K
+    num_pairs: Tensor | int | None = None  # the loss is a sum over pairs divided by it; () or int, default P
+    noise: Tensor | None = None  # (P, K, 2) float32 standard normal; an evaluation has none
+    reference_logps: Tensor | None = None  # (P * K * 2,) sums of the label log-probs under the reference model
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The loss () of a row, differentiable through `stats.logp_sum`, and columns by name, (P, K) float32, detached,
+    NaN where a dimension is absent."""
+
+    loss: Tensor
+    columns: dict[str, Tensor]
+
+    def table(self) -> Tensor:
+        """(P, K, len(columns)) float32, in the order of the objective's `columns`."""
+        return torch.stack(list(self.columns.values()), -1)
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """Hyper-parameters, called with the statistics of a row.
+
+    Sequences are ordered as in amopo_kernels: (pair * K + dimension) * 2 + side, side 0 chosen, 1 rejected.
+    """
+
+    columns: ClassVar[tuple[str, ...]]  # names of an outcome's columns, in their order
+    needs_reference: ClassVar[bool] = False  # whether `batch.reference_logps` must be there
+
+    @abstractmethod
+    def __call__(self, stats: SequenceStats, batch: Batch) -> Outcome: ...
+
+    def for_evaluation(self) -> Objective:
+        """The same objective without chance."""
+        return self
+
+
+# Of the statistics alone, whatever the objective: log-probs are means over a response's tokens, in nats; prob_* are
+# mean and standard deviation of the token probabilities.
+STATISTICS = ("logp_chosen", "logp_rejected", "prob_mean_chosen", "prob_mean_rejected", "prob_std_chosen",
+              "prob_std_rejected")  # fmt: skip
+# Columns of which the mean over dimensions says nothing: they sum up to a constant or to another number.
+SHARES = ("weight", "loss")
+
+
+def _statistics(stats: SequenceStats, num_dimensions: int) -> Iterator[Tensor]:
+    """The columns STATISTICS."""
+    shape = (-1, num_dimensions, 2)
+    yield from (stats.logp_sum.detach() / stats.length.clamp(min=1)).view(shape).unbind(-1)
+    yield from stats.prob_mean.view(shape).unbind(-1)
+    yield from stats.prob_std.view(shape).unbind(-1)
+
+
+def outcome(loss: Tensor, own: dict[str, Tensor], stats: SequenceStats, num_dimensions: int) -> Outcome:
+    """An Outcome of an objective's own columns and the statistics, with absent dimensions masked."""
+    absent = ~(stats.length > 0).view(-1, num_dimensions, 2).all(-1)
+    columns = {**own, **dict(zip(STATISTICS, _statistics(stats, num_dimensions), strict=True))}
+    return Outcome(loss, {name: c.detach().float().masked_fill(absent, float("nan")) for name, c in columns.items()})
+
+
+@dataclass(frozen=True)
+class AMoPO(Objective):
+    """Adaptive multi-objective preference optimization (arXiv 2506.07165; docs/mathematics.md).
+
+    Own columns: margin m_k = beta * (l_w - l_l) - gamma; accuracy, whether the chosen side's mean log-prob is higher;
+    weight a_k; reward_* = beta * l; loss a_k * -log sigmoid(m_k), the dimension's share of the pair's loss.
+    """
+
+    beta: float = 0.8
+    gamma: float = 2.0
+    weighting: str = "gaussian"
+    compat: str = "paper"
+    sft_coef: float = 0.0
+
+    columns: ClassVar[tuple[str, ...]] = ("margin", "accuracy", "weight", "reward_chosen", "reward_rejected", "loss",
+                                          *STATISTICS)  # fmt: skip
+
+    def __call__(self, stats: SequenceStats, batch: Batch) -> Outcome:
+        """Raises ValueError as `amopo_kernels.amopo_loss`: for weighting "gaussian" without noise, say."""
+        result = amopo_loss(
+            stats, num_dimensions=batch.num_dimensions, num_pairs=batch.num_pairs, noise=batch.noise,
+            **dataclasses.asdict(self),
+        )  # fmt: skip
+        chosen, rejected = list(_statistics(stats, batch.num_dimensions))[:2]
+        own = {
+            "margin": result.margins,
+            "accuracy": (chosen > rejected).float(),
+            "weight": result.weights,
+            "reward_chosen": result.chosen_rewards,
+            "reward_rejected": result.rejected_rewards,
+            "loss": result.weights * F.softplus(-result.margins),
+        }
+        return outcome(result.loss, own, stats, batch.num_dimensions)
+
+    def for_evaluation(self) -> AMoPO:
+        """Weighting "mean", which has no noise, or "uniform" if trained so."""
+        return dataclasses.replace(self, weighting="uniform" if self.weighting == "uniform" else "mean")
+
+
+def objective_of(args: Any) -> Objective:
+    """The objective that an AMoPOConfig asks for."""
+    return AMoPO(args.beta, args.gamma, args.weighting, args.compat, args.sft_coef)

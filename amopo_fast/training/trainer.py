@@ -1,0 +1,288 @@
+"""AMoPOTrainer: transformers.Trainer around the scoring step and the AMoPO loss."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import AutocastKwargs, DistributedType
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_utils import TrainOutput
+
+from amopo_fast.errors import CheckpointError, NumbersError
+from amopo_fast.models.activations import KeepLayers
+from amopo_fast.models.check import prepare_model
+from amopo_fast.models.config import ModelConfig
+from amopo_fast.models.faster_layers import compile_layers
+from amopo_fast.models.loading import add_adapter, save_in_shards
+from amopo_fast.models.scoring import backend_for, check_lengths, score_wrapped
+from amopo_fast.optim import backward_grad_norm, choose_optimizer
+from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, PlannedBatches, plan_epochs
+from amopo_fast.prompts.tokens import PairTokens
+from amopo_fast.report.console import ConsoleProgress
+from amopo_fast.survival.checkpointer import AlreadyFinished, Checkpointer
+from amopo_fast.survival.guard import Guard
+from amopo_fast.survival.safety import write_arguments
+from amopo_fast.survival.signals import Termination
+from amopo_fast.training.config import AMoPOConfig
+from amopo_fast.training.loading import load_for_training
+from amopo_fast.training.metrics import Meter, evaluation_metrics
+from amopo_fast.training.metrics_file import MetricsFile
+from amopo_fast.training.objective import Batch, Objective, Outcome, objective_of
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
+
+
+class AMoPOTrainer(Trainer):
+    """Trains a causal LM with AMoPO on tokenized pairs.
+
+    Args:
+        model: name, folder or module of a causal LM. Names load in safetensors without remote code.
+        args: AMoPOConfig.
+        train_dataset, eval_dataset: sequences of PairTokens (`PromptBuilder.tokenize`, `load_data`); for
+            evaluation also several by name, whose metrics are named eval_NAME_....
+        dimensions: the K dimensions' names, in the order of `PairTokens.prompts`.
+        processing_class: the tokenizer, saved with every checkpoint; loaded from `model` if that is a name.
+        peft_config: train a new adapter (LoRA) over the frozen model. A PeftModel is trained as it is.
+
+    Raises:
+        ValueError: a pair whose number of dimensions is not K, or no training pairs.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: AMoPOConfig,
+        *,
+        dimensions: Sequence[str],
+        train_dataset: Sequence[PairTokens] | None = None,
+        eval_dataset: Sequence[PairTokens] | dict[str, Sequence[PairTokens]] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs,
+    ):
+        if isinstance(model, str):
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            model = load_for_training(ModelConfig(model), args, train_dataset, adapter=peft_config is not None)
+        if peft_config is not None:
+            model = add_adapter(model, peft_config)
+        save_in_shards(model)
+        prepare_model(model)
+        if args.compile_layers:
+            compile_layers(model)
+        evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset or ()}
+        for pair in chain(train_dataset or (), *evals.values()):
+            if len(pair.prompts) != len(dimensions):
+                raise ValueError(
+                    f"record {pair.record} has {len(pair.prompts)} dimensions, the trainer {len(dimensions)}: "
+                    f"tokenize with dimensions={list(dimensions)}"
+                )
+        check_lengths(model, chain(train_dataset or (), *evals.values()))
+        callbacks = list(callbacks or [])
+        if train_dataset is not None:
+            # A fractional last epoch ends by max_steps, so the plan covers it whole.
+            sizes = PairSizes.of(train_dataset)
+            schedule = plan_epochs(
+                sizes.computed,
+                pairs_per_step=args.pairs_per_step,
+                tokens_per_micro_batch=args.tokens_per_micro_batch,
+                epochs=_epochs_to_plan(args, len(train_dataset)),
+                seed=args.seed,
+                world_size=args.world_size,
+                rank=args.process_index,
+            )
+            self._batches = PlannedBatches(schedule)
+            args.gradient_accumulation_steps = schedule.accumulation
+            callbacks.insert(0, _EpochOfPlan(self._batches, schedule.describe(sizes, args.tokens_per_micro_batch)))
+            if kwargs.get("optimizers", (None, None))[0] is None:
+                kwargs.setdefault("optimizer_cls_and_kwargs", choose_optimizer(args, model, schedule.accumulation))
+        if args.keep_layers:
+            callbacks.append(KeepLayers(args.keep_layers))
+        self.objective = objective_of(args)
+        self.meter = Meter(dimensions, self.objective.columns)
+        self.termination = Termination()
+        self.guard = Guard(self, self.termination)
+        self.checkpointer = Checkpointer(self, {"meter": self.meter, "guard": self.guard}, self.guard.stop_requested)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(args.seed),
+            train_dataset=None if train_dataset is None else PairDataset(train_dataset),
+            eval_dataset=_datasets(eval_dataset),
+            processing_class=processing_class,
+            compute_metrics=self._evaluation_metrics,
+            # compute_loss calls it; given here, it tells Trainer that the loss is the step's mean already.
+            compute_loss_func=self.objective,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        # In this order: when training begins, the checkpointer restores what the other two have just reset.
+        for callback in (MetricsFile(args.output_dir), self.guard, self.checkpointer):
+            self.add_callback(callback)
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs) -> TrainOutput:
+        """Trainer.train; `resume_from_checkpoint` is a folder, "last" (or True) or "auto" (see `checkpoints.resolve`).
+
+        SIGTERM during training saves a checkpoint and returns; `self.checkpointer.stopped` tells.
+
+        Raises:
+            CheckpointError: nothing to resume from, another run's checkpoint, or one that could not be saved.
+            NumbersError: a NaN or infinite loss, gradient or weight; nothing was changed by it.
+        """
+        folder = self.checkpointer.begin(resume_from_checkpoint)
+        try:
+            with self.termination:
+                result = super().train(resume_from_checkpoint=folder, **kwargs)
+        except AlreadyFinished:
+            self.log({"train_loss": 0.0})
+            result = TrainOutput(self.state.global_step, 0.0, {})
+        except Exception as error:
+            if not isinstance(error, (CheckpointError, NumbersError)):
+                logger.error(
+                    "training stopped after step %d. %s", self.state.global_step, self.checkpointer.where_to_resume()
+                )
+            raise
+        return result._replace(training_loss=self._mean_loss())
+
+    def _mean_loss(self) -> float:
+        """Mean over all steps of the run; Trainer's own covers the steps since the resume."""
+        return self._total_loss_scalar / max(self.state.global_step, 1)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.guard.check_weights("before saving")
+        self.checkpointer.save(lambda: super(AMoPOTrainer, self)._save_checkpoint(model, trial))
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # Trainer pickles its arguments, tokens included
+            write_arguments(output_dir or self.args.output_dir, self.args)
+
+    def _get_output_dir(self, trial) -> str:
+        # Lets _save_checkpoint write to a staging folder: there is no other way to tell it where to.
+        return self.checkpointer.run_dir(super()._get_output_dir(trial))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The planned micro-batches. Not prepared by accelerate: the plan already splits them over ranks."""
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self._batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+        )
+
+    def _outcome(self, model: nn.Module, inputs: dict, objective: Objective, num_pairs: torch.Tensor) -> Outcome:
+        device = self.args.device
+        plan = inputs["plan"].to(device)
+        # A weight is used once per pass: caching its bfloat16 copy would only keep 2 bytes per parameter alive.
+        with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+            stats = score_wrapped(
+                model,
+                self.accelerator.unwrap_model(model),
+                plan,
+                attention_backend=self.args.attention_backend,
+                backend=self.args.kernel_backend,
+                logits_cache_bytes=int(self.args.logits_cache_gib * 2**30),
+            )
+        return objective(stats, Batch(plan.num_dimensions, num_pairs, inputs["noise"].to(device)))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Sum over the micro-batch's pairs / pairs of the step over all ranks; DDP's mean over ranks is undone."""
+        num_pairs = inputs["num_pairs"].to(self.args.device) / self.accelerator.num_processes
+        weight = inputs["weight"].to(self.args.device)
+        result = self._outcome(model, inputs, self.objective, num_pairs)
+        table = torch.where(weight > 0, result.table(), float("nan"))
+        self.meter.add(table, inputs["plan"])
+        loss = result.loss * weight
+        self.guard.add(loss, table, inputs["plan"].records)
+        if self._steps_in_backward() and self.accelerator.sync_gradients:
+            self.guard.require_finite_loss()
+        return (loss, result) if return_outputs else loss
+
+    def _steps_in_backward(self) -> bool:
+        return bool(self.args.optim_in_backward) or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """(loss, table (P, K, columns), records (P,)) of the objective without chance."""
+        objective = self.objective.for_evaluation()
+        with torch.no_grad():
+            result = self._outcome(model, inputs, objective, inputs["num_pairs"].to(self.args.device))
+        return result.loss, result.table(), inputs["plan"].records.to(self.args.device)
+
+    def _evaluation_metrics(self, prediction) -> dict[str, float]:
+        return evaluation_metrics(prediction.predictions, self.meter.dimensions, self.meter.columns)
+
+    def _clip_grad_norm(self, model):
+        norm = backward_grad_norm(self.optimizer)
+        return super()._clip_grad_norm(model) if norm is None else norm
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = backward_grad_norm(self.optimizer)
+        self.guard.grad_norm = super()._get_grad_norm(model, grad_norm) if norm is None else norm
+        return self.guard.grad_norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics of the micro-batches since the last line to a training line."""
+        if "loss" in logs:
+            # Trainer averages the loss over ranks; each rank's was multiplied by their number.
+            logs = {**logs, **self.meter.read(lambda tensor: self.accelerator.reduce(tensor, "sum"))}
+            logs["loss_spikes"] = self.guard.read_spikes()
+        if "train_loss" in logs:
+            logs = {**logs, "train_loss": self._mean_loss()}
+        super().log(logs, start_time)
+
+
+def console_trainer(*args, **kwargs) -> AMoPOTrainer:
+    """An AMoPOTrainer that prints one short line per log."""
+    trainer = AMoPOTrainer(*args, **kwargs)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ConsoleProgress())
+    return trainer
+
+
+def _datasets(pairs):
+    if isinstance(pairs, dict):
+        return {name: PairDataset(each) for name, each in pairs.items()}
+    return None if pairs is None else PairDataset(pairs)
+
+
+def _epochs_to_plan(args: AMoPOConfig, num_pairs: int) -> int:
+    if args.max_steps > 0:
+        return math.ceil(args.max_steps / math.ceil(num_pairs / args.pairs_per_step))
+    return math.ceil(args.num_train_epochs)
+
+
+class _EpochOfPlan(TrainerCallback):
+    def __init__(self, batches: PlannedBatches, description: str):
+        self.batches = batches
+        self.description = description
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        half = torch.bfloat16 if args.bf16 else torch.float16
+        with torch.autocast(args.device.type, dtype=half, enabled=bool(args.bf16 or args.fp16)):
+            backend = backend_for(model, args.device, args.attention_backend)
+        if state.is_world_process_zero:
+            print(f"{self.description}\nattention: {backend}", flush=True)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # On a resume within an epoch, state.epoch is a fraction; rounding keeps 1 - 1e-16 from meaning epoch 0.
+        self.batches.set_epoch(math.floor(round(state.epoch or 0.0, 6)))

@@ -1,0 +1,236 @@
+"""What cannot be packed is refused with the reason, and a wrong plan or gradient does not pass for a right one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from packing_cases import (
+    expected,
+    largest_error,
+    loss_and_gradients,
+    random_pairs,
+    tiny_model,
+)
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3Config,
+    Gemma3TextConfig,
+    Lfm2Config,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    Phi3Config,
+    Qwen3NextConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from amopo_fast.models import attention
+from amopo_fast.models import check as models
+from amopo_fast.models.architecture import UnsupportedModelError, position_limit
+from amopo_fast.models.check import check_packing, prepare_model
+from amopo_fast.models.miniature import tiny_config
+from amopo_fast.models.scoring import check_lengths, score
+from amopo_fast.packing.plan import build_plan
+from amopo_fast.prompts.tokens import PairTokens
+from amopo_kernels import rows
+
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+
+
+def on_meta(config, model_class=None):
+    """A model without weights: the check needs its class and configuration."""
+    with torch.device("meta"):
+        return (model_class or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])(config)
+
+
+@pytest.mark.parametrize(
+    "config, model_class, reason",
+    [
+        (Qwen3NextConfig(), None, "layers of type linear_attention carry a state"),
+        (MambaConfig(num_hidden_layers=2), None, "layers of type linear_attention carry a state"),
+        (Lfm2Config(num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2), None, "layers of type conv"),
+        (T5Config(), T5ForConditionalGeneration, "encoder-decoder"),
+        (LlamaConfig(**SMALL, add_cross_attention=True), None, "cross attention"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), None, "not causal"),
+        (BloomConfig(n_layer=2, hidden_size=64, n_head=4), BloomForCausalLM, "attention interface"),
+        (BartConfig(is_encoder_decoder=False), BartForCausalLM, "differ from those of separate sequences"),
+        (Llama4TextConfig(num_hidden_layers=4), None, "by their place in the row; set config.attn_temperature_tuning"),
+    ],
+)
+def test_refused_with_the_reason(config, model_class, reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        check_packing(on_meta(config, model_class))
+
+
+class ConvolvedMLP(LlamaMLP):
+    """An MLP that looks at the row's previous token."""
+
+    def forward(self, x):
+        return super().forward(x + x.roll(1, 1))
+
+
+class DetachedMLP(LlamaMLP):
+    """Right values, a wrong gradient in rows of batch size 1 that are longer than any sequence."""
+
+    def forward(self, x):
+        return super().forward(x.detach() if x.shape[1] > 40 else x)
+
+
+class ScaledLogits(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits / 2
+        return output
+
+
+@pytest.mark.parametrize("mlp, reason", [(ConvolvedMLP, "log-probs"), (DetachedMLP, "the gradient of")])
+def test_the_miniature_finds_what_the_configuration_does_not_say(mlp, reason, monkeypatch):
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP", mlp)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        check_packing(LlamaForCausalLM(LlamaConfig(**SMALL)))
+
+
+def test_logits_that_are_not_lm_heads_are_found():
+    with pytest.raises(UnsupportedModelError, match="the logits are not those of lm_head"):
+        check_packing(ScaledLogits(LlamaConfig(**SMALL)))
+
+
+def test_the_check_leaves_the_model_and_the_random_state_alone():
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config, state = model.config.to_dict(), torch.get_rng_state()
+    with torch.no_grad():
+        check_packing(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.config.to_dict() == config and torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters()) and torch.get_default_dtype() == torch.float32
+
+
+def test_llama_4_is_packed_up_to_its_chunk_without_temperature_tuning():
+    config = Llama4TextConfig(num_hidden_layers=4, attn_temperature_tuning=False)
+    check_packing(on_meta(config))
+    assert position_limit(config) == 8192
+
+
+def test_a_vision_language_model_is_tried_by_its_text():
+    model = on_meta(Gemma3Config(vision_config={"num_hidden_layers": 2}))
+    check_packing(model)
+    assert type(model).__name__ == "Gemma3ForConditionalGeneration"
+
+
+def test_the_miniature_holds_every_kind_of_layer():
+    tiny = tiny_config(Gemma3TextConfig())
+    assert set(tiny.layer_types) == {"full_attention", "sliding_attention"} and tiny.num_hidden_layers == 6
+    assert tiny.sliding_window < 20 and tiny.vocab_size == 64
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 48, "long_factor": [4.0] * 48,
+    "original_max_position_embeddings": 40,
+}  # fmt: skip
+
+
+def test_longrope_packs_up_to_its_original_length_and_is_refused_beyond():
+    config = Phi3Config(pad_token_id=0, rope_parameters=LONGROPE, original_max_position_embeddings=40)
+    assert position_limit(config) == 40
+    assert position_limit(LlamaConfig()) is None
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert position_limit(LlamaConfig(max_position_embeddings=512, rope_parameters=dynamic)) == 512
+    tiny = prepare_model(MODEL_FOR_CAUSAL_LM_MAPPING[Phi3Config](tiny_config(config)))
+    short, long = [PairTokens(0, (np.arange(1, n),), np.array([1]), np.array([2]), False) for n in (41, 42)]
+    assert torch.isfinite(score(tiny, build_plan([short])).logp_sum).all()
+    check_lengths(tiny, [short])
+    with pytest.raises(ValueError, match="record 0: 41 tokens are beyond 40 positions"):
+        check_lengths(tiny, [short, long])
+    with pytest.raises(ValueError, match="a sequence of 41 tokens is beyond 40 positions"):
+        score(tiny, build_plan([long]))
+
+
+def test_virtual_tokens_are_refused():
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(UnsupportedModelError, match="virtual tokens"):
+        prepare_model(model)
+
+
+def test_a_model_that_drops_the_plan_is_an_error_and_not_a_wrong_loss(monkeypatch):
+    model = prepare_model(tiny_model("llama"))
+    original = type(model.model.layers[0].self_attn).forward
+
+    def forward(self, *args, **kwargs):
+        return original(self, *args, **{k: v for k, v in kwargs.items() if not k.startswith("packed_")})
+
+    monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", forward)
+    with pytest.raises(RuntimeError, match="did not get the plan"):
+        score(model, build_plan(random_pairs(0, 1)))
+
+
+# Mutations: each must move the loss or a gradient far beyond the tolerance.
+
+
+def wrong_positions(plan):
+    return replace(plan, position_ids=torch.arange(plan.num_tokens)[None])
+
+
+def labels_one_row_early(plan):
+    return replace(plan, label_rows=(plan.label_rows - 1).clamp(min=0))
+
+
+def sibling_keys(plan):
+    """The last node sees one row of another branch in the place of one of its ancestors'."""
+    indices = plan.kv_indices.clone()
+    path = indices[plan.cu_seqlens_k[-2] : plan.cu_seqlens_k[-1]]
+    path[0] = next(row for row in range(plan.num_tokens) if row not in path.tolist())
+    return replace(plan, kv_indices=indices)
+
+
+def top_left_alignment(plan):
+    return replace(plan, position_ids=plan.position_ids.flip(-1))
+
+
+@pytest.mark.parametrize("mutation", [wrong_positions, labels_one_row_early, sibling_keys, top_left_alignment])
+def test_a_wrong_plan_is_noticed(mutation):
+    model = prepare_model(tiny_model("qwen3"))
+    plan = build_plan(random_pairs(5, 2), min_node_tokens=4)
+    assert largest_error(loss_and_gradients(model, score(model, plan)), expected("qwen3", 5, 2)) < 1e-5
+    assert largest_error(loss_and_gradients(model, score(model, mutation(plan))), expected("qwen3", 5, 2)) > 1e-3
+
+
+def first_branch_only(ctx, grad):
+    order, offsets = ctx.saved_tensors
+    return grad[order[offsets[:-1].long()].long()], None, None, None
+
+
+def test_a_dropped_branch_gradient_is_noticed(monkeypatch):
+    model = prepare_model(tiny_model("qwen3"))
+    plan = build_plan(random_pairs(5, 2), min_node_tokens=4)
+    monkeypatch.setattr(rows._GatherRows, "backward", staticmethod(first_branch_only))
+    got = loss_and_gradients(model, score(model, plan))
+    assert got[0] == pytest.approx(expected("qwen3", 5, 2)[0], rel=1e-5)
+    assert largest_error(got, expected("qwen3", 5, 2)) > 1e-3
+    with pytest.raises(UnsupportedModelError, match="the gradient of"):
+        models.check_packing(model)
+
+
+@pytest.mark.parametrize("family, option", [("gemma3", "window"), ("gemma2", "softcap"), ("gpt_oss", "sinks")])
+def test_an_option_that_is_ignored_is_noticed(monkeypatch, family, option):
+    original = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *args, **kwargs: original(*args, **{**kwargs, option: None}))
+    with pytest.raises(UnsupportedModelError, match="log-probs"):
+        prepare_model(tiny_model(family))
+
+
+def test_a_model_on_a_flash_implementation_is_checked_without_it():
+    """Packed rows choose their own backend; the miniature runs on the CPU, where flash-attn does not."""
+    model = tiny_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    assert prepare_model(model).config._attn_implementation == "amopo_packed"

@@ -1,0 +1,151 @@
+"""Two and four processes (gloo) against one: loss, gradients, metrics, the plan; sharded weights and checkpoints."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+ROOT = SCRIPT.parents[2]
+TOLERANCE = 1e-6  # relative, float32
+
+
+SCENARIOS = ["ddp:1,2,4", "ddp_saved:2", "ddp_resumed:1,4", "ddp_bad_loss:2", "ddp_sigterm:2", "fsdp:1,2,4",
+             "fsdp_tied:1,2", "fsdp_loaded:1,2,4", "head_not_gathered:2"]  # fmt: skip
+
+
+def run_groups(folder, scenarios, **variables):
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+    path = os.pathsep.join([path, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, str(SCRIPT), str(folder), *scenarios]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return lambda scenario, world: torch.load(folder / f"{scenario}-{world}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    """results(scenario, world): one process imports torch once and forks all groups, which costs a third."""
+    return run_groups(tmp_path_factory.mktemp("groups"), SCENARIOS)
+
+
+def close(expected, found, tolerance=TOLERANCE):
+    expected, found = torch.as_tensor(expected, dtype=torch.float64), torch.as_tensor(found, dtype=torch.float64)
+    assert (expected - found).norm() <= tolerance * expected.norm().clamp(min=1e-3), (expected, found)
+
+
+TIMED = ("tokens_per_second", "memory/", "runtime", "per_second", "flos", "seconds", "grad_norm")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_data_parallel_runs_equal_the_single_process(groups, world):
+    alone, together = groups("ddp", 1), groups("ddp", world)
+    assert together["records"] == alone["records"] and len(alone["records"]) == 8
+    for name, gradient in alone["gradients"].items():
+        close(gradient, together["gradients"][name])
+    for name, weight in alone["weights"].items():
+        close(weight, together["weights"][name])
+    assert len(alone["log"]) == len(together["log"])
+    compared = 0
+    for line, other in zip(alone["log"], together["log"], strict=True):
+        assert line.keys() == other.keys()
+        for key in line:
+            if not any(word in key for word in TIMED):
+                assert other[key] == pytest.approx(line[key], rel=TOLERANCE, abs=TOLERANCE), (line["step"], key)
+                compared += 1
+    assert compared > 200
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_a_checkpoint_of_two_ranks_goes_on_with_another_number(groups, world):
+    alone, resumed = groups("ddp", 1), groups("ddp_resumed", world)
+    for name, weight in alone["weights"].items():
+        close(weight, resumed["weights"][name])
+    losses = [line["loss"] for line in alone["log"] if "loss" in line]
+    lines = [line for line in resumed["log"] if "loss" in line]
+    assert [line["step"] for line in lines] == [4, 8]
+    for line, mean in zip(lines, (sum(losses[:4]) / 4, sum(losses[4:]) / 4), strict=True):
+        assert line["loss"] == pytest.approx(mean, rel=TOLERANCE)
+    # Metrics are means over pairs: four in each of three steps before the checkpoint, two in the step behind it.
+    margins = [line["margin/first"] for line in alone["log"] if "loss" in line]
+    mean = (4 * sum(margins[:3]) + 2 * margins[3]) / 14
+    assert lines[0]["margin/first"] == pytest.approx(mean, rel=TOLERANCE)
+
+
+def test_a_bad_loss_on_one_rank_stops_all(groups):
+    result = groups("ddp_bad_loss", 2)
+    assert result["step"] == 2
+    assert result["error"].startswith("NumbersError: step 3: the loss is not finite")
+
+
+def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(groups):
+    assert groups("ddp_sigterm", 2) == {"stopped": True, "step": 3, "complete": [3]}
+
+
+@pytest.mark.parametrize("scenario, worlds", [("fsdp", (2, 4)), ("fsdp_tied", (2,))])
+def test_sharded_scoring_equals_the_single_process(groups, scenario, worlds):
+    """accelerate's FSDP2 grouping; three steps, since hooks that ran once may not run again."""
+    alone = groups(scenario, 1)
+    assert not alone["sharded"]
+    for result in (groups(scenario, world) for world in worlds):
+        assert result["sharded"]
+        close(alone["losses"][:1], result["losses"][:1])
+        for name, gradient in alone["gradients"][0].items():
+            close(gradient, result["gradients"][0][name])
+        # Later steps have passed through Adam, which divides by the size of gradients that are nearly zero.
+        close(alone["losses"], result["losses"], 1e-4)
+        for name, weight in alone["weights"].items():
+            close(weight, result["weights"][name], 1e-3)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_sharded_checkpoint_loads_on_another_world_size(groups, world):
+    saved = groups("fsdp", 2)
+    loaded = groups("fsdp_loaded", world)
+    for name, weight in saved["weights"].items():
+        assert torch.equal(weight, loaded["weights"][name]), name
+    assert all(map(torch.equal, saved["moments"], loaded["moments"]))
+
+
+def test_a_sharded_head_is_refused_outside_of_its_forward_and_gathered_inside(groups):
+    result = groups("head_not_gathered", 2)
+    assert "weight is a DTensor; call this inside the wrapped forward" in result["error"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_equals_the_single_process(tmp_path, stage):
+    """DeepSpeed's CPU accelerator. Optional: it is in no extra of this project."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    results = run_groups(tmp_path, [f"zero{stage}:1,2"], DS_ACCELERATOR="cpu")
+    alone, together = results(f"zero{stage}", 1), results(f"zero{stage}", 2)
+    close(alone["losses"], together["losses"])
+    for name, weight in alone["weights"].items():
+        close(weight, together["weights"][name])
+
+
+@pytest.mark.parametrize("engine", [{"fsdp": "full_shard"}, {"deepspeed": str(ROOT / "configs/deepspeed/zero3.json")}])
+def test_sharding_on_the_cpu_is_refused_because_it_would_be_ddp(tmp_path, engine):
+    from amopo_fast.training.config import AMoPOConfig
+
+    if "deepspeed" in engine:
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    with pytest.raises(ValueError, match="would silently run DDP"):
+        AMoPOConfig(output_dir=str(tmp_path), use_cpu=True, **engine)
+
+
+def test_the_shipped_configurations_are_those_that_the_engines_know():
+    """The YAML's keys by accelerate's own class; the JSON by its syntax. Running them needs GPUs."""
+    import json
+
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for path in (ROOT / "configs" / "accelerate").glob("*.yaml"):
+        config = load_config_from_file(str(path))
+        assert config.distributed_type in ("FSDP", "MULTI_GPU")
+    for stage in (2, 3):
+        content = json.loads((ROOT / "configs" / "deepspeed" / f"zero{stage}.json").read_text())
+        assert content["zero_optimization"]["stage"] == stage

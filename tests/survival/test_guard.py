@@ -1,0 +1,200 @@
+"""Numbers that go wrong stop the run before the weights change, and leave what is needed to look at the step."""
+
+import json
+
+import pytest
+import torch
+from small_run import small_pairs, small_trainer
+from transformers import TrainerCallback
+
+from amopo_fast.errors import NumbersError
+from amopo_fast.survival.checkpoints import complete_checkpoints
+
+
+class BeforeStep(TrainerCallback):
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.action(model)
+
+
+def weights(run):
+    return {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+
+
+def break_weight(model):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[2, 3] = float("nan")
+
+
+def break_unused_weight(model):
+    """A row of the embeddings that no token of the step uses: neither loss nor gradient shows it."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight[96, 0] = float("inf")
+
+
+def break_gradient(model):
+    parameter = model.model.layers[0].mlp.up_proj.weight
+
+    def hook(grad):
+        handle.remove()
+        grad = grad.clone()
+        grad[0, 0] = float("inf")
+        return grad
+
+    handle = parameter.register_hook(hook)
+
+
+@pytest.mark.parametrize(
+    "action, reason, named",
+    [
+        (break_weight, "the loss is not finite", "model.layers.1.mlp.up_proj.weight"),
+        (break_unused_weight, "a weight is not finite", "model.embed_tokens.weight"),
+        (break_gradient, "the gradient is not finite", "model.layers.0.mlp.up_proj.weight"),
+    ],
+)
+@pytest.mark.parametrize("hidden_by_filter", [False, True])
+def test_a_bad_number_stops_before_the_weights_change(tmp_path, action, reason, named, hidden_by_filter):
+    before = {}
+
+    def act(model):
+        action(model)
+        before.update({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+
+    pairs = [p for p in small_pairs(40) if not any(96 in part for part in (*p.prompts, p.chosen, p.rejected))]
+    calls = [BeforeStep(3, act)]
+    run = small_trainer(tmp_path, pairs=pairs[:14], callbacks=calls, logging_nan_inf_filter=hidden_by_filter)
+    with pytest.raises(NumbersError) as caught:
+        run.train()
+    report_file = tmp_path / "failed-step-4.json"
+    message = str(caught.value)
+    assert message.startswith(f"step 4: {reason} ({named}") and str(report_file) in message
+    assert f"The last complete checkpoint is {tmp_path / 'checkpoint-2'}" in message
+    after = weights(run)
+    assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
+    report = json.loads(report_file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert report["reason"] == reason and report["step"] == 4
+    assert named in report["weights"] + report["gradients"]
+    assert len(report["records"]) == 2  # the short last step of an epoch of 14 pairs
+    for pair in report["pairs"]:
+        assert set(pair["dimensions"]) == {"first", "second"}
+    assert [checkpoint.step for checkpoint in complete_checkpoints(tmp_path)] == [2]
+
+
+def test_a_bad_weight_is_found_before_the_first_step(tmp_path):
+    run = small_trainer(tmp_path)
+    break_weight(run.model)
+    with pytest.raises(NumbersError, match="a weight is not finite before training begins .model.layers.1.mlp.up_proj"):
+        run.train()
+
+
+def test_weights_that_went_bad_in_a_step_are_not_saved(tmp_path):
+    class Break(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                break_weight(model)
+
+    run = small_trainer(tmp_path, callbacks=[Break()])
+    with pytest.raises(NumbersError, match="a weight is not finite before saving"):
+        run.train()
+    assert [checkpoint.step for checkpoint in complete_checkpoints(tmp_path)] == [2]
+
+
+def test_a_bad_loss_is_found_before_a_backward_pass_that_steps(tmp_path):
+    before = {}
+
+    def act(model):
+        break_weight(model)
+        before.update({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+
+    run = small_trainer(tmp_path, callbacks=[BeforeStep(3, act)], optim_in_backward="adamw", pairs_per_step=1,
+                        tokens_per_micro_batch=10**6)  # fmt: skip
+    with pytest.raises(NumbersError, match="step 4: the loss is not finite .*were not changed"):
+        run.train()
+    after = weights(run)
+    assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
+
+
+def test_loss_spikes_are_flagged_with_their_records_and_survive_a_resume(tmp_path, caplog):
+    def options():
+        return {"num_train_epochs": 8, "learning_rate": 1e-5, "eval_strategy": "no", "save_steps": 25,
+                "logging_steps": 1}  # fmt: skip
+
+    def spike(model):
+        with torch.no_grad():
+            model.lm_head.weight.mul_(400)
+
+    def heal(model):
+        with torch.no_grad():
+            model.lm_head.weight.div_(400)
+
+    calls = [BeforeStep(22, spike), BeforeStep(23, heal)]
+    small_trainer(tmp_path, callbacks=calls, **options()).train()
+    lines = [json.loads(line) for line in (tmp_path / "spikes.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [23]
+    assert lines[0]["loss"] > lines[0]["median"] and len(lines[0]["records"]) == 4
+    assert "step 23: the loss" in caplog.text
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged if line.get("loss_spikes")] == [23]
+    small_trainer(tmp_path, **options()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-25"))
+    assert [json.loads(line)["step"] for line in (tmp_path / "spikes.jsonl").read_text().splitlines()] == [23]
+
+
+def test_show_prints_the_failed_step_and_its_records(tmp_path, capsys):
+    from amopo_fast.cli import main
+    from amopo_fast.demo.data import DIMENSIONS, TRAIN_FILE
+    from amopo_fast.demo.run import demo_trainer
+
+    run = demo_trainer(tmp_path, seed=0, max_steps=3)
+    run.add_callback(BeforeStep(1, break_weight))
+    with pytest.raises(NumbersError):
+        run.train()
+    report = json.loads((tmp_path / "failed-step-2.json").read_text())
+    options = ["--dimensions", *DIMENSIONS, "--failed_step", str(tmp_path / "failed-step-2.json")]
+    assert main(["show", str(TRAIN_FILE), *options]) == 0
+    output = capsys.readouterr().out
+    assert "step 2: the loss is not finite" in output and "model.layers.1.mlp.up_proj.weight" in output
+    for record in report["records"]:
+        assert f"record {record}" in output
+    assert main(["show", str(TRAIN_FILE), "--failed_step", str(tmp_path / "metrics.jsonl")]) == 1
+    assert "is no report of a failed step" in capsys.readouterr().err
+
+
+def test_the_command_line_ends_with_4_on_a_bad_number(tmp_path, monkeypatch, capsys):
+    from amopo_fast.cli import main, train
+
+    def fail(arguments):
+        raise NumbersError("step 7: the loss is not finite")
+
+    monkeypatch.setattr(train, "run", fail)
+    assert main(["train"]) == 4
+    assert capsys.readouterr().err == "amopo-fast train: error: step 7: the loss is not finite\n"
+
+
+def test_the_guard_waits_for_the_device_once_a_step(tmp_path):
+    """`tolist` of the reduced numbers is the one read; every other would be an `item`, which torch dispatches."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    reads, shapes = Reads(), []
+    run = small_trainer(tmp_path, save_strategy="no", eval_strategy="no")
+    for name in ("add", "on_pre_optimizer_step"):
+        original = getattr(run.guard, name)
+
+        def watched(*args, original=original, **kwargs):
+            with reads:
+                return original(*args, **kwargs)
+
+        setattr(run.guard, name, watched)
+    reduce = run.accelerator.reduce
+    run.accelerator.reduce = lambda tensor, *args: shapes.append(tuple(tensor.shape)) or reduce(tensor, *args)
+    run.train()
+    assert shapes.count((4,)) == 8 and reads.count == 0

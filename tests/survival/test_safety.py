@@ -1,0 +1,143 @@
+"""Nothing that a run reads runs code, nothing leaves its output folder, and no secret reaches what it writes."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from small_run import small_trainer
+
+from amopo_fast.cli import main
+from amopo_fast.demo.data import DIMENSIONS, TRAIN_FILE
+from amopo_fast.demo.model import demo_model, demo_tokenizer
+from amopo_fast.errors import CheckpointError
+from amopo_fast.models.config import ModelConfig
+from amopo_fast.models.loading import load_model
+from amopo_fast.survival.checkpoints import MARKER
+from amopo_fast.survival.safety import check_sharded, redact
+from amopo_fast.training.config import AMoPOConfig
+
+ROOT = Path(__file__).parents[2]
+SECRET, HUB_TOKEN, OTHER = "hf_environmentsecret1234", "hf_argumentsecret5678", "wandbsecret0123456789"
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    demo_model(0).save_pretrained(folder)
+    demo_tokenizer().save_pretrained(folder)
+    return folder
+
+
+class Evil:
+    """Pickled, it creates a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_secrets_reach_neither_files_nor_the_terminal(model_folder, tmp_path):
+    output = tmp_path / "run"
+    environment = {
+        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1",
+        "HF_TOKEN": SECRET, "WANDB_API_KEY": OTHER, "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "amopo_fast.cli", "train", "--model_name_or_path", str(model_folder),
+               "--train_data", str(TRAIN_FILE), "--dimensions", *DIMENSIONS, "--output_dir", str(output),
+               "--use_cpu", "true", "--max_steps", "2", "--save_steps", "1", "--pairs_per_step", "1",
+               "--hub_token", HUB_TOKEN, "--run_name", f"run of {OTHER}", "--report_to", "none"]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    written = {str(path): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    assert any(name.endswith("training_args.json") for name in written)
+    written["terminal"] = done.stdout + done.stderr
+    for name, content in written.items():
+        for secret in (SECRET, HUB_TOKEN, OTHER):
+            assert secret.encode() not in content, name
+    assert not [name for name in written if name.endswith("training_args.bin")]
+
+
+def test_error_messages_are_redacted(monkeypatch, capsys):
+    monkeypatch.setenv("DATA_PASSWORD", "correct-horse")
+    assert main(["show", "/nowhere/user:correct-horse@host/pairs.json"]) == 1
+    error = capsys.readouterr().err
+    assert "correct-horse" not in error and "<$DATA_PASSWORD>" in error
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "rather-long")
+    assert redact("rather-long") == "rather-long"
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "amopo_state_0.pt"])
+def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path, file):
+    small_trainer(tmp_path, max_steps=2).train()
+    folder = tmp_path / "checkpoint-2"
+    (folder / file).write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
+    marker = json.loads((folder / MARKER).read_text())
+    marker["files"][file] = (folder / file).stat().st_size
+    (folder / MARKER).write_text(json.dumps(marker))
+    with pytest.raises(Exception, match="(?i)weights.only"):
+        small_trainer(tmp_path).train(resume_from_checkpoint="last")
+    assert not (tmp_path / "owned").exists()
+
+
+def save_sharded(folder, extra):
+    dcp.save({"weight": torch.ones(3), "groups": extra}, storage_writer=dcp.FileSystemWriter(folder))
+
+
+def test_sharded_parts_are_read_without_running_code(tmp_path):
+    save_sharded(tmp_path / "good" / "optimizer_0", [{"lr": 0.1, "betas": (0.9, 0.99)}])
+    check_sharded(tmp_path / "good")
+    save_sharded(tmp_path / "entry" / "optimizer_0", Evil(tmp_path / "owned"))
+    assert not (tmp_path / "owned").exists()
+    with pytest.raises(CheckpointError, match="optimizer_0 is not loaded"):
+        check_sharded(tmp_path / "entry")
+    shutil.copytree(tmp_path / "good", tmp_path / "index")
+    (tmp_path / "index" / "optimizer_0" / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
+    with pytest.raises(CheckpointError, match="io.open is not part of a checkpoint's index"):
+        check_sharded(tmp_path / "index")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_models_load_from_whole_safetensors_without_remote_code(model_folder, tmp_path):
+    from amopo_fast.models.loading import model_errors
+
+    def load(folder):
+        with model_errors(str(folder)):
+            args = AMoPOConfig(output_dir=str(tmp_path / "run"), use_cpu=True)
+            return load_model(ModelConfig(model_name_or_path=str(folder)), args, torch.float32)
+
+    folder = Path(shutil.copytree(model_folder, tmp_path / "truncated"))
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size // 2)
+    with pytest.raises(ValueError, match="truncated.* cannot be loaded: .*[Ss]afetensor.*whole .safetensors files"):
+        load(folder)
+
+    folder = Path(shutil.copytree(model_folder, tmp_path / "pickled"))
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
+    with pytest.raises(ValueError, match="no file named model.safetensors"):
+        load(folder)
+
+    folder = Path(shutil.copytree(model_folder, tmp_path / "remote"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\n")
+    with pytest.raises(ValueError, match="contains custom code"):
+        load(folder)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/b", "/etc/x", ".hidden"])
+def test_names_in_configurations_stay_names(name):
+    from amopo_fast.data.sources.spec import parse_sources
+
+    with pytest.raises(ValueError, match="may hold letters"):
+        parse_sources({name: "pairs.json"})

@@ -1,0 +1,189 @@
+"""Loading without a second copy, precision, adapters through AMoPOTrainer, merging, and the check before a run."""
+
+import json
+
+import pytest
+import torch
+from run_training import pairs
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+from amopo_fast.cli import main
+from amopo_fast.demo.model import demo_model, demo_tokenizer
+from amopo_fast.memory.estimate import GIB, Row, Setup
+from amopo_fast.memory.preflight import DoesNotFit, require_fit
+from amopo_fast.memory.profile import LiveBytes
+from amopo_fast.models.config import ModelConfig
+from amopo_fast.models.loading import load_model
+from amopo_fast.models.precision import weights_dtype
+from amopo_fast.training.config import AMoPOConfig
+from amopo_fast.training.loading import load_for_training
+
+SHAPE = Qwen2Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                    num_key_value_heads=1, tie_word_embeddings=False)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(SHAPE).save_pretrained(path)
+    demo_tokenizer().save_pretrained(path)
+    return path
+
+
+def args(path, **options):
+    return AMoPOConfig(output_dir=str(path), use_cpu=True, disable_tqdm=True, **options)
+
+
+@pytest.mark.parametrize("random_weights", [True, False])
+def test_a_model_is_made_once_in_its_dtype(tmp_path, random_weights):
+    big = Qwen2Config(vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+                      num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
+    big.save_pretrained(tmp_path)
+    if not random_weights:
+        AutoModelForCausalLM.from_config(big, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    config = ModelConfig(str(tmp_path), random_weights=random_weights)
+    with LiveBytes() as live:
+        model = load_model(config, args(tmp_path), torch.bfloat16)
+    weights = sum(p.numel() * 2 for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    largest = max(p.numel() * 4 for p in model.parameters())
+    assert live.peak <= weights + 2 * largest  # one tensor at a time may pass through float32
+
+
+def test_random_weights_depend_on_the_seed_and_take_overrides(tmp_path, folder):
+    def weight(seed, **options):
+        config = ModelConfig(str(folder), random_weights=True, **options)
+        return load_model(config, args(tmp_path, seed=seed), torch.float32).lm_head.weight
+
+    assert torch.equal(weight(1), weight(1)) and not torch.equal(weight(1), weight(2))
+    assert weight(1, config_overrides="vocab_size=31,num_hidden_layers=3").shape == (31, 32)
+    with pytest.raises(ValueError, match="config_overrides needs --random_weights"):
+        load_model(ModelConfig(str(folder), config_overrides="vocab_size=3"), args(tmp_path), torch.float32)
+
+
+def test_precision_policy(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+
+    def dtype(policy, device=cuda, adapter=False, fits=True):
+        return weights_dtype(policy, device=device, adapter=adapter, fp32_fits=lambda: fits)
+
+    assert dtype("auto", cpu, fits=False) == dtype("auto") == dtype("fp32", fits=False) == torch.float32
+    assert dtype("auto", fits=False) == dtype("auto", adapter=True) == torch.bfloat16
+    assert dtype("bf16_stochastic", cpu) == dtype("bf16") == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert dtype("auto", fits=False) == torch.float32
+
+
+def test_what_does_not_fit_is_refused_with_a_flag_that_fixes_it():
+    shape = Qwen2Config(vocab_size=152064, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64,
+                        num_attention_heads=40, num_key_value_heads=8, tie_word_embeddings=False)  # fmt: skip
+    row = Row(8192, 4096, 16384)
+    with pytest.raises(DoesNotFit) as refused:
+        require_fit("qwen", shape, row, Setup(weights="fp32"), 139 * GIB)
+    message = str(refused.value)
+    assert message.startswith("qwen: this run needs about 496.8 GiB") and "139.0 GiB are free" in message
+    assert "optimizer states 244.1" in message and "--optim_in_backward adamw_8bit" in message
+    assert require_fit("qwen", shape, row, Setup(states="4bit", in_backward=True), 139 * GIB).peak < 139 * GIB
+
+
+def test_the_check_runs_before_loading_on_a_gpu(tmp_path, folder, monkeypatch):
+    """With a device that claims to be a GPU: nothing is loaded, the message names the model."""
+    run = args(tmp_path, pairs_per_step=4)
+    monkeypatch.setattr(type(run), "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**30))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr("amopo_fast.training.loading.load_model", lambda *a: pytest.fail("loaded"))
+    with pytest.raises(DoesNotFit, match="no change of optimizer"):
+        load_for_training(ModelConfig(str(folder)), run, list(pairs(6)), adapter=False)
+    monkeypatch.setattr("amopo_fast.training.loading.load_model", lambda config, args, dtype: dtype)
+    run.memory_check = False
+    assert load_for_training(ModelConfig(str(folder)), run, list(pairs(6)), adapter=False) == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * GIB, 80 * GIB))
+    run.memory_check = True
+    assert load_for_training(ModelConfig(str(folder)), run, list(pairs(6)), adapter=False) == torch.float32
+
+
+def lora_trainer(folder, tmp_path, model=None, target_modules="all-linear", **options):
+    from peft import LoraConfig
+
+    from amopo_fast.training.trainer import AMoPOTrainer
+
+    adapter = LoraConfig(r=4, target_modules=target_modules, task_type="CAUSAL_LM")
+    options = {"learning_rate": 1e-2, "pairs_per_step": 4, "num_train_epochs": 2, "save_strategy": "no", **options}
+    return AMoPOTrainer(model or str(folder), args(tmp_path, **options), dimensions=["first", "second"],
+                        train_dataset=list(pairs(8)), peft_config=adapter,
+                        processing_class=AutoTokenizer.from_pretrained(folder))  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"optim_in_backward": "adamw", "tokens_per_micro_batch": 10**6,
+                                          "gradient_checkpointing": True}])  # fmt: skip
+def test_lora_trains_saves_and_merges_into_a_model_with_the_same_logits(tmp_path, folder, options):
+    trainer = lora_trainer(folder, tmp_path / "run", **options)
+    assert not trainer.model.get_base_model().lm_head.weight.requires_grad
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+    trainer.save_model(str(tmp_path / "adapter"))
+
+    ids = torch.arange(12)[None]
+    trained = trainer.model.eval()(input_ids=ids).logits
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(input_ids=ids).logits, trained, rtol=1e-5, atol=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits
+    assert (base - trained).abs().max() > 1e-3  # there was something to merge
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 1  # never overwrites
+    assert main(["merge", str(folder), str(tmp_path / "other")]) == 1
+
+
+@pytest.mark.parametrize("target_modules", [["q_proj", "lm_head"], ["lm_head"]])
+def test_an_adapter_on_the_head_is_refused(tmp_path, folder, target_modules):
+    with pytest.raises(ValueError, match="leave lm_head out of target_modules"):
+        lora_trainer(folder, tmp_path, target_modules=target_modules)
+
+
+def test_four_bit_model_under_an_adapter(tmp_path, folder):
+    """bitsandbytes decodes on the CPU too; its kernels and speed need a GPU."""
+    from transformers import BitsAndBytesConfig
+
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=options, device_map={"": "cpu"},
+                                                 dtype=torch.float32)  # fmt: skip
+    layer = model.model.layers[0].mlp.up_proj
+    assert type(layer).__name__ == "Linear4bit" and type(model.lm_head) is torch.nn.Linear
+    trainer = lora_trainer(folder, tmp_path, model=model, gradient_checkpointing=True)
+    code = layer.weight.detach().clone()
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert all(loss == loss for loss in losses) and losses[-1] < losses[0]
+    assert torch.equal(layer.weight, code)
+
+
+def test_four_bits_need_an_adapter():
+    with pytest.raises(ValueError, match="load_in_4bit needs --use_peft true"):
+        ModelConfig("x", load_in_4bit=True)
+
+
+def test_dry_run_prints_prediction_and_measurement(tmp_path, capsys):
+    demo_model(0).save_pretrained(tmp_path / "model")
+    demo_tokenizer().save_pretrained(tmp_path / "model")
+    side = {"helpfulness": 5, "correctness": 4, "instruction_following": 5}
+    records = [
+        {"prompt": f"Name number {i}.", "chosen": {"response": f"Item {i}, of course. " * (i + 1), **side},
+         "rejected": {"response": "No.", **side}}
+        for i in range(6)
+    ]  # fmt: skip
+    (tmp_path / "pairs.json").write_text(json.dumps(records))
+    command = ["train", "--model_name_or_path", str(tmp_path / "model"), "--train_data", str(tmp_path / "pairs.json"),
+               "--output_dir", str(tmp_path / "run"), "--use_cpu", "true", "--bf16", "true", "--pairs_per_step", "3",
+               "--gradient_checkpointing", "true", "--optim_in_backward", "adamw", "--dry_run", "true"]  # fmt: skip
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "longest micro-batch" in shown and "computed tokens/s" in shown
+    ratio = float(shown.split("prediction / measurement ")[1].split(";")[0])
+    assert 0.9 < ratio < 1.1
+    assert not list((tmp_path / "run").glob("**/*.safetensors"))
