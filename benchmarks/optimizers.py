@@ -22,7 +22,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 import harness
 from amopo_fast.data.pairs import read_pairs
 from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE, TRAIN_FILE
-from amopo_fast.demo.model import DEMO_TRAINING, demo_model, demo_tokenizer
+from amopo_fast.demo.model import DEMO_TRAINING, demo_model
+from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.optim.states import moment_bytes
 from amopo_fast.prompts.builder import PromptBuilder
 from amopo_fast.training.config import AMoPOConfig

@@ -45,7 +45,7 @@ def _common(a: list[str], b: list[str]) -> int:
 def lengths_of(path: str) -> dict:
     """The content of step_lengths.json for a file of pairs."""
     from amopo_fast.data.pairs import read_pairs
-    from amopo_fast.demo.model import demo_tokenizer
+    from amopo_fast.demo.tokenizer import demo_tokenizer
     from amopo_fast.prompts.builder import PromptBuilder
 
     pairs, _ = read_pairs(path, dimensions=DIMENSIONS)

@@ -1,8 +1,45 @@
-"""Before anything imports Triton: without a GPU its kernels run in the interpreter, on CPU tensors."""
+"""Before anything imports Triton or a Hub library: without a GPU kernels run in the interpreter, and no test touches a
+network."""
 
 import os
+import socket
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# For this process and the ones that tests start.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+
+_LOCAL = ("127.", "::1", "localhost", "0.0.0.0", "::")
+_connect, _connect_ex, _getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+
+
+def _check(host) -> None:
+    name = host.decode() if isinstance(host, bytes) else str(host or "127.0.0.1")
+    if not (name.startswith(_LOCAL) or name == socket.gethostname()):
+        raise AssertionError(f"a test asked for {name}: no test touches a network")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Loopback and Unix sockets alone."""
+
+    def guarded(function):
+        def connect(self, address):
+            if self.family in (socket.AF_INET, socket.AF_INET6):
+                _check(address[0])
+            return function(self, address)
+
+        return connect
+
+    def getaddrinfo(host, *args, **kwargs):
+        _check(host)
+        return _getaddrinfo(host, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded(_connect))
+        patch.setattr(socket.socket, "connect_ex", guarded(_connect_ex))
+        patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        yield

@@ -7,12 +7,14 @@ One module per command; each has `add_parser(commands)`, which makes its parser 
 from __future__ import annotations
 
 import argparse
-import logging
+import os
 import sys
 from collections.abc import Sequence
 
+from amopo_fast import __version__
 from amopo_fast.cli import data, demo, estimate, evaluate, merge, plot, train
 from amopo_fast.errors import CheckpointError, NumbersError
+from amopo_fast.report.quiet import hold_back
 
 DESCRIPTION = "AMoPO: multi-objective preference optimization of causal language models."
 EXAMPLES = """examples:
@@ -26,8 +28,6 @@ EXAMPLES = """examples:
   amopo-fast train --config run.yaml --beta 1.0    train; any key of the YAML file can be given as --key value
 """
 COMMANDS = (demo, train, evaluate, plot, data, estimate, merge)
-# Both write lines about their own internals while transformers imports torchao.
-NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "amopo-fast", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action="version", version=f"amopo-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in COMMANDS:
         module.add_parser(commands)
@@ -43,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.rest = rest
     if arguments.rest and not arguments.takes_rest:
         parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
-    for name in NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    hold_back()
+    if not sys.stderr.isatty():  # bars of model loading and saving; their libraries read it when they are imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         return arguments.run(arguments)
     except (ValueError, OSError, CheckpointError, NumbersError) as error:

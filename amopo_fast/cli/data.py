@@ -16,18 +16,15 @@ def add_parser(commands) -> None:
 
 def _parse(command: str, rest, add_arguments):
     """(DataConfig, namespace). Files named without a flag are training data; the keys of a training run are allowed."""
-    from amopo_fast.cli.options import parse_options
+    from amopo_fast.cli.options import RUN_CLASSES, parse_options
     from amopo_fast.data.config import DataConfig
-    from amopo_fast.models.config import ModelConfig
-    from amopo_fast.training.config import AMoPOConfig
 
     def add(parser) -> None:
         parser.add_argument("data", nargs="*", help="files, folders or Hub names; the same as --train_data")
         parser.add_argument("--tokenizer", help="folder or Hub name of a tokenizer or model")
         add_arguments(parser)
 
-    others = (ModelConfig, AMoPOConfig)
-    config, arguments = parse_options(command, (DataConfig,), rest, ignore=others, add_arguments=add)
+    config, arguments = parse_options(command, (DataConfig,), rest, ignore=RUN_CLASSES, add_arguments=add)
     if arguments.data:
         config = replace(config, train_data=arguments.data)
     if not config.train_data:
@@ -102,17 +99,11 @@ def run_show(arguments) -> int:
 
 
 def load_tokenizer(name: str | None):
-    """The named tokenizer, or the demo's. Raises ValueError that names it where it cannot be loaded."""
+    """The named tokenizer, or the demo's."""
     if not name:
-        from amopo_fast.demo.model import demo_tokenizer
+        from amopo_fast.demo.tokenizer import demo_tokenizer
 
         return demo_tokenizer()
-    from transformers import AutoTokenizer
+    from amopo_fast.prompts import tokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises plain Exception for a broken file
-        text = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"tokenizer {name!r} cannot be loaded: {text}; give a folder with tokenizer.json, or a Hub name"
-        ) from None
+    return tokenizer.load_tokenizer(name)

@@ -45,18 +45,16 @@ def _add_arguments(parser) -> None:
 
 
 def run(arguments) -> int:
-    from amopo_fast.cli.data import load_tokenizer
-    from amopo_fast.cli.options import parse_options
+    from amopo_fast.cli.options import RUN_CLASSES, parse_options
     from amopo_fast.data.config import DataConfig
     from amopo_fast.evaluation.preferences import difference, score_pairs, summary
-    from amopo_fast.models.config import ModelConfig
     from amopo_fast.models.loading import load_trained
     from amopo_fast.prompts.dataset import load_eval_data
-    from amopo_fast.training.config import AMoPOConfig
+    from amopo_fast.prompts.tokenizer import load_tokenizer
     from amopo_fast.training.objective import AMoPO
 
     config, objective, options = parse_options(
-        "eval", (DataConfig, EvaluationOptions), arguments.rest, ignore=(ModelConfig, AMoPOConfig),
+        "eval", (DataConfig, EvaluationOptions), arguments.rest, ignore=RUN_CLASSES,
         add_arguments=_add_arguments,
     )  # fmt: skip
     models = [found for name in options.models for found in find_models(name, options.checkpoints)]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
+import functools
+import importlib.util
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -18,6 +21,12 @@ from amopo_fast.errors import OptionError, shown
 
 # Keys whose YAML value may be a mapping or a list of them.
 SOURCE_KEYS = ("train_data", "eval_data")
+# Whose keys a run's YAML file may hold beside the data's.
+RUN_CLASSES = (
+    "amopo_fast.models.config:ModelConfig",
+    "amopo_fast.training.config:AMoPOConfig",
+    "transformers.training_args:TrainingArguments",
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,7 +50,7 @@ def parse_options(
     classes: Sequence[type],
     rest: Sequence[str],
     *,
-    ignore: Sequence[type] = (),
+    ignore: Sequence[str] = (),
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> tuple[Any, ...]:
     """An instance of each dataclass, from the keys of `--config FILE` and, over them, the command line's options; last
@@ -49,7 +58,8 @@ def parse_options(
 
     Args:
         command: name for messages and --help.
-        ignore: dataclasses whose keys the YAML file may hold too, so that one file serves several commands.
+        ignore: dataclasses, as "module:class", whose keys the YAML file may hold too, so that one file serves several
+            commands.
         add_arguments: adds the command's own arguments.
 
     Raises:
@@ -66,8 +76,7 @@ def parse_options(
     first.add_argument("--config")
     config = first.parse_known_args(list(rest))[0].config
     if config:
-        others = {f.name for each in ignore for f in dataclasses.fields(each)}
-        values = _from_yaml(config, types_of, keys, others)
+        values = _from_yaml(config, types_of, keys, ignore)
         origin = {key: f"{config}: {key}" for key in values}
         parser.set_defaults(**values)
     namespace, unknown = parser.parse_known_args(list(rest))
@@ -90,7 +99,20 @@ def parse_options(
     return (*(_build(each, given, origin) for each in classes), namespace)
 
 
-def _from_yaml(config: str, types_of: dict[str, Any], known: set[str], others: set[str]) -> dict[str, Any]:
+@functools.cache
+def field_names(place: str) -> frozenset[str]:
+    """Names of the fields of a dataclass, "module:class", read from its source: importing TrainingArguments takes
+    seconds, as it brings peft and all that peft knows."""
+    module, name = place.split(":")
+    text = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+    body = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == name).body
+    fields = [n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+    return frozenset(fields)
+
+
+def _from_yaml(
+    config: str, types_of: dict[str, Any], known: set[str], ignore: Sequence[str]
+) -> dict[str, Any]:
     try:
         values = yaml.load(Path(config).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -104,7 +126,7 @@ def _from_yaml(config: str, types_of: dict[str, Any], known: set[str], others: s
     checked = {}
     for key, value in values.items():
         if key not in known:
-            if key in others:
+            if any(key in field_names(each) for each in ignore):
                 continue
             raise OptionError(f"{config}: unknown key {key!r}{did_you_mean(key, known)}; write a key that exists")
         if value is None:  # an empty value is the default

@@ -43,7 +43,7 @@ def run(arguments) -> int:
     from amopo_fast.cli.options import parse_options
     from amopo_fast.data.config import DataConfig
     from amopo_fast.models.config import ModelConfig
-    from amopo_fast.models.loading import load_shape, load_tokenizer, model_errors, peft_config
+    from amopo_fast.models.loading import load_shape, model_errors, peft_config, tokenizer_of
     from amopo_fast.prompts.dataset import load_data
     from amopo_fast.report.figure import plot_run
     from amopo_fast.survival import checkpoints
@@ -61,7 +61,7 @@ def run(arguments) -> int:
     # Before the model is loaded, which can take minutes. The trainer asks rank 0 alone.
     resume = checkpoints.resolve(folder, config.resume_from_checkpoint) if config.process_index == 0 else None
     with model_errors(model_config.model_name_or_path):
-        tokenizer = load_tokenizer(model_config)
+        tokenizer = tokenizer_of(model_config)
         load_shape(model_config)  # what is wrong with it is said before the data is read
     data = load_data(data_config, tokenizer, seed=config.seed, folder=folder / "tokens" / f"rank{config.process_index}")
     if config.process_index == 0:

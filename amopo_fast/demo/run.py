@@ -11,7 +11,8 @@ from rich.table import Table
 
 from amopo_fast.data.pairs import read_pairs
 from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE, TRAIN_FILE, shuffled
-from amopo_fast.demo.model import DEMO_TRAINING, demo_model, demo_tokenizer
+from amopo_fast.demo.model import DEMO_TRAINING, demo_model
+from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.prompts.builder import PromptBuilder
 from amopo_fast.report.figure import plot_run
 from amopo_fast.training.config import AMoPOConfig

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, set_seed
 
+from amopo_fast import hub
 from amopo_fast.errors import OptionError
 from amopo_fast.models.architecture import head_of, set_layers
+from amopo_fast.prompts.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -37,19 +39,22 @@ def model_errors(name: str | None) -> Iterator[None]:
         raise  # says what to do already
     except Exception as error:
         text = " ".join(str(error).split())
-        raise ValueError(
-            f"model_name_or_path: {name!r} cannot be loaded: {type(error).__name__}: {text[:400]}; "
-            "give a folder with config.json, tokenizer.json and whole .safetensors files, or a Hub name"
-        ) from error
+        remedy = hub.remedy(str(name)) or (
+            f"{type(error).__name__}: {text[:400]}; give a folder with config.json, tokenizer.json and whole "
+            ".safetensors files, or a Hub name"
+        )
+        raise ValueError(f"model_name_or_path: {name!r} cannot be loaded: {remedy}") from error
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The run's tokenizer. Raises OptionError if no model is named."""
+def tokenizer_of(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The run's tokenizer.
+
+    Raises:
+        OptionError: no model is named. ValueError: it cannot be loaded.
+    """
     if not config.model_name_or_path:
         raise OptionError("model_name_or_path is missing: give a folder or a Hub name")
-    return AutoTokenizer.from_pretrained(
-        config.tokenizer_name_or_path or config.model_name_or_path, trust_remote_code=False
-    )
+    return load_tokenizer(config.tokenizer_name_or_path or config.model_name_or_path)
 
 
 def load_shape(config: ModelConfig) -> PretrainedConfig:
@@ -60,6 +65,7 @@ def load_shape(config: ModelConfig) -> PretrainedConfig:
     """
     if config.config_overrides and not config.random_weights:
         raise OptionError("config_overrides needs --random_weights: trained weights have one shape")
+    hub.prefer_cache_if_unreachable(config.model_name_or_path)
     shape = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=False)
     if config.config_overrides:
         try:
@@ -159,6 +165,7 @@ def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device |
     def load(folder: str) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=kind, trust_remote_code=False)
 
+    hub.prefer_cache_if_unreachable(name)
     with model_errors(name):
         if not (Path(name) / "adapter_config.json").is_file():
             return load(name).to(device)
@@ -168,7 +175,12 @@ def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device |
         return PeftModel.from_pretrained(base, name).to(device)
 
 
-def save_in_shards(model: nn.Module) -> None:
-    """Let `save_pretrained` copy SHARD_SIZE of weights to the host at a time; Trainer has no option for it."""
+def prepare_saving(model: nn.Module) -> None:
+    """Let `save_pretrained` copy SHARD_SIZE of weights to the host at a time, which Trainer has no option for, and
+    declare tied weights, which no checkpoint holds twice, so that Trainer does not miss them on a resume."""
     if isinstance(model, PreTrainedModel):  # an adapter is small
         model.save_pretrained = functools.partial(type(model).save_pretrained, model, max_shard_size=SHARD_SIZE)
+        first: dict[int, str] = {}
+        named = model.named_parameters(remove_duplicate=False)
+        again = {name for name, parameter in named if first.setdefault(id(parameter), name) != name}
+        model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *again}

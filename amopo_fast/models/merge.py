@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from amopo_fast import hub
 from amopo_fast.models.loading import SHARD_SIZE
+from amopo_fast.prompts.tokenizer import load_tokenizer
 
 
 def merge_adapter(adapter: str | Path, output_dir: str | Path, *, base: str | None = None, dtype: str = "auto") -> None:
@@ -31,10 +33,11 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, *, base: str | No
     if (output / "config.json").exists():
         raise ValueError(f"{output} holds a model already; name another folder")
     base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    hub.prefer_cache_if_unreachable(base)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=kind, use_safetensors=True, trust_remote_code=False)
     # float32 adapters are added in float32 and rounded once, instead of a product that is rounded on its way
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     merged.save_pretrained(output, max_shard_size=SHARD_SIZE)
     own_tokenizer = (adapter / "tokenizer.json").is_file()
-    AutoTokenizer.from_pretrained(adapter if own_tokenizer else base, trust_remote_code=False).save_pretrained(output)
+    load_tokenizer(str(adapter) if own_tokenizer else base).save_pretrained(output)

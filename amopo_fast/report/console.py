@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from transformers import ProgressCallback
+import sys
+
+from transformers import ProgressCallback, TrainerCallback
 
 
-class ConsoleProgress(ProgressCallback):
-    """Trainer's progress bar with one short line per log instead of every metric; metrics.jsonl has them all."""
+def console_callback(bar: bool) -> TrainerCallback:
+    """One short line per log instead of every metric; metrics.jsonl has them all. With `bar`, and where a person looks
+    at the terminal, below Trainer's progress bar."""
+    return _LinesAndBar() if bar and sys.stderr.isatty() else _Lines()
 
+
+class _Lines(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
-            return
-        line = train_line(state.global_step, logs) if "loss" in logs else eval_line(state.global_step, logs)
-        if line:
+        if state.is_world_process_zero and (line := _line(state.global_step, logs or {})):
+            print(line, flush=True)
+
+
+class _LinesAndBar(ProgressCallback):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and (line := _line(state.global_step, logs or {})):
             self.training_bar.write(line)
+
+
+def _line(step: int, logs: dict[str, float]) -> str | None:
+    return train_line(step, logs) if "loss" in logs else eval_line(step, logs)
 
 
 def train_line(step: int, logs: dict[str, float]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import MISSING, Field, dataclass, field, fields
 
+import torch
 from transformers import TrainingArguments
 
 from amopo_fast.errors import OptionError
@@ -119,6 +120,12 @@ class AMoPOConfig(TrainingArguments):
             self.use_liger_kernel = not self.use_cpu and liger_by_default()
         if self.fp16 and self.bf16:
             raise OptionError("fp16 and bf16 are both true: choose one of them", "fp16")
+        for name in ("checkpointing", "checkpointing_kwargs"):  # transformers < 5.24 has the former name alone
+            old, new = f"gradient_{name}", f"activation_{name}"
+            if getattr(self, new, False) is None and getattr(self, old) is not None:
+                setattr(self, new, getattr(self, old))
+                setattr(self, old, None)
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
             if isinstance(value, str) and value.startswith("{"):

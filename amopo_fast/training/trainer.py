@@ -14,7 +14,6 @@ from accelerate.utils import AutocastKwargs, DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoTokenizer,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
@@ -28,12 +27,13 @@ from amopo_fast.models.activations import KeepLayers
 from amopo_fast.models.check import prepare_model
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.faster_layers import compile_layers
-from amopo_fast.models.loading import add_adapter, save_in_shards
+from amopo_fast.models.loading import add_adapter, prepare_saving
 from amopo_fast.models.scoring import backend_for, check_lengths, score_wrapped
 from amopo_fast.optim import backward_grad_norm, choose_optimizer
 from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, PlannedBatches, plan_epochs
+from amopo_fast.prompts.tokenizer import load_tokenizer
 from amopo_fast.prompts.tokens import PairTokens
-from amopo_fast.report.console import ConsoleProgress
+from amopo_fast.report.console import console_callback
 from amopo_fast.survival.checkpointer import AlreadyFinished, Checkpointer
 from amopo_fast.survival.guard import Guard
 from amopo_fast.survival.safety import write_arguments
@@ -80,11 +80,11 @@ class AMoPOTrainer(Trainer):
         **kwargs,
     ):
         if isinstance(model, str):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            processing_class = processing_class or load_tokenizer(model)
             model = load_for_training(ModelConfig(model), args, train_dataset, adapter=peft_config is not None)
         if peft_config is not None:
             model = add_adapter(model, peft_config)
-        save_in_shards(model)
+        prepare_saving(model)
         prepare_model(model)
         if args.compile_layers:
             compile_layers(model)
@@ -186,7 +186,7 @@ class AMoPOTrainer(Trainer):
             batch_sampler=self._batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            pin_memory=self.args.dataloader_pin_memory,
         )
 
     def _outcome(self, model: nn.Module, inputs: dict, objective: Objective, num_pairs: torch.Tensor) -> Outcome:
@@ -255,7 +255,7 @@ def console_trainer(*args, **kwargs) -> AMoPOTrainer:
     trainer = AMoPOTrainer(*args, **kwargs)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ConsoleProgress())
+    trainer.add_callback(console_callback(bar=not trainer.args.disable_tqdm))
     return trainer
 
 

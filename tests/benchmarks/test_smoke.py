@@ -26,6 +26,7 @@ BENCHMARKS = [
     "plan.py",
     "optimizers.py",
     "memory.py",
+    "startup.py",
 ]
 
 

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from amopo_fast.cli import main
-from amopo_fast.demo.model import demo_model, demo_tokenizer
+from amopo_fast.demo.model import demo_model
+from amopo_fast.demo.tokenizer import demo_tokenizer
 
 
 @pytest.fixture(scope="module")

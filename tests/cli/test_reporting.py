@@ -6,7 +6,8 @@ import pytest
 
 from amopo_fast.cli import main
 from amopo_fast.demo.data import HELDOUT_FILE
-from amopo_fast.demo.model import demo_model, demo_tokenizer
+from amopo_fast.demo.model import demo_model
+from amopo_fast.demo.tokenizer import demo_tokenizer
 
 
 def test_tensorboard_gets_every_metric(tmp_path, monkeypatch):

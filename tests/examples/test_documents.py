@@ -12,7 +12,8 @@ import yaml
 from amopo_fast.cli import main
 from amopo_fast.data.sources.spec import parse_sources
 from amopo_fast.demo.data import HELDOUT_FILE
-from amopo_fast.demo.model import demo_model, demo_tokenizer
+from amopo_fast.demo.model import demo_model
+from amopo_fast.demo.tokenizer import demo_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),

@@ -12,7 +12,8 @@ from amopo_fast.cli.options import parse_options
 from amopo_fast.data.config import DataConfig
 from amopo_fast.data.sources.spec import parse_sources
 from amopo_fast.demo.data import HELDOUT_FILE
-from amopo_fast.demo.model import demo_model, demo_tokenizer
+from amopo_fast.demo.model import demo_model
+from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.training.config import AMoPOConfig
 

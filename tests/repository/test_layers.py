@@ -15,7 +15,7 @@ KERNELS = ROOT / "kernels" / "amopo_kernels"
 
 # From the ground up: a room imports from floors below its own and from itself, nothing else of the trainer.
 FLOORS = (
-    ("errors", "report", "optim"),  # and amopo_kernels
+    ("errors", "hub", "report", "optim"),  # and amopo_kernels
     ("data",),
     ("prompts",),
     ("packing", "survival"),
@@ -45,7 +45,7 @@ def imports(name: str, path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and not node.level:
             target = node.module.split(".")
-            names = [".".join([*target, alias.name]) for alias in node.names]
+            names = [".".join([*target, alias.name]) for alias in node.names if alias.name != "__version__"]
             known = [each for each in names if each.removeprefix("amopo_fast.") in MODULES]
             found |= set(known) | ({node.module} if len(known) < len(names) else set())
         elif isinstance(node, ast.ImportFrom):

@@ -15,7 +15,8 @@ from small_run import small_trainer
 
 from amopo_fast.cli import main
 from amopo_fast.demo.data import DIMENSIONS, TRAIN_FILE
-from amopo_fast.demo.model import demo_model, demo_tokenizer
+from amopo_fast.demo.model import demo_model
+from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.errors import CheckpointError
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.loading import load_model

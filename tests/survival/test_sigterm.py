@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from amopo_fast.demo.data import DIMENSIONS, TRAIN_FILE
-from amopo_fast.demo.model import demo_model, demo_tokenizer
+from amopo_fast.demo.model import demo_model
+from amopo_fast.demo.tokenizer import demo_tokenizer
 
 ROOT = Path(__file__).parents[2]
 

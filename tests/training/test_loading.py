@@ -8,7 +8,8 @@ from run_training import pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from amopo_fast.cli import main
-from amopo_fast.demo.model import demo_model, demo_tokenizer
+from amopo_fast.demo.model import demo_model
+from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.memory.estimate import GIB, Row, Setup
 from amopo_fast.memory.preflight import DoesNotFit, require_fit
 from amopo_fast.memory.profile import LiveBytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from amopo_fast import hub
 from amopo_fast.data.sources.candidate import RawRecord
 from amopo_fast.data.sources.spec import Source
 from amopo_fast.errors import DataError
@@ -18,6 +19,7 @@ def hub_records(source: Source) -> Iterator[RawRecord]:
     """
     import datasets
 
+    hub.prefer_cache_if_unreachable(source.path)
     split = source.split or "train"
     by_record = source.data_dir == "preference" and bool(source.split)  # its files know one split; records name theirs
     try:
@@ -41,7 +43,8 @@ def hub_records(source: Source) -> Iterator[RawRecord]:
         raise DataError(
             "unreadable data set",
             " ".join(f"{type(error).__name__}: {error}".split())[:300],
-            "check the name, split and subset, that the data set holds plain files (json, csv, parquet), and the "
-            "connection or HF_HUB_OFFLINE; a file that you have can be named by its path",
+            hub.remedy(source.path)
+            or "check the name, split and subset, and that the data set holds plain files (json, csv, parquet); a file "
+            "that you have can be named by its path",
             source=str(source),
         ) from None
