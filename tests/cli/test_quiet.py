@@ -19,28 +19,38 @@ def folder(tmp_path_factory):
     return folder
 
 
-def output_of(folder, *argv):
-    done = subprocess.run([sys.executable, "-m", "amopo_fast.cli", *argv], cwd=folder, capture_output=True, text=True)
+SCRIPT = """
+import sys
+from amopo_fast.cli import main
+for argv in {commands!r}:
+    for stream in (sys.stdout, sys.stderr):
+        print("=====", file=stream, flush=True)
+    if main(argv):
+        sys.exit(1)
+"""
+
+
+def outputs(folder, *commands):
+    """[(what it printed, what it said)] of commands in one fresh process, where libraries still give their warnings."""
+    code = SCRIPT.format(commands=[command.split() for command in commands])
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+    return list(zip(*(text.split("=====\n")[1:] for text in (done.stdout, done.stderr)), strict=True))
 
 
-def test_a_run_its_resume_and_its_evaluation(folder):
-    train = ["train", "--model_name_or_path", "model", "--train_data", "pairs.jsonl", "--use_cpu", "true",
-             "--pairs_per_step", "4", "--gradient_checkpointing", "true", "--output_dir", "run"]  # fmt: skip
-    printed, said = output_of(folder, *train, "--max_steps", "1")
-    assert said == ""
-    first_words = [line.split()[0] for line in printed.splitlines()]
+def test_a_command_says_what_matters(folder):
+    train = "train --model_name_or_path model --train_data pairs.jsonl --use_cpu true --pairs_per_step 4"
+    full = f"{train} --gradient_checkpointing true --output_dir run"
+    trained, resumed, evaluated, adapted, merged = outputs(
+        folder,
+        f"{full} --max_steps 1",
+        f"{full} --max_steps 2 --resume_from_checkpoint last",
+        "eval run --eval_data pairs.jsonl",
+        f"{train} --use_peft true --output_dir lora --max_steps 1",
+        "merge lora merged",
+    )
+    first_words = [line.split()[0] for line in trained[0].splitlines()]
     assert first_words == ["pairs.jsonl:", "8", "2", "attention:", "step", "model:"]
-    printed, said = output_of(folder, *train, "--max_steps", "2", "--resume_from_checkpoint", "last")
-    assert said.splitlines() == ["resuming from run/checkpoint-1"]
-    assert output_of(folder, "eval", "run", "--eval_data", "pairs.jsonl")[1] == ""
-
-
-def test_an_adapter_and_its_merge(folder):
-    _, said = output_of(
-        folder, "train", "--model_name_or_path", "model", "--train_data", "pairs.jsonl", "--use_cpu", "true",
-        "--pairs_per_step", "4", "--max_steps", "1", "--use_peft", "true", "--output_dir", "lora",
-    )  # fmt: skip
-    assert said == ""
-    assert output_of(folder, "merge", "lora", "merged") == ("merged model: merged\n", "")
+    assert resumed[1].splitlines() == ["resuming from run/checkpoint-1"]
+    assert trained[1] == evaluated[1] == adapted[1] == merged[1] == ""
+    assert merged[0] == "merged model: merged\n"
