@@ -71,15 +71,17 @@ class Wording:
         return self.names.get(dimension, dimension.replace("_", " "))
 
     def score_instruction(self, dimension: str, score: float, highest: float) -> str:
-        return _fill(
-            self.score,
-            {
-                "dimension": self.name(dimension),
-                "definition": self.definitions.get(dimension, self.name(dimension)),
-                "score": f"{score:g}",
-                "max": f"{highest:g}",
-            },
-        )
+        """The instruction of a dimension; what stands around the score, joined by it."""
+        return f"{score:g}".join(self.around_the_score(dimension, highest))
+
+    def around_the_score(self, dimension: str, highest: float) -> list[str]:
+        """The text of a dimension's instruction before, between and behind its score: two parts or more."""
+        values = {
+            "dimension": self.name(dimension),
+            "definition": self.definitions.get(dimension, self.name(dimension)),
+            "max": f"{highest:g}",
+        }
+        return [_fill(part, values) for part in self.score.split("{score}")]
 
     def no_object_instruction(self, others: Sequence[str]) -> str:
         """The instruction that names all other dimensions; "" where there are none to name."""

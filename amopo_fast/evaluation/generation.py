@@ -1,0 +1,133 @@
+"""Answers of a model that was asked for a dimension: batches of prompts through transformers' generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from amopo_fast.errors import OptionError
+from amopo_fast.prompts.template import PLAIN
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked for: scores by dimension; none is the instruction that names all dimensions, or with `plain` the
+    user's text alone. A dimension without a score, such as no_object, has None."""
+
+    scores: Mapping[str, float | None]
+    plain: bool = False
+
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> Target:
+        """From "helpfulness=5", "brevity=2", "no_object" or "none".
+
+        Raises:
+            OptionError: not of this form, twice the same, or "none" beside others.
+        """
+        scores: dict[str, float | None] = {}
+        for text in texts:
+            name, separator, value = text.partition("=")
+            name = name.strip()
+            if not name or name in scores:
+                raise OptionError(f"target {text!r}: write DIMENSION=SCORE, each dimension once", "target")
+            try:
+                scores[name] = float(value) if separator else None
+            except ValueError:
+                raise OptionError(f"target {text!r}: {value!r} is no score; write DIMENSION=SCORE", "target") from None
+        if PLAIN in scores and (len(scores) > 1 or scores[PLAIN] is not None):
+            raise OptionError(f"target {PLAIN!r} asks for nothing: leave the others out", "target")
+        return cls({}, plain=True) if PLAIN in scores else cls(scores)
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """As the chat template takes them: `dimension` and `score`, or `scores`."""
+        if self.plain:
+            return {"dimension": PLAIN}
+        if len(self.scores) > 1:
+            return {"scores": dict(self.scores)}
+        return dict(zip(("dimension", "score"), next(iter(self.scores.items()), ()), strict=False))
+
+    def __str__(self) -> str:
+        if self.plain:
+            return "plain"
+        return ", ".join(n if s is None else f"{n}={s:g}" for n, s in self.scores.items()) or "all dimensions"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn, with transformers' names; None is the model's own generation_config's."""
+
+    max_new_tokens: int = 512
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int = 42
+
+    def __post_init__(self):
+        for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_p", 0), ("top_k", 0)):
+            value = getattr(self, name)
+            if value is not None and not value >= low:
+                raise OptionError(f"{name}={value} must be {low} or more", name)
+
+    def arguments(self) -> dict[str, Any]:
+        """For `model.generate`. A temperature of 0 is greedy; one above it samples unless do_sample says no."""
+        given = {name: value for name, value in vars(self).items() if name != "seed" and value is not None}
+        if self.temperature == 0:
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        if self.do_sample is None and (self.temperature is not None or self.top_p is not None):
+            given["do_sample"] = True
+        return given
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    batch_size: int = 8,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[str]:
+    """One answer to each prompt, without special tokens, in the prompts' order.
+
+    Args:
+        model: a causal LM on its device; an adapter over one too.
+        prompts: token ids, as `prompt_of` makes them.
+        batch_size: prompts at a time, longest first, padded on the left.
+        done: called with the number of answers that have come.
+    """
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    device = next(model.parameters()).device
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    was_training = model.training
+    model.eval()
+    try:
+        for begin in range(0, len(order), batch_size):
+            batch = order[begin : begin + batch_size]
+            width = max(len(prompts[i]) for i in batch)
+            ids = torch.full((len(batch), width), padding or 0, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(batch):
+                ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask[row, width - len(prompts[i]) :] = 1
+            with torch.random.fork_rng():
+                torch.manual_seed(sampling.seed + begin)
+                out = model.generate(
+                    input_ids=ids.to(device), attention_mask=mask.to(device), pad_token_id=padding,
+                    **sampling.arguments(),
+                )  # fmt: skip
+            texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+            for i, text in zip(batch, texts, strict=True):
+                answers[i] = text.strip()
+            done(len(batch))
+    finally:
+        model.train(was_training)
+    return answers
