@@ -44,6 +44,7 @@ def run(arguments) -> int:
     from amopo_fast.data.config import DataConfig
     from amopo_fast.models.config import ModelConfig
     from amopo_fast.models.loading import load_shape, model_errors, peft_config, tokenizer_of
+    from amopo_fast.models.saving import final_dtype, size_of_weights
     from amopo_fast.prompts.dataset import load_data
     from amopo_fast.report.figure import plot_run
     from amopo_fast.survival import checkpoints
@@ -62,7 +63,7 @@ def run(arguments) -> int:
     resume = checkpoints.resolve(folder, config.resume_from_checkpoint) if config.process_index == 0 else None
     with model_errors(model_config.model_name_or_path):
         tokenizer = tokenizer_of(model_config)
-        load_shape(model_config)  # what is wrong with it is said before the data is read
+        shape = load_shape(model_config)  # what is wrong with it is said before the data is read
     data = load_data(data_config, tokenizer, seed=config.seed, folder=folder / "tokens" / f"rank{config.process_index}")
     if config.process_index == 0:
         print_counts(data)
@@ -77,6 +78,7 @@ def run(arguments) -> int:
         train_dataset=data.train,
         eval_dataset=data.eval_dataset,
         processing_class=tokenizer,
+        recipe=data.recipe,
         peft_config=peft_config(model_config),
     )
     try:
@@ -90,12 +92,12 @@ def run(arguments) -> int:
             step = trainer.state.global_step
             print(f"stopped by SIGTERM after step {step}. {trainer.checkpointer.where_to_resume()}", file=sys.stderr)
         return STOPPED
-    if trainer.is_fsdp_enabled:  # the checkpoints are sharded, the model is for from_pretrained
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
+    trainer.save_final(final_dtype(config.save_dtype, shape, model_config.random_weights))
     if trainer.is_world_process_zero():
-        print(f"model: {config.output_dir}  metrics: {Path(config.output_dir) / 'metrics.jsonl'}  "
-              f"plot: {plot_run(config.output_dir, Path(config.output_dir) / 'metrics.png')}")  # fmt: skip
+        plot = plot_run(config.output_dir, folder / "metrics.png")
+        trainer.create_model_card()
+        size = size_of_weights(folder)
+        print(f"model: {config.output_dir} ({size})  metrics: {folder / 'metrics.jsonl'}  plot: {plot}")
     return 0
 
 

@@ -6,7 +6,6 @@ initialised from the configuration on the device. LoRA and QLoRA use peft and bi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, set_seed
 
 from amopo_fast import hub
 from amopo_fast.errors import OptionError
 from amopo_fast.models.architecture import head_of, set_layers
+from amopo_fast.models.saving import weights_digest
+from amopo_fast.prompts.recipe import Recipe, recipe_of
 from amopo_fast.prompts.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainingArguments
 
     from amopo_fast.models.config import ModelConfig
-
-SHARD_SIZE = "5GB"  # host memory that saving takes at a time
 
 
 @contextmanager
@@ -149,6 +148,22 @@ def add_adapter(model: nn.Module, adapter: LoraConfig) -> nn.Module:
     return model
 
 
+def check_base(model: nn.Module, recipe: Recipe, name: str) -> None:
+    """Refuse a base model that is not the one an adapter was trained over.
+
+    Raises:
+        OptionError: names both.
+    """
+    trained = recipe.base_model.get("weights")
+    found = weights_digest(model) if trained else ""
+    if trained and found and trained != found:
+        own = recipe.base_model.get("name") or "one without a name"
+        raise OptionError(
+            f"{name} is not the model that the adapter was trained over ({own}): its weights are others; name the "
+            "right base", "base",
+        )  # fmt: skip
+
+
 def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device | None = None) -> nn.Module:
     """A causal LM to evaluate or prompt, with its adapter if the folder is one's.
 
@@ -171,16 +186,9 @@ def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device |
             return load(name).to(device)
         from peft import PeftConfig, PeftModel
 
-        base = load(PeftConfig.from_pretrained(name).base_model_name_or_path)
+        base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
+        base = load(base_name)
+        recipe = recipe_of(name)
+        if recipe is not None:
+            check_base(base, recipe, base_name)
         return PeftModel.from_pretrained(base, name).to(device)
-
-
-def prepare_saving(model: nn.Module) -> None:
-    """Let `save_pretrained` copy SHARD_SIZE of weights to the host at a time, which Trainer has no option for, and
-    declare tied weights, which no checkpoint holds twice, so that Trainer does not miss them on a resume."""
-    if isinstance(model, PreTrainedModel):  # an adapter is small
-        model.save_pretrained = functools.partial(type(model).save_pretrained, model, max_shard_size=SHARD_SIZE)
-        first: dict[int, str] = {}
-        named = model.named_parameters(remove_duplicate=False)
-        again = {name for name, parameter in named if first.setdefault(id(parameter), name) != name}
-        model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *again}

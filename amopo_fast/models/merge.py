@@ -5,17 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from amopo_fast import hub
-from amopo_fast.models.loading import SHARD_SIZE
+from amopo_fast.models.loading import check_base, model_errors
+from amopo_fast.models.saving import SHARD_SIZE, prepare_generation
+from amopo_fast.prompts.recipe import Recipe
+from amopo_fast.prompts.template import change_templates
 from amopo_fast.prompts.tokenizer import load_tokenizer
+
+_TEXT = "The quick brown fox jumps over the lazy dog. How many legs do the two of them have together? Eight, of course."
 
 
 def merge_adapter(adapter: str | Path, output_dir: str | Path, *, base: str | None = None, dtype: str = "auto") -> None:
-    """Write `base` + adapter to `output_dir` in safetensors, with the tokenizer.
+    """Write `base` + adapter to `output_dir` in safetensors, with tokenizer, chat template and recipe.
 
-    A base that was trained under in 4 bits is loaded unquantised: the sum is made in its own dtype.
+    A base that was trained under in 4 bits is loaded unquantised: the sum is made in its own dtype. Where embedding and
+    head share one weight and the adapter changes either, the merged model has two. What was written is read back, and
+    the log-probs of a text are compared before and after.
 
     Args:
         adapter: folder of a LoRA adapter (`amopo-fast train --use_peft true`).
@@ -23,21 +31,82 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, *, base: str | No
         dtype: of the result; "auto": the base model's.
 
     Raises:
-        ValueError: not an adapter's folder, or the output folder has a model already.
+        ValueError: not an adapter's folder, the output folder is none or has a model already, the base is not the one
+            that was trained over, or the merged model differs by more than rounding.
     """
     from peft import PeftConfig, PeftModel
 
     adapter, output = Path(adapter), Path(output_dir)
     if not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"{adapter} has no adapter_config.json: name the folder of an adapter")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; name a folder to write the merged model to")
     if (output / "config.json").exists():
         raise ValueError(f"{output} holds a model already; name another folder")
-    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    recipe = Recipe.read(adapter)
+    with model_errors(str(adapter)):
+        config = PeftConfig.from_pretrained(adapter)
+    base = base or config.base_model_name_or_path
     hub.prefer_cache_if_unreachable(base)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=kind, use_safetensors=True, trust_remote_code=False)
+    with model_errors(base):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=kind, use_safetensors=True, trust_remote_code=False)
+    if recipe is not None:
+        check_base(model, recipe, base)
+    if _changes_a_tied_weight(model, adapter):
+        _untie(model)
+    with model_errors(str(adapter)):
+        adapted = PeftModel.from_pretrained(model, adapter)
+    tokenizer = load_tokenizer(str(adapter) if (adapter / "tokenizer.json").is_file() else base)
+    ids = torch.tensor([tokenizer(_TEXT, add_special_tokens=True)["input_ids"]])
+    before = _logps(adapted, ids)
     # float32 adapters are added in float32 and rounded once, instead of a product that is rounded on its way
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    merged = adapted.merge_and_unload(safe_merge=True)
+    if recipe is not None:
+        prepare_generation(merged, recipe.end_token["id"])
+        tokenizer = change_templates(tokenizer, recipe.served)
     merged.save_pretrained(output, max_shard_size=SHARD_SIZE)
-    own_tokenizer = (adapter / "tokenizer.json").is_file()
-    load_tokenizer(str(adapter) if own_tokenizer else base).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    if recipe is not None:
+        recipe.write(output)
+    written = AutoModelForCausalLM.from_pretrained(output, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    difference = float((_logps(written, ids) - before).abs().mean())
+    if not difference <= _rounding(written.dtype):
+        raise ValueError(
+            f"{output}: the merged model's log-probs differ from those of base and adapter by {difference:.2g} on "
+            f"average, {_rounding(written.dtype):.1g} would be rounding; do not use it, and report the adapter's "
+            "configuration"
+        )
+
+
+def _changes_a_tied_weight(model: nn.Module, adapter: Path) -> bool:
+    """Whether embedding and head are one weight that the adapter's file has a change of."""
+    from safetensors import safe_open
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return False
+    names = {id(module): name for name, module in model.named_modules()}
+    own = [names[id(module)] for module in (head, embedding)]
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        return any(f".{name}." in f".{key}" for key in file.keys() for name in own)  # noqa: SIM118
+
+
+def _untie(model: nn.Module) -> None:
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+
+
+@torch.no_grad()
+def _logps(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """(T - 1,) float32 log-probs of a text's tokens."""
+    model.eval()
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Mean difference of log-probs that rounding the merged weights can make."""
+    return max(16 * torch.finfo(dtype).eps, 1e-4)

@@ -24,6 +24,7 @@ import numpy as np
 
 from amopo_fast.data.pairs import NO_OBJECT, Message, Pair, check_dimensions
 from amopo_fast.errors import DataError
+from amopo_fast.prompts.template import chatml_of
 from amopo_fast.prompts.tokens import PairTokens
 from amopo_fast.prompts.wording import Wording
 
@@ -31,13 +32,6 @@ logger = logging.getLogger(__name__)
 
 Order = Literal["dimension_first", "dimension_last"]
 
-# For tokenizers without a template. Its marks are plain text to a vocabulary that does not know them.
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 _PROBE = "Xq7"  # a response that no template holds by itself
 _BATCH = 64  # pairs per call of the tokenizer; bounds the texts alive, not the result
 
@@ -90,7 +84,7 @@ class PromptBuilder:
         self.tokenizer, self.dimensions = tokenizer, tuple(dimensions)
         self.score_range, self.order, self.max_length = tuple(score_range), order, max_length
         self.wording = Wording.load(template)
-        self._template = None if tokenizer.chat_template is not None else _fallback_template(tokenizer)
+        self._template = None if tokenizer.chat_template is not None else chatml_of(tokenizer)
         special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = set(special) | set(tokenizer.all_special_ids)
         self._special = _any_of({*special.values(), *tokenizer.all_special_tokens})
@@ -392,9 +386,3 @@ def _without_oldest_turn(messages: tuple[Message, ...]) -> tuple[Message, ...]:
 def _any_of(texts: set[str]) -> re.Pattern | None:
     # Longest first, so that the message names the token and not its beginning.
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))) if texts else None
-
-
-def _fallback_template(tokenizer) -> str:
-    ids = tokenizer("a", verbose=False)["input_ids"]
-    starts = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-    return ("{{ bos_token }}" if starts else "") + CHATML

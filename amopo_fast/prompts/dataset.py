@@ -26,6 +26,7 @@ from amopo_fast.data.sources.formats import OpenSource, open_source
 from amopo_fast.data.sources.spec import Source, parse_sources
 from amopo_fast.errors import DataError
 from amopo_fast.prompts.builder import PromptBuilder
+from amopo_fast.prompts.recipe import Recipe, recipe_of_prompts
 from amopo_fast.prompts.store import TokenStore
 from amopo_fast.prompts.tokens import PairTokens
 
@@ -65,6 +66,7 @@ class Data:
     evals: dict[str, Sequence[PairTokens]]
     counts: dict[str, Counts]
     score_range: tuple[float, float]
+    recipe: Recipe
     shared_prompts: int = 0  # prompts of evaluation sets that training has too
 
     @property
@@ -117,7 +119,7 @@ def load_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | 
         if not len(evals[""]):
             raise ValueError(f"eval_share={config.eval_share} holds out no prompt of this data; raise it")
     train = parts[0].pairs if len(parts) == 1 and parts[0].weight == 1 else Mixture(parts, seed)
-    return Data(train, evals, loader.counts, score_range, shared)
+    return Data(train, evals, loader.counts, score_range, loader.recipe(train), shared)
 
 
 def load_eval_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | None = None) -> Data:
@@ -133,7 +135,7 @@ def load_eval_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Pa
     score_range = common_score_range(config, list(opened.values()))
     loader = _Loader(config, tokenizer, score_range, seed, None if folder is None else Path(folder))
     evals = {name: loader.load(source, 0.0)[0] for name, source in opened.items()}
-    return Data([], evals, loader.counts, score_range)
+    return Data([], evals, loader.counts, score_range, loader.recipe([]))
 
 
 def common_score_range(config: DataConfig, opened: Sequence[OpenSource]) -> tuple[float, float]:
@@ -190,6 +192,11 @@ class _Loader:
         self.last_record = 0  # number of records of the source that was loaded last
         if config.streaming and folder is None:
             raise ValueError("streaming needs a folder for the token files")
+
+    def recipe(self, train: Sequence[PairTokens]) -> Recipe:
+        """How the loaded pairs became prompts."""
+        sources = {name: str(counts) for name, counts in self.counts.items()}
+        return recipe_of_prompts(self.builder, {"pairs": len(train), "sources": sources})
 
     def load(
         self, opened: OpenSource, eval_share: float

@@ -120,6 +120,13 @@ class Recipe:
         )  # fmt: skip
 
 
+def recipe_of_prompts(builder: Any, data: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run's prompts: what its PromptBuilder puts into them; the run adds what it trains."""
+    end = {"id": int(builder.end_id), "text": builder.tokenizer.convert_ids_to_tokens(int(builder.end_id))}
+    low, high = map(float, builder.score_range)
+    return Recipe(builder.dimensions, builder.wording, builder.order, (low, high), builder.max_length, end, data=data)
+
+
 def recipe_of(name: str | Path) -> Recipe | None:
     """The recipe of a model's folder, or of its run's for a checkpoint without one; None for a base model.
 

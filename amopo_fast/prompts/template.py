@@ -185,6 +185,22 @@ def prompt_of(
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+# For tokenizers without a template. Its marks are plain text to a vocabulary that does not know them.
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def chatml_of(tokenizer) -> str:
+    """ChatML, behind the token that the tokenizer begins every text with, if it does."""
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    starts = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    return ("{{ bos_token }}" if starts else "") + CHATML
+
+
 def _literal(value: Any) -> str:
     """A value of JSON's kinds as Jinja writes it: as JSON does, but for null."""
     if isinstance(value, Mapping):

@@ -1,17 +1,22 @@
-"""Loads a tokenizer by name, with an error that says which one and what to do."""
+"""Loads a tokenizer by name, with the model's own chat template and an error that says what to do."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from amopo_fast import hub
+from amopo_fast.prompts.template import change_templates, chatml_of, without_dimensions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer, without remote code.
+    """A tokenizer, without remote code, with the chat template that its model came with: without the prefix of a
+    trained folder, and ChatML where there is none.
 
     Args:
         name: folder or Hub name of a tokenizer or a model.
@@ -23,8 +28,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     hub.prefer_cache_if_unreachable(name)
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception for a broken file
         text = " ".join(str(error).split())[:300]
         remedy = hub.remedy(name) or f"{text}; give a folder with tokenizer.json, or a Hub name"
         raise ValueError(f"tokenizer {name!r} cannot be loaded: {remedy}") from None
+    if tokenizer.chat_template is None:
+        logger.warning("tokenizer %s has no chat template: prompts are written in ChatML, which is saved with it", name)
+        tokenizer.chat_template = chatml_of(tokenizer)
+        return tokenizer
+    return change_templates(tokenizer, without_dimensions)

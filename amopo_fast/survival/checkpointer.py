@@ -58,7 +58,7 @@ class Checkpointer(TrainerCallback):
         self.stopped = False
         self._staging: str | None = None
         self._resumed: Path | None = None
-        self._fingerprint: dict = {}
+        self.fingerprint: dict = {}  # of the run, once it begins
         self._evaluation_due = False
         self._save_due = False
 
@@ -72,16 +72,17 @@ class Checkpointer(TrainerCallback):
         Raises:
             CheckpointError: nothing to resume, or the checkpoint belongs to another model or other data.
         """
-        outcome: list = [None]
+        outcome: list = [None, None]
         if self.trainer.is_world_process_zero():
             try:
-                outcome[0] = self._choose(resume)
+                outcome = [self._choose(resume), self.fingerprint]
             except CheckpointError as error:
                 outcome[0] = error
         if self.trainer.args.world_size > 1:
             broadcast_object_list(outcome)
         if isinstance(outcome[0], CheckpointError):
             raise outcome[0]
+        self.fingerprint = outcome[1]
         self.stopped = self._save_due = self._evaluation_due = False
         self._resumed = outcome[0]
         return None if self._resumed is None else str(self._resumed)
@@ -89,7 +90,7 @@ class Checkpointer(TrainerCallback):
     def _choose(self, resume: str | Path | bool | None) -> Path | None:
         trainer, args = self.trainer, self.trainer.args
         folder = checkpoints.resolve(args.output_dir, resume)
-        self._fingerprint = run_fingerprint(
+        self.fingerprint = run_fingerprint(
             trainer.accelerator.unwrap_model(trainer.model),
             trainer.train_dataset.pairs,
             dimensions=trainer.meter.dimensions,
@@ -104,7 +105,7 @@ class Checkpointer(TrainerCallback):
                     f"{folder} holds no optimizer: it was saved with save_only_model. Start a new run with "
                     f"--model_name_or_path {folder}"
                 )
-            changed = differences(marker["fingerprint"], self._fingerprint)
+            changed = differences(marker["fingerprint"], self.fingerprint)
             if changed:
                 raise CheckpointError(
                     f"{folder} belongs to another run: {'; '.join(changed)}. Resume with the model, data and options "
@@ -177,7 +178,7 @@ class Checkpointer(TrainerCallback):
                     state.save_to_json(str(staged / "trainer_state.json"))
                 marker = {
                     "step": state.global_step,
-                    "fingerprint": self._fingerprint,
+                    "fingerprint": self.fingerprint,
                     "world_size": args.world_size,
                     "model_only": args.save_only_model,
                     "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

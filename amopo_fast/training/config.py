@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Literal
 
 import torch
 from transformers import TrainingArguments
@@ -95,6 +96,10 @@ class AMoPOConfig(TrainingArguments):
     )  # fmt: skip
     memory_check: bool = field(
         default=True, metadata={"help": "Before loading: refuse a run that the estimate says does not fit the GPU."}
+    )
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto",
+        metadata={"help": "Of the final model's file: auto is the base model's own. Checkpoints keep what is trained."},
     )
     dry_run: bool = field(
         default=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,10 +28,13 @@ from amopo_fast.models.activations import KeepLayers
 from amopo_fast.models.check import prepare_model
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.faster_layers import compile_layers
-from amopo_fast.models.loading import add_adapter, prepare_saving
+from amopo_fast.models.loading import add_adapter
+from amopo_fast.models.saving import declare_dtype, in_dtype, prepare_generation, prepare_saving
 from amopo_fast.models.scoring import backend_for, check_lengths, score_wrapped
 from amopo_fast.optim import backward_grad_norm, choose_optimizer
 from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, PlannedBatches, plan_epochs
+from amopo_fast.prompts.recipe import Recipe
+from amopo_fast.prompts.template import change_templates
 from amopo_fast.prompts.tokenizer import load_tokenizer
 from amopo_fast.prompts.tokens import PairTokens
 from amopo_fast.report.console import console_callback
@@ -42,7 +46,9 @@ from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.loading import load_for_training
 from amopo_fast.training.metrics import Meter, evaluation_metrics
 from amopo_fast.training.metrics_file import MetricsFile
+from amopo_fast.training.model_card import model_card
 from amopo_fast.training.objective import Batch, Objective, Outcome, objective_of
+from amopo_fast.training.provenance import describe_run
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -60,6 +66,8 @@ class AMoPOTrainer(Trainer):
             evaluation also several by name, whose metrics are named eval_NAME_....
         dimensions: the K dimensions' names, in the order of `PairTokens.prompts`.
         processing_class: the tokenizer, saved with every checkpoint; loaded from `model` if that is a name.
+        recipe: how the pairs became prompts (`load_data(...).recipe`): with it every folder that is written holds
+            amopo_recipe.json and a chat template that asks for the dimensions.
         peft_config: train a new adapter (LoRA) over the frozen model. A PeftModel is trained as it is.
 
     Raises:
@@ -75,6 +83,7 @@ class AMoPOTrainer(Trainer):
         train_dataset: Sequence[PairTokens] | None = None,
         eval_dataset: Sequence[PairTokens] | dict[str, Sequence[PairTokens]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        recipe: Recipe | None = None,
         callbacks: list[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
         **kwargs,
@@ -85,6 +94,13 @@ class AMoPOTrainer(Trainer):
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         prepare_saving(model)
+        self.recipe = recipe
+        if recipe is not None:
+            self.recipe = describe_run(recipe, model, processing_class, args)
+            for line in prepare_generation(model, recipe.end_token["id"]):
+                logger.warning(line)
+            if processing_class is not None:
+                processing_class = change_templates(processing_class, recipe.served)
         prepare_model(model)
         if args.compile_layers:
             compile_layers(model)
@@ -116,6 +132,7 @@ class AMoPOTrainer(Trainer):
                 kwargs.setdefault("optimizer_cls_and_kwargs", choose_optimizer(args, model, schedule.accumulation))
         if args.keep_layers:
             callbacks.append(KeepLayers(args.keep_layers))
+        self._save_dtype: torch.dtype | None = None
         self.objective = objective_of(args)
         self.meter = Meter(dimensions, self.objective.columns)
         self.termination = Termination()
@@ -148,6 +165,8 @@ class AMoPOTrainer(Trainer):
             NumbersError: a NaN or infinite loss, gradient or weight; nothing was changed by it.
         """
         folder = self.checkpointer.begin(resume_from_checkpoint)
+        if self.recipe is not None:
+            self.recipe = replace(self.recipe, data={**self.recipe.data, **self.checkpointer.fingerprint["data"]})
         try:
             with self.termination:
                 result = super().train(resume_from_checkpoint=folder, **kwargs)
@@ -171,9 +190,44 @@ class AMoPOTrainer(Trainer):
         self.checkpointer.save(lambda: super(AMoPOTrainer, self)._save_checkpoint(model, trial))
 
     def _save(self, output_dir=None, state_dict=None) -> None:
+        folder = output_dir or self.args.output_dir
+        if self._save_dtype is not None:
+            state_dict = in_dtype(self.model.state_dict() if state_dict is None else state_dict, self._save_dtype)
         super()._save(output_dir, state_dict)
-        if self.args.should_save:  # Trainer pickles its arguments, tokens included
-            write_arguments(output_dir or self.args.output_dir, self.args)
+        if self.args.should_save:
+            write_arguments(folder, self.args)  # Trainer pickles its arguments, tokens included
+            if self.recipe is not None:
+                self.recipe.write(folder)
+            if self._save_dtype is not None and (Path(folder) / "config.json").is_file():
+                declare_dtype(folder, self._save_dtype)
+
+    def save_final(self, dtype: torch.dtype | None = None) -> None:
+        """Save the trained model for from_pretrained into output_dir; an adapter keeps its dtype.
+
+        Args:
+            dtype: of the file's weights; default: those that were trained.
+        """
+        if self.is_fsdp_enabled:  # the checkpoints are sharded
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        self._save_dtype = None if hasattr(self.model, "peft_config") else dtype
+        try:
+            self.save_model()
+        finally:
+            self._save_dtype = None
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """README.md of output_dir: how the model is asked for a dimension, what it was trained on, metrics; without a
+        recipe Trainer's own."""
+        if self.recipe is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            plot = "metrics.png" if (folder / "metrics.png").is_file() else None
+            text = model_card(
+                self.recipe, self.state.log_history, name=folder.resolve().name, plot=plot,
+                adapter=hasattr(self.model, "peft_config"),
+            )  # fmt: skip
+            (folder / "README.md").write_text(text, encoding="utf-8")
 
     def _get_output_dir(self, trial) -> str:
         # Lets _save_checkpoint write to a staging folder: there is no other way to tell it where to.

@@ -1,0 +1,123 @@
+"""What a model needs to be saved and served as it was trained: its shards, its generation config, its base's digest."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from amopo_fast.errors import OptionError
+from amopo_fast.models.architecture import causal_lm
+from amopo_fast.survival import durable
+
+SHARD_SIZE = "5GB"  # host memory that saving takes at a time
+SAMPLED = 1024  # elements of a tensor that enter a digest: all of 32B's weights would take minutes
+
+
+def prepare_saving(model: nn.Module) -> None:
+    """Let `save_pretrained` copy SHARD_SIZE of weights to the host at a time, which Trainer has no option for, and
+    declare tied weights, which no checkpoint holds twice, so that Trainer does not miss them on a resume."""
+    if isinstance(model, PreTrainedModel):  # an adapter is small
+        model.save_pretrained = functools.partial(type(model).save_pretrained, model, max_shard_size=SHARD_SIZE)
+        first: dict[int, str] = {}
+        named = model.named_parameters(remove_duplicate=False)
+        again = {name for name, parameter in named if first.setdefault(id(parameter), name) != name}
+        model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *again}
+
+
+def prepare_generation(model: nn.Module, end_token_id: int) -> list[str]:
+    """Make a model's generation config such that it stops at the trained end token and can be saved; what was changed,
+    in words. Sampling fields stay the base model's.
+
+    Raises:
+        OptionError: transformers would refuse to save it, after training.
+    """
+    config = getattr(causal_lm(model), "generation_config", None)
+    if config is None:
+        return []
+    changed = []
+    ends = config.eos_token_id
+    ends = [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    if end_token_id not in ends:
+        config.eos_token_id = [*ends, end_token_id] if ends else end_token_id
+        changed.append(f"generation stops at token {end_token_id} too, which ends the trained responses")
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        if config.do_sample:
+            raise _cannot_be_saved(error) from None
+        config.do_sample = True  # its sampling fields say so, and alone they cannot be saved
+        try:
+            config.validate(strict=True)
+        except ValueError as still:
+            raise _cannot_be_saved(still) from None
+        changed.append("generation_config has sampling fields without do_sample, which cannot be saved: set to true")
+    return changed
+
+
+def _cannot_be_saved(error: ValueError) -> OptionError:
+    text = " ".join(str(error).split())[:400]
+    return OptionError(f"the model's generation_config could not be saved after training: {text}; correct the file")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hex digest of a base model's weights, whatever adapter lies over it: names, shapes and SAMPLED elements of each,
+    rounded to bfloat16, so that it does not depend on the dtype they were loaded in. "" where parts are quantised,
+    sharded or on no device.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(causal_lm(model).state_dict().items()):
+        name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        if ".lora_" in name or ".modules_to_save." in name or not isinstance(tensor, Tensor):
+            continue
+        if type(tensor) is not Tensor or tensor.is_meta or not tensor.is_floating_point():
+            return ""
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLED)].to(torch.bfloat16).cpu()
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def final_dtype(save_dtype: str, base: PretrainedConfig, random_weights: bool) -> torch.dtype | None:
+    """The dtype of the final model's file; "auto" is the base model's own. None: the one that is trained."""
+    if save_dtype != "auto":
+        return getattr(torch, save_dtype)
+    own = base.dtype
+    return None if random_weights else getattr(torch, own) if isinstance(own, str) else own
+
+
+def size_of_weights(folder: str | Path) -> str:
+    """ "BF16, 1.92 GiB": what the safetensors files of a folder hold."""
+    from safetensors import safe_open
+
+    names, size = set(), 0
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        size += path.stat().st_size
+        with safe_open(path, framework="pt") as file:
+            names |= {str(file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118
+    amount = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    return f"{', '.join(sorted(names))}, {amount}"
+
+
+def in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A state dict in host memory with its floating-point tensors in `dtype`; tied tensors stay one."""
+    made: dict[int, Tensor] = {}
+    return {
+        name: made.setdefault(id(value), value.cpu().to(dtype) if value.is_floating_point() else value.cpu())
+        for name, value in state.items()
+    }
+
+
+def declare_dtype(folder: str | Path, dtype: torch.dtype) -> None:
+    """Write into a saved model's config.json that its weights are in `dtype`."""
+    path = Path(folder) / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["dtype"] = str(dtype).removeprefix("torch.")
+    durable.write_text(path, json.dumps(content, indent=2) + "\n")
