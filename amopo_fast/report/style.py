@@ -25,8 +25,8 @@ class Look:
 
 _SOLID, _DASHED, _DOTTED, _MIXED = "-", (0, (5, 1.8)), (0, (1.3, 1.3)), (0, (5, 1.5, 1.3, 1.5))
 
-# Colours of Okabe and Ito (2008), which the common kinds of colour blindness tell apart; slate for their black and brown
-# for their yellow, which is lost on white. Any two are at least 16 apart (CIE 1976 colour difference), also as
+# Colours of Okabe and Ito (2008), which the common kinds of colour blindness tell apart; slate for their black and
+# brown for their yellow, which is lost on white. Any two are at least 16 apart (CIE 1976 colour difference), also as
 # protanopes, deuteranopes and tritanopes see them (Machado et al. 2009).
 LOOKS = (
     Look("#0072b2", _SOLID, "o"),

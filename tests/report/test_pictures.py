@@ -175,7 +175,10 @@ def test_rows_of_runs_share_ranges_and_a_dimension_keeps_its_colour(tmp_path):
     b = write_run(tmp_path / "b", names=("x", "z"), shift=2.0)
     rows = run_rows(read_runs([a, b]))
     for column in (0, 1, 3):
-        assert drawn(rows, 1, column).get_ylim() == drawn(rows, 2, column).get_ylim()
+        axes = [drawn(rows, row, column) for row in (1, 2)]
+        assert axes[0].get_ylim() == axes[1].get_ylim()
+        shown = np.concatenate([y for axis in axes for _, _, y in lines_of(axis)])
+        assert axes[0].get_ylim()[0] <= shown.min() and shown.max() <= axes[0].get_ylim()[1]
     handles, labels = drawn(rows, 2, 0).get_legend_handles_labels()
     assert {label: handle.get_color() for handle, label in zip(handles, labels, strict=True)} == {
         "x": LOOKS[0].color, "z": LOOKS[2].color,

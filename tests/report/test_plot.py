@@ -93,7 +93,7 @@ def test_a_picture_is_the_same_every_time_whatever_the_users_style(tmp_path):
 
     run = write_run(tmp_path / "run", 12)
     first = plot_run(run, tmp_path / "first.svg").read_bytes()
-    with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": None, "axes.grid": False, "lines.linewidth": 9}):
+    with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": None, "axes.facecolor": "black", "text.usetex": True}):
         assert plot_run(run, tmp_path / "second.svg").read_bytes() == first
 
 
