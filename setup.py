@@ -9,7 +9,6 @@ ROOT = Path(__file__).parent
 EXTRAS = {
     "flash": ["flash-attn>=2.7"],
     "liger": ["liger-kernel>=0.6"],
-    "lowbit": ["torchao>=0.15"],
     "peft": ["bitsandbytes>=0.46.1"],  # QLoRA; LoRA itself needs nothing beyond the requirements
     "bench": ["liger-kernel>=0.6", "cut-cross-entropy>=25.1", "trl>=0.25"],
     "test": [
@@ -17,7 +16,7 @@ EXTRAS = {
         "mypy>=1.15",
     ],
 }
-EXTRAS["all"] = sorted({requirement for name in ("liger", "lowbit", "peft") for requirement in EXTRAS[name]})
+EXTRAS["all"] = sorted({requirement for name in ("liger", "peft") for requirement in EXTRAS[name]})
 
 setup(
     name="amopo-fast",

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,10 @@ import harness  # noqa: E402
 from amopo_fast.data.pairs import Message, Pair  # noqa: E402
 from amopo_fast.packing.plan import build_plan  # noqa: E402
 from amopo_fast.prompts.builder import PromptBuilder  # noqa: E402
+from amopo_fast.report import marks  # noqa: E402
 from amopo_fast.report.figure import draw  # noqa: E402
-from amopo_fast.report.panels import Panel, Section, Series  # noqa: E402
+from amopo_fast.report.sheet import Panel, Row  # noqa: E402
+from amopo_fast.report.style import look  # noqa: E402
 from amopo_fast.training.config import AMoPOConfig  # noqa: E402
 from amopo_fast.training.trainer import AMoPOTrainer  # noqa: E402
 from quality_task import (  # noqa: E402
@@ -322,21 +325,33 @@ def win_rates(found: list[dict[str, np.ndarray]], against: list[dict[str, np.nda
 
 def plot(summary: dict, path: Path) -> Path:
     """Rates of all methods and win rates against SimPO, with intervals."""
-    panels = []
-    for title, found, y_range in (
-        ("Share of responses that are good", summary["rates"], (0.0, 1.0)),
-        (f"Win rate against {BASELINE}, ties half", summary["win_rates"], (None, None)),
-        (f"Win rate against {SAME_STEPS}, ties half", summary["win_rates_as_many_steps"], (None, None)),
-    ):
-        names = list(next(iter(found.values())))
-        series = []
-        for color, (method, values) in enumerate(found.items()):
-            shift = 0.12 * (color - (len(found) - 1) / 2)
-            points = [(x + shift, values[name]["value"]) for x, name in enumerate(names)]
-            band = [(x + shift, values[name]["low"], values[name]["high"]) for x, name in enumerate(names)]
-            series.append(Series(method, points, color, "dots", band=band))
-        panels.append(Panel(title, series, x_label="", y_range=y_range, x_names=names))
-    return draw([Section("", panels)], path, f"{summary['seeds']} seeds, 95 % intervals")
+    panels = [
+        Panel(title, partial(draw_shares, found, even), "", y_label)
+        for title, y_label, found, even in (
+            ("Good responses", "% of responses", summary["rates"], None),
+            (f"Win rate against {BASELINE}", "%, ties half", summary["win_rates"], 50),
+            (f"Win rate against {SAME_STEPS}", "%, ties half", summary["win_rates_as_many_steps"], 50),
+        )
+    ]
+    foot = f"Means of {summary['seeds']} seeds with 95 % intervals (Student's t over seeds)."
+    return draw([Row(panels)], path, "AMoPO and SimPO on the synthetic task", foot=foot)
+
+
+def draw_shares(found: dict[str, dict[str, dict[str, float]]], even: float | None, axis) -> None:
+    """Shares (0 to 1, {"value", "low", "high"}) by method and by what was judged, in per cent."""
+    if even is not None:
+        marks.reference(axis, even)
+    names = list(next(iter(found.values())))
+    shown: list[float] = []
+    for index, (method, values) in enumerate(found.items()):
+        mark = look(list(METHODS).index(method))
+        places = [x + 0.12 * (index - (len(found) - 1) / 2) for x in range(len(names))]
+        marks.key(axis, method, mark, marker=True, line=False)
+        marks.intervals(axis, places, [values[name] for name in names], mark, scale=100)
+        shown += marks.bounds([values[name] for name in names], scale=100)
+    marks.fit_y(axis, shown, lowest=-1.5, highest=101.5)
+    axis.set_xlim(-0.5, len(names) - 0.5)
+    axis.set_xticks(range(len(names)), names)
 
 
 def reading(summary: dict) -> str:

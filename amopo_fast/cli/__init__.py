@@ -22,7 +22,7 @@ EXAMPLES = """examples:
   amopo-fast validate pairs.json                   what is in a data file and what is wrong with it
   amopo-fast show pairs.json --record 3            one record's sequences, tokens and labels
   amopo-fast eval runs/a --eval_data heldout.json  accuracy and margin per dimension, with intervals
-  amopo-fast plot runs/a runs/b                    metrics of runs, overlaid: PNG, SVG and a page
+  amopo-fast plot runs/a runs/b                    metrics of runs, compared: PNG, SVG and a page
   amopo-fast merge runs/lora merged                a LoRA adapter into its base model
   amopo-fast estimate --model DIR --gpu h200       memory and speed of training a model, by part and optimizer
   amopo-fast train --config run.yaml --beta 1.0    train; any key of the YAML file can be given as --key value

@@ -179,13 +179,17 @@ def _print(sets) -> None:
         for name in ("mean", *first["dimensions"]):
             table.add_column(name.replace("_", " "), justify="right")
         for model, result in found.items():
-            values = [result["mean"]["accuracy"], *(each["accuracy"] for each in result["dimensions"].values())]
-            table.add_row(model, *(_interval(value) for value in values))
+            found_in = [(result["mean"], result["pairs"]), *((e, e["pairs"]) for e in result["dimensions"].values())]
+            table.add_row(model, *(_interval(each["accuracy"], pairs) for each, pairs in found_in))
         Console().print(table)
 
 
-def _interval(value: dict[str, float]) -> str:
+def _interval(value: dict[str, float], pairs: int) -> str:
+    from amopo_fast.report.marks import FEWEST_FOR_INTERVAL
+
     if math.isnan(value["value"]):
         return "absent"
+    if pairs < FEWEST_FOR_INTERVAL:
+        return f"{100 * value['value']:.1f}"
     half = max(value["high"] - value["value"], value["value"] - value["low"])
     return f"{100 * value['value']:.1f} ±{100 * half:.1f}"

@@ -1,4 +1,4 @@
-"""`amopo-fast plot`: the metrics of one run or of several, overlaid."""
+"""`amopo-fast plot`: the metrics of one run, or of several beside each other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ FORMATS = ("png", "svg", "html")
 
 
 def add_parser(commands) -> None:
-    plot = commands.add_parser("plot", help="draw the metrics of training runs, overlaid, as PNG, SVG and a page")
+    plot = commands.add_parser("plot", help="draw the metrics of training runs as PNG, SVG and a page")
     plot.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a training run")
     plot.add_argument("--output", help="folder for metrics.png, metrics.svg and report.html (default: the first run's)")
     plot.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: all")
@@ -16,23 +16,20 @@ def add_parser(commands) -> None:
 
 
 def run(arguments) -> int:
-    from amopo_fast.report.figure import draw
-    from amopo_fast.report.page import charts, page, table, write
-    from amopo_fast.report.panels import run_sections
+    from amopo_fast.report.figure import draw_runs
+    from amopo_fast.report.page import page, pictures, table, write
     from amopo_fast.report.runs import read_runs
+    from amopo_fast.report.training import describe, reading, run_rows
 
     runs = read_runs(arguments.runs)
     folder = Path(arguments.output or arguments.runs[0])
-    sections = run_sections(runs)
-    if not sections:
-        raise ValueError(f"{arguments.runs[0]}: metrics.jsonl has no metric that could be drawn")
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     for kind in arguments.formats:
         if kind == "html":
-            lead = ", ".join(each.name for each in runs)
-            path = write(folder / "report.html", page(title, lead, table(*_summary(runs)) + charts(sections)))
+            title, lead = describe(runs)
+            body = table(*_summary(runs)) + pictures(run_rows(runs))
+            path = write(folder / "report.html", page(title, lead, body, reading(runs)))
         else:
-            path = draw(sections, folder / f"metrics.{kind}", title)
+            path = draw_runs(runs, folder / f"metrics.{kind}")
         print(path)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 
 import torch
@@ -13,8 +14,8 @@ from amopo_fast.optim.adamw import AdamW
 logger = logging.getLogger(__name__)
 
 IN_BACKWARD = {"adamw": "fp32", "adamw_8bit": "8bit", "adamw_4bit": "4bit"}
-STATES_OF_OPTIM = {"adamw_torch": "fp32", "adamw_torch_fused": "fp32", "adamw_torch_8bit": "8bit",
-                    "adamw_torch_4bit": "4bit"}  # fmt: skip
+LOW_BIT = {"adamw_torch_8bit": "8bit", "adamw_torch_4bit": "4bit"}
+STATES_OF_OPTIM = {"adamw_torch": "fp32", "adamw_torch_fused": "fp32", **LOW_BIT}
 
 PLAIN_BF16_WARNING = (
     "weight_precision=bf16: weights are rounded to the nearest bfloat16 after every update. At learning rates below "
@@ -60,11 +61,16 @@ def choose_optimizer(args: TrainingArguments, model: nn.Module, micro_batches: i
             "max_grad_norm": args.max_grad_norm,
             "clipping": args.clip_in_backward,
         }
-    if not (trains_bf16 and rounds):
-        return None
     name = str(getattr(args.optim, "value", args.optim))
-    if sharded and name in ("adamw_torch_8bit", "adamw_torch_4bit"):
-        args.optim_args = ",".join(filter(None, [args.optim_args, "bf16_stochastic_round=True"]))
+    if sharded and name in LOW_BIT:
+        if importlib.util.find_spec("torchao") is None:
+            raise ValueError(
+                f"--optim {name} under FSDP or DeepSpeed is torchao's, which is not installed: pip install torchao"
+            )
+        if trains_bf16 and rounds:
+            args.optim_args = ",".join(filter(None, [args.optim_args, "bf16_stochastic_round=True"]))
+        return None
+    if name not in LOW_BIT and not (trains_bf16 and rounds):
         return None
     if sharded or name not in STATES_OF_OPTIM:
         engine = " under FSDP or DeepSpeed" if sharded else ""
@@ -73,7 +79,7 @@ def choose_optimizer(args: TrainingArguments, model: nn.Module, micro_batches: i
             f"--optim adamw_torch_8bit or adamw_torch_4bit{'' if sharded else ' or adamw_torch_fused'}, or load the "
             "model in float32 (--weight_precision fp32), or accept it with --weight_precision bf16"
         )
-    return AdamW, {**options, "states": STATES_OF_OPTIM[name], "stochastic_rounding": True}
+    return AdamW, {**options, "states": STATES_OF_OPTIM[name], "stochastic_rounding": rounds}
 
 
 def _require_one_backward_per_step(args, micro_batches: int, sharded: bool) -> None:

@@ -1,8 +1,11 @@
 """Storage of AdamW's two moments: float32, or 8-bit and 4-bit codes with a float32 scale per block.
 
-The codes, maps and block sizes are torchao's (8 bits: blocks of 256, arXiv 2110.02861; 4 bits: blocks of 128,
-arXiv 2309.01507), kept as plain tensors so that a checkpoint holds nothing but tensors. As there, a tensor of fewer
-than 4096 elements or of no whole number of blocks is not quantised; here it then stays in float32.
+    scale = max |x| over a block        code = the map's value nearest to x / scale (halfway: the upper)
+
+Block sizes and maps are those of torchao's AdamW8bit (blocks of 256; Dettmers et al. 2022, arXiv 2110.02861) and
+AdamW4bit (blocks of 128; Li et al. 2023, arXiv 2309.01507), bit for bit, kept as plain tensors so that a checkpoint
+holds nothing but tensors. As there, a tensor of fewer than 4096 elements or of no whole number of blocks is not
+quantised; here it then stays in float32.
 """
 
 from __future__ import annotations
@@ -16,16 +19,6 @@ from torch import Tensor
 BLOCK_SIZE = {"8bit": 256, "4bit": 128}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SMALLEST_QUANTISED = 4096  # elements
-
-
-def _torchao():
-    try:
-        import torchao.optim
-    except ImportError:
-        raise ImportError(
-            "8-bit and 4-bit optimizer states need torchao: pip install 'amopo-fast[lowbit]', or use adamw"
-        ) from None
-    return torchao.optim
 
 
 def storage(numel: int, states: str) -> str:
@@ -46,11 +39,29 @@ def moment_bytes(numel: int, states: str) -> int:
 
 @functools.cache
 def quantisation_map(states: str, signed: bool, device: torch.device) -> Tensor:
-    """(256,) or (16,) float32, ascending: the value of each code."""
-    optim = _torchao()
-    module = optim.subclass_8bit if states == "8bit" else optim.subclass_4bit
-    values = module.get_qmap_signed() if signed else module.get_qmap_unsigned()
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    """(256,) or (16,) float32, ascending: the value of each code, between -1 and 1.
+
+    The dynamic map of arXiv 2110.02861, section 2.2, but for the second moment in 4 bits, whose map is i / 16 for
+    i = 1..16: linear, and without the zero that would be a denominator (arXiv 2309.01507).
+    """
+    if states == "4bit" and not signed:
+        return torch.arange(1, 17, dtype=torch.float32, device=device) / 16
+    return _dynamic_map(8 if states == "8bit" else 4, signed).to(device)
+
+
+def _dynamic_map(bits: int, signed: bool) -> Tensor:
+    """0, 1, and in each of `bits` - 1 decades, from the largest down, half as many values as in the one above: the
+    middles of equal parts of 0.1..1, times the decade's power of ten. Without a sign each decade has twice as many.
+
+    float32 on the CPU, whose rounding makes the values torchao's own.
+    """
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
+    for exponent in range(bits - 1):
+        parts = 2**exponent if signed else 2 ** (exponent + 1)
+        edges = torch.linspace(0.1, 1, parts + 1, dtype=torch.float32, device="cpu")
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - bits + 2)
+        values += [middles, -middles] if signed else [middles]
+    return torch.cat(values).sort().values
 
 
 @dataclass(frozen=True)
@@ -88,22 +99,28 @@ class Moment:
         codes = self.codes
         if self.states == "4bit":
             codes = torch.stack([codes >> 4, codes & 0b1111], -1).view(-1)
-        return _torchao().quant_utils.dequant_with_qmap(codes, self.map, self.scale)
+        return (self.map[codes.int()].view(self.scale.numel(), -1) * self.scale[:, None]).view(-1)
 
     def write(self, values: Tensor) -> None:
         """Store (n,) float32, in place."""
         if self.scale is None:
             self.codes.copy_(values)
             return
-        utilities = _torchao().quant_utils
-        scaled, scale = utilities.scale_tensor(values, BLOCK_SIZE[self.states])
-        if self.states == "8bit":
-            codes = utilities.quantize_8bit_with_qmap(scaled, self.map)
-        else:
-            codes = utilities.quantize_4bit_with_qmap(scaled, self.map)
+        blocks = values.view(self.scale.numel(), -1)
+        scale = blocks.abs().amax(-1).clip(1e-12)  # of a block of zeros
+        codes = _nearest((blocks / scale[:, None]).view(-1), self.map)
+        if self.states == "4bit":
             codes = (codes[::2] << 4) | codes[1::2]
         self.codes.copy_(codes)
         self.scale.copy_(scale)
+
+
+def _nearest(values: Tensor, ascending: Tensor) -> Tensor:
+    """(n,) uint8: the code whose value is nearest, the upper one from halfway on."""
+    below = (torch.searchsorted(ascending, values, right=True) - 1).clip(0)
+    above = (below + 1).clip(max=len(ascending) - 1)
+    upper = values - ascending[below] >= (ascending[above] - ascending[below]) * 0.5
+    return torch.where(upper, above, below).to(torch.uint8)
 
 
 def new_state(parameter: Tensor, states: str, values_dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

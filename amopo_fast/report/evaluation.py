@@ -1,43 +1,44 @@
-"""Evaluations as a page: a table of models, and charts of what each prefers."""
+"""What models prefer: the pictures of evaluations, and a page of them with the numbers as tables."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
-from amopo_fast.report.page import charts, page, table
-from amopo_fast.report.panels import Panel, Section, Series
+from amopo_fast.report import marks
+from amopo_fast.report.marks import FEWEST_FOR_INTERVAL
+from amopo_fast.report.page import page, pictures, table
+from amopo_fast.report.sheet import PANEL_HEIGHT, STEPS, Panel, Row
+from amopo_fast.report.style import DIM, look, told_apart
+
+Evaluations = dict[str, dict[str, Any]]
+
+_MOST_MODELS = 8  # in one panel
+_METRICS = (("Accuracy", "accuracy", "accuracy, %", 100.0), ("Margin", "margin", "margin", 1.0))
 
 
-def evaluation_page(title: str, evaluations: dict[str, dict[str, Any]]) -> str:
+def evaluation_page(title: str, evaluations: Evaluations) -> str:
     """HTML of the evaluations of one set: summaries (`evaluate.summary`) by model, in order.
 
     A summary may hold "step", its checkpoint's optimizer step, and "difference", to the first model.
     """
     names = list(next(iter(evaluations.values()))["dimensions"])
-    first = next(iter(evaluations))
+    first, last = next(iter(evaluations)), list(evaluations)[-1]
     columns = ["model", "mean", *names]
-    rows = [
-        [model, _percent(e["mean"]["accuracy"]), *(_percent(e["dimensions"][name]["accuracy"]) for name in names)]
-        for model, e in evaluations.items()
-    ]
-    body = "<h2>Accuracy</h2>" + table(columns, rows)
-    changed = [
-        [model, *(_signed(e["difference"][name]) for name in ("mean", *names))]
-        for model, e in evaluations.items()
-        if "difference" in e
-    ]
+    body = "<h2>Accuracy</h2>" + table(columns, _table(evaluations, names, "accuracy", _percent))
+    changed = {model: e for model, e in evaluations.items() if "difference" in e}
     if changed:
-        body += f"<h2>Change in accuracy since {escape(first)}, pair by pair</h2>" + table(columns, changed)
-    rows = [
-        [model, _value(e["mean"]["margin"]), *(_value(e["dimensions"][name]["margin"]) for name in names)]
-        for model, e in evaluations.items()
-    ]
-    body += "<h2>Margin</h2>" + table(columns, rows)
-    last, final = list(evaluations.items())[-1]
-    body += charts(_sections(evaluations, names, last, final))
-    agreement = final["agreement"]
+        rows = [
+            [model, *(_signed(e["difference"][name], _pairs(e, name)) for name in ("mean", *names))]
+            for model, e in changed.items()
+        ]
+        body += f"<h2>Change in accuracy since {escape(first)}, pair by pair</h2>" + table(columns, rows)
+    body += "<h2>Margin</h2>" + table(columns, _table(evaluations, names, "margin", _value))
+    body += pictures(evaluation_rows(evaluations))
+    agreement = evaluations[last]["agreement"]
     rows = [
         [name, *(_agreed(share, r) for share, r in zip(shares, correlations, strict=True))]
         for name, shares, correlations in zip(
@@ -46,79 +47,195 @@ def evaluation_page(title: str, evaluations: dict[str, dict[str, Any]]) -> str:
     ]
     body += f"<h2>Pairs in which two dimensions prefer the same side, and correlation of margins: {escape(last)}</h2>"
     body += table(["", *names], rows)
-    pairs = final["pairs"]
     lead = (
-        f"{pairs} pairs. Accuracy: the chosen response is likelier per token than the rejected one. Intervals are 95 % "
-        "and take pairs as independent."
+        f"{evaluations[last]['pairs']} pairs. Accuracy: the chosen response is likelier per token than the rejected "
+        f"one. Intervals are 95 %, take pairs as independent, and are left out below {FEWEST_FOR_INTERVAL} pairs."
     )
     return page(title, lead, body)
 
 
-def _sections(evaluations: dict[str, dict[str, Any]], names: list[str], last: str, final: dict) -> list[Section]:
-    sections = []
-    steps = {model: e["step"] for model, e in evaluations.items() if e.get("step") is not None}
-    if len(steps) > 1:
-        panels = []
-        for metric, y_range in (("accuracy", (0.0, 1.0)), ("margin", (None, None))):
-            series = []
-            for color, name in enumerate(names):
-                found = [(steps[model], evaluations[model]["dimensions"][name][metric]) for model in steps]
-                series.append(_whiskered(name, found, color, dashed=True))
-            panels.append(Panel(metric.capitalize(), series, y_range=y_range))
-        sections.append(Section("Over training", panels))
-    groups = final["by_length"]
-    by_length = Panel(
-        "Mean accuracy by length",
-        [_whiskered(last, [(index, group["accuracy"]) for index, group in enumerate(groups)], 0)],
-        x_label="chosen minus rejected tokens",
-        y_range=(0.0, 1.0),
-        x_names=[f"{g['from']}" if g["from"] == g["to"] else f"{g['from']}..{g['to']}" for g in groups],
-        note="; ".join(f"{group['pairs']}" for group in groups) + " pairs",
-    )
-    weights = []
-    for color, name in enumerate(names):
-        found = final["dimensions"][name]["weight"]
-        total = sum(found["counts"]) or 1
-        middle = [(a + b) / 2 for a, b in zip(found["edges"], found["edges"][1:], strict=False)]
-        weights.append(Series(name, [(x, n / total) for x, n in zip(middle, found["counts"], strict=True)], color))
-    sections.append(
-        Section(
-            f"Length and weights: {last}",
-            [by_length, Panel("Weights", weights, x_label="weight of the dimension", note="share of pairs")],
-        )
-    )
+# ----- pictures -----
+
+
+def evaluation_rows(evaluations: Evaluations) -> list[Row]:
+    """Over training, where several checkpoints of a run were evaluated, and models beside each other; then what the
+    last model does with length, weights and tokens."""
+    names = list(next(iter(evaluations.values()))["dimensions"])
     panels = []
-    edges = final["probabilities"]["edges"]
-    middle = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
-    for name in names:
-        series = []
-        for color, side in enumerate(("chosen", "rejected")):
-            counts = final["probabilities"][name][side]
-            total = sum(counts) or 1
-            points = [(x, n / total) for x, n in zip(middle, counts, strict=True)]
-            series.append(Series(side, points, color, band=[(x, 0.0, y) for x, y in points]))
-        panels.append(Panel(name, series, x_label="probability of a response token", note="share of tokens",
-                            y_range=(0.0, None)))  # fmt: skip
-    sections.append(Section(f"Token probabilities: {last}", panels))
-    return sections
+    trained = {model: e for model, e in evaluations.items() if e.get("step") is not None}
+    if len({e["step"] for e in trained.values()}) > 1:
+        for title, metric, y_label, scale in _METRICS:
+            draw = partial(_over_training, trained, names, metric, scale)
+            panels.append(Panel(f"{title} over training", draw, STEPS, y_label))
+        by_step = sorted(trained, key=lambda model: trained[model]["step"])
+        models = [model for model in evaluations if model not in by_step[1:-1]]
+    else:
+        models = list(evaluations)
+    if len(models) > _MOST_MODELS:
+        models = [models[0], *models[1 - _MOST_MODELS :]]
+    shown = {model: evaluations[model] for model in models}
+    height = _height(len(names) + 1, len(shown))
+    note = f"{len(shown)} of {len(evaluations)} models." if len(shown) < len(evaluations) else ""
+    panels += [Panel(title, partial(_by_dimension, shown, names, metric, scale), y_label, note=note, height=height)
+               for title, metric, y_label, scale in _METRICS]  # fmt: skip
+    rows = [Row(panels, "By dimension")]
+
+    last = models[-1]
+    final = evaluations[last]
+    ends = {model: evaluations[model] for model in dict.fromkeys((models[0], last))}
+    panels = [
+        Panel("Accuracy by length", partial(_by_length, ends), "accuracy, %",
+              note="Mean over dimensions, by how many tokens the chosen response is longer.",
+              height=_height(len(final["by_length"]), len(ends))),
+        Panel("Weights", partial(_weights, final, names), "weight of the dimension in a pair's loss", "% of pairs",
+              note="Dotted: equal weights."),
+        Panel("Token probabilities", partial(_token_probabilities, final, names), "probability of a response token",
+              "% of tokens", note="Of all dimensions together."),
+    ]  # fmt: skip
+    rows.append(Row(panels, f"Length, weights, tokens: {last}"))
+    return rows
 
 
-def _whiskered(name: str, found: list[tuple[float, dict[str, float]]], color: int, dashed: bool = False) -> Series:
-    known = [(x, value) for x, value in found if not math.isnan(value["value"])]
-    band = [(x, v["low"], v["high"]) for x, v in known if not math.isnan(v["low"])]
-    return Series(name, [(x, v["value"]) for x, v in known], color, "dots", dashed, band)
+def _height(rows: int, models: int) -> float:
+    return max(rows * (0.22 + 0.09 * models), PANEL_HEIGHT)
 
 
-def _percent(value: dict[str, float]) -> str:
-    return f"{100 * value['value']:.1f} %|{100 * value['low']:.1f} to {100 * value['high']:.1f}"
+def _over_training(evaluations: Evaluations, names: Sequence[str], metric: str, scale: float, axis) -> None:
+    ordered = sorted(evaluations.values(), key=lambda e: e["step"])
+    last = ordered[-1]["step"]
+    values: list[float] = []
+    for index, name in enumerate(names):
+        found, samples = [e["dimensions"][name][metric] for e in ordered], [_pairs(e, name) for e in ordered]
+        # Intervals at one step stand beside each other.
+        shift = 0.008 * last * (index - (len(names) - 1) / 2)
+        marks.key(axis, name, look(index), marker=True)
+        marks.intervals(axis, [e["step"] + shift for e in ordered], found, look(index), samples=samples,
+                        scale=scale, joined=True)  # fmt: skip
+        values += marks.bounds(found, samples, scale)
+    _reference(axis, metric)
+    _fit(axis, metric, values)
+    marks.fit_steps(axis, last)
 
 
-def _signed(value: dict[str, float]) -> str:
-    return f"{100 * value['value']:+.1f}|{100 * value['low']:+.1f} to {100 * value['high']:+.1f}"
+def _by_dimension(evaluations: Evaluations, names: Sequence[str], metric: str, scale: float, axis) -> None:
+    rows = ["mean", *names]
+    values: list[float] = []
+    for index, (label, e) in enumerate(zip(told_apart(list(evaluations)), evaluations.values(), strict=True)):
+        found = [e["mean"][metric], *(e["dimensions"][name][metric] for name in names)]
+        samples = [_pairs(e, name) for name in rows]
+        marks.intervals(axis, _places(len(rows), index, len(evaluations)), found, look(index), samples=samples,
+                        scale=scale, upright=False)  # fmt: skip
+        marks.key(axis, label, look(index), marker=True, line=False)
+        values += marks.bounds(found, samples, scale)
+    marks.named_rows(axis, rows)
+    limits = {"lowest": -1.5, "highest": 101.5} if metric == "accuracy" else {}
+    marks.fit_x(axis, values, least=0.02 * scale, **limits)
 
 
-def _value(value: dict[str, float]) -> str:
-    return f"{value['value']:.3f}|{value['low']:.3f} to {value['high']:.3f}"
+def _by_length(evaluations: Evaluations, axis) -> None:
+    values: list[float] = []
+    groups: list[dict[str, Any]] = []
+    for index, (label, e) in enumerate(zip(told_apart(list(evaluations)), evaluations.values(), strict=True)):
+        groups = e["by_length"]
+        found, samples = [group["accuracy"] for group in groups], [group["pairs"] for group in groups]
+        marks.intervals(axis, _places(len(groups), index, len(evaluations)), found, look(index), samples=samples,
+                        scale=100, upright=False)  # fmt: skip
+        marks.key(axis, label, look(index), marker=True, line=False)
+        values += marks.bounds(found, samples, 100)
+    marks.named_rows(axis, [f"{_range(group['from'], group['to'])} tokens: {group['pairs']} pairs" for group in groups])
+    marks.fit_x(axis, values, least=2, lowest=-1.5, highest=101.5)
+
+
+def _places(rows: int, index: int, count: int) -> list[float]:
+    """Where one of `count` models stands in each of `marks.named_rows`."""
+    return [row + 0.55 * ((index + 0.5) / count - 0.5) for row in range(rows)]
+
+
+def _range(low: int, high: int) -> str:
+    return f"{low:+d}" if low == high else f"{low:+d} to {high:+d}"
+
+
+def _weights(e: dict[str, Any], names: Sequence[str], axis) -> None:
+    if len(names) == 1:
+        marks.nothing(axis, "one dimension: its weight is 1")
+        return
+    highest = 0.0
+    for index, name in enumerate(names):
+        found = e["dimensions"][name]["weight"]
+        shares = _shares(found["counts"])
+        marks.outline(axis, found["edges"], shares, look(index), name)
+        highest = max(highest, *shares)
+    axis.axvline(1 / len(names), color=DIM, linewidth=0.9, linestyle=(0, (1, 2)))
+    edges = e["dimensions"][names[0]]["weight"]["edges"]
+    axis.set_xlim(min(edges[0], 1 / len(names)), max(edges[-1], 1 / len(names)))
+    axis.set_ylim(0, 1.06 * highest or 1)
+
+
+def _token_probabilities(e: dict[str, Any], names: Sequence[str], axis) -> None:
+    axis.set_yscale("log")
+    axis.set_xlim(0, 1)
+    least = 100.0
+    for side, shown in (("chosen", marks.CHOSEN), ("rejected", marks.REJECTED)):
+        counts = [sum(column) for column in zip(*(e["probabilities"][name][side] for name in names), strict=True)]
+        shares = _shares(counts)
+        marks.outline(axis, e["probabilities"]["edges"], shares, shown, side)
+        least = min([least, *(share for share in shares if share)])
+    axis.set_ylim(least / 1.5, 130)
+
+
+def _shares(counts: Sequence[int]) -> list[float]:
+    return [100 * count / (sum(counts) or 1) for count in counts]
+
+
+def _reference(axis, metric: str) -> None:
+    if metric == "accuracy":
+        marks.reference(axis, 50, "50 %")
+    else:
+        marks.reference(axis, 0)
+
+
+def _fit(axis, metric: str, values: Sequence[float]) -> None:
+    if metric == "accuracy":
+        marks.fit_y(axis, [50.0, *values], lowest=-1.5, highest=101.5)
+    else:
+        marks.fit_y(axis, [0.0, *values])
+
+
+# ----- tables -----
+
+
+def _table(evaluations: Evaluations, names: Sequence[str], metric: str, cell: Callable) -> list[list[str]]:
+    return [
+        [
+            model,
+            cell(e["mean"][metric], _pairs(e, "mean")),
+            *(cell(e["dimensions"][name][metric], _pairs(e, name)) for name in names),
+        ]
+        for model, e in evaluations.items()
+    ]
+
+
+def _pairs(e: dict[str, Any], name: str) -> int:
+    return e["pairs"] if name == "mean" else e["dimensions"][name]["pairs"]
+
+
+def _with_interval(text: str, value: dict[str, float], pairs: int, form: Callable[[float], str]) -> str:
+    if math.isnan(value["value"]):
+        return "absent"
+    enough = pairs >= FEWEST_FOR_INTERVAL and not math.isnan(value["low"])
+    return f"{text}|{form(value['low'])} to {form(value['high'])}" if enough else text
+
+
+def _percent(value: dict[str, float], pairs: int) -> str:
+    return _with_interval(f"{100 * value['value']:.1f} %", value, pairs, lambda x: f"{100 * x:.1f}")
+
+
+def _signed(value: dict[str, float], pairs: int) -> str:
+    return _with_interval(f"{100 * value['value']:+.1f}", value, pairs, lambda x: f"{100 * x:+.1f}")
+
+
+def _value(value: dict[str, float], pairs: int) -> str:
+    return _with_interval(f"{value['value']:.3f}", value, pairs, lambda x: f"{x:.3f}")
 
 
 def _agreed(share: float, correlation: float) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-METRICS_FILE = "metrics.jsonl"
+from amopo_fast.report.curves import Points, smoothed
 
-Points = list[tuple[float, float]]  # (optimizer step, value)
+METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -19,35 +20,61 @@ class Run:
 
     name: str
     lines: list[dict[str, float]]
+    _smooth: dict[str, Points] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def points(self, key: str) -> Points:
         """(step, value) of every line that has the metric as a finite number."""
-        return [
-            (line["step"], line[key])
-            for line in self.lines
-            if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])
-        ]
+        return self._columns[0].get(key, [])
+
+    def smooth(self, key: str) -> Points:
+        """`points`, smoothed where there are enough of them."""
+        if key not in self._smooth:
+            self._smooth[key] = smoothed(self.points(key))
+        return self._smooth[key]
+
+    def not_finite(self, key: str) -> list[float]:
+        """Steps at which the metric was NaN or infinite."""
+        return [step for step, _ in self._columns[1].get(key, [])]
+
+    @property
+    def last_step(self) -> float:
+        return self.lines[-1]["step"]
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Of all metrics, in the order in which they come up."""
+        return list(dict.fromkeys(key for line in self.lines for key in line if key not in ("step", "epoch")))
+
+    @cached_property
+    def _columns(self) -> tuple[dict[str, Points], dict[str, Points]]:
+        """The metrics' finite numbers, and the others."""
+        found: tuple[dict[str, Points], dict[str, Points]] = {}, {}
+        for line in self.lines:
+            for key, value in line.items():
+                if isinstance(value, (int, float)):
+                    found[not math.isfinite(value)].setdefault(key, []).append((line["step"], value))
+        return found
 
     @property
     def dimensions(self) -> list[str]:
         """In the order in which the run logs them, which is the configuration's."""
         names = {}
-        for line in self.lines:
-            for key in line:
-                head, found, name = key.rpartition("margin/")
-                if found and name != "mean" and (not head or head.startswith("eval_")):
-                    names[name] = None
+        for key in self.keys:
+            head, found, name = key.rpartition("margin/")
+            if found and name != "mean" and (not head or head.startswith("eval_")):
+                names[name] = None
         return list(names)
 
     @property
     def eval_sets(self) -> list[str]:
         """Prefixes of the evaluation metrics: "eval_", or "eval_NAME_" for each of several sets."""
-        found = {}
-        for line in self.lines:
-            for key in line:
-                if key.startswith("eval_") and key.endswith("margin/mean"):
-                    found[key.removesuffix("margin/mean")] = None
-        return list(found)
+        end = "margin/mean"
+        return [key.removesuffix(end) for key in self.keys if key.startswith("eval_") and key.endswith(end)]
+
+
+def set_name(prefix: str) -> str:
+    """ "evaluation", or "evaluation: NAME" for one of several sets."""
+    return "evaluation" if prefix == "eval_" else f"evaluation: {prefix[5:-1]}"
 
 
 def read_metrics(run: str | Path) -> list[dict[str, float]]:
@@ -89,12 +116,3 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
         if len(set(names)) == len(names):
             break
     return [Run(name, read_metrics(path)) for name, path in zip(names, paths, strict=True)]
-
-
-def smoothed(points: Points, keep: float = 0.85) -> Points:
-    """Exponential mean without the bias of its beginning."""
-    smooth, state, weight = [], 0.0, 0.0
-    for step, value in points:
-        state, weight = keep * state + (1 - keep) * value, keep * weight + (1 - keep)
-        smooth.append((step, state / weight))
-    return smooth

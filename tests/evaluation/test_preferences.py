@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from amopo_fast.cli import main
-from amopo_fast.cli.evaluate import find_models, step_of
+from amopo_fast.cli.evaluate import _interval, find_models, step_of
 from amopo_fast.data.pairs import DEFAULT_DIMENSIONS, read_pairs
 from amopo_fast.demo.data import HELDOUT_FILE
 from amopo_fast.demo.model import demo_model
@@ -155,7 +155,12 @@ def test_all_checkpoints_of_a_run(run_folder, capsys):
     assert list(found) == ["heldout", "again"] and [m["step"] for m in found["again"].values()] == [2, 10, 12]
     last = list(found["again"].values())
     assert last[1]["dimensions"] == last[2]["dimensions"] and last[2]["difference"]["mean"]["value"] is not None
-    assert "Over training" in (run / "eval-again.html").read_text()
+    assert "Accuracy over training" in (run / "eval-again.html").read_text()
+
+
+def test_the_table_has_no_interval_of_a_few_pairs():
+    value = {"value": 0.5, "low": 0.1, "high": 0.8}
+    assert _interval(value, 9) == "50.0" and _interval(value, 10) == "50.0 ±40.0"
 
 
 def test_an_adapter_is_evaluated_on_its_base_model(run_folder, tmp_path, capsys):

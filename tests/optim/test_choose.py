@@ -26,6 +26,14 @@ def test_bfloat16_weights_are_rounded_stochastically(tmp_path, optim, states):
     assert not options.get("in_backward")
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch_8bit", "adamw_torch_4bit"])
+def test_low_bit_states_of_float32_weights_need_no_torchao(tmp_path, optim):
+    cls, options = choose_optimizer(config(tmp_path, optim=optim), linear(torch.float32), 1)
+    assert cls is AdamW and options["states"] == optim.rsplit("_")[-1]
+    plain = config(tmp_path, optim=optim, weight_precision="bf16")
+    assert choose_optimizer(plain, linear(torch.bfloat16), 1)[1]["stochastic_rounding"] is False
+
+
 def test_float32_weights_and_frozen_bfloat16_leave_the_choice_to_trainer(tmp_path):
     assert choose_optimizer(config(tmp_path), linear(torch.float32), 1) is None
     assert choose_optimizer(config(tmp_path), linear(torch.bfloat16).requires_grad_(False), 1) is None
@@ -38,7 +46,16 @@ def test_a_model_of_another_precision_than_asked_for_is_refused(tmp_path):
         choose_optimizer(config(tmp_path, weight_precision="bf16_stochastic"), linear(torch.float32), 1)
 
 
+def test_under_fsdp_low_bit_states_without_torchao_are_refused_by_name(tmp_path, monkeypatch):
+    args = config(tmp_path, optim="adamw_torch_8bit")
+    args.fsdp = True
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="under FSDP or DeepSpeed is torchao's, .* pip install torchao"):
+        choose_optimizer(args, linear(torch.float32), 1)
+
+
 def test_under_fsdp_torchaos_optimizer_is_told_to_round_stochastically(tmp_path):
+    pytest.importorskip("torchao")
     from transformers import Trainer
 
     args = config(tmp_path, optim="adamw_torch_8bit")

@@ -6,12 +6,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
-from torchao.optim.adam import single_param_adam
-from torchao.optim.subclass_4bit import OptimState4bit
-from torchao.optim.subclass_8bit import OptimState8bit
 
 from amopo_fast.optim import update_triton
-from amopo_fast.optim.states import Moment, moment_bytes, moments_of, new_state, storage
+from amopo_fast.optim.states import Moment, moment_bytes, moments_of, new_state, quantisation_map, storage
 from amopo_fast.optim.update import PIECE, Step, round_stochastically, rounding_seed, update_
 
 KINDS = ["fp32", "8bit", "4bit"]
@@ -27,8 +24,56 @@ def gradients(n, steps=3):
     return [torch.randn(n) * size for _ in range(steps)]
 
 
+def test_maps_are_torchaos():
+    optim = pytest.importorskip("torchao.optim")
+    for states, module in (("8bit", optim.subclass_8bit), ("4bit", optim.subclass_4bit)):
+        for signed, theirs in ((True, module.get_qmap_signed()), (False, module.get_qmap_unsigned())):
+            own = quantisation_map(states, signed, torch.device("cpu"))
+            assert torch.equal(own, torch.tensor(theirs, dtype=torch.float32)), (states, signed)
+
+
+def test_the_dynamic_map_is_the_papers():
+    """Values worked out by hand: in 4 bits the decades 0.1..1, 0.01..0.1 and 0.001..0.01 have 4, 2 and 1 parts."""
+    four = [0, 0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875, 1]
+    expected = torch.tensor([-x for x in four[-2:0:-1]] + four)
+    torch.testing.assert_close(quantisation_map("4bit", True, torch.device("cpu")), expected)
+    linear = quantisation_map("4bit", False, torch.device("cpu"))
+    assert linear.tolist() == [i / 16 for i in range(1, 17)]
+    for signed in (True, False):
+        eight = quantisation_map("8bit", signed, torch.device("cpu"))
+        assert len(eight) == len(eight.unique()) == 256 and eight[-1] == 1 and (eight == 0).sum() == 1
+        assert (eight < 0).sum() == (127 if signed else 0)
+        smallest = eight[eight > 0].min().item()  # the middle of 1e-7..1e-6, of half of that without a sign
+        assert smallest == pytest.approx(5.5e-7 if signed else 3.25e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_moment_is_stored_as_the_nearest_value_of_its_map(kind, signed):
+    torch.manual_seed(0)
+    values = torch.randn(8192) * 10.0 ** torch.randint(-9, 3, (32,)).repeat_interleave(256)
+    values[:512] = 0
+    if not signed:
+        values = values.square()
+    state = new_state(values, kind)
+    moment = moments_of(state)[0 if signed else 1]
+    moment.write(values)
+    block = 256 if kind == "8bit" else 128
+    scale = values.double().view(-1, block).abs().amax(-1, keepdim=True).clip(1e-12)
+    wanted = values.double().view(-1, block) / scale
+    distance = (wanted[..., None] - moment.map.double()).abs().amin(-1)
+    stored = (moment.read().double().view(-1, block) / scale - wanted).abs()
+    torch.testing.assert_close(stored, distance, rtol=0, atol=2e-7)
+    assert stored.max() > 1e-3  # something was rounded
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_update_is_torchaos(kind):
+    pytest.importorskip("torchao")
+    from torchao.optim.adam import single_param_adam
+    from torchao.optim.subclass_4bit import OptimState4bit
+    from torchao.optim.subclass_8bit import OptimState8bit
+
     torch.manual_seed(0)
     shape = (64, 128)
     p = torch.randn(shape)
