@@ -150,16 +150,6 @@ def _head_table(case: str, report: dict) -> str:
              *(error(main.get(f"{name}_error")) for name in ("logps", "dx", "dw"))]
         )  # fmt: skip
     parts = [markdown(heading, table)]
-    filtered = [row for row in rows if row["mode"].startswith("filtered")]
-    if any("median_ms" in row for row in filtered):
-        heading = ["logits", "variant", "forward+backward, ms", "entropy, nats", "p of the label", "kept share r"]
-        parts.append(
-            markdown(
-                heading,
-                [[row["logits"], row["variant"], timing(row), cell("", row.get("entropy_nats")),
-                  cell("", row.get("p_label")), cell("", row.get("kept_share"))] for row in filtered],
-            )  # fmt: skip
-        )
     if case in TARGETS:
         parts.append(
             "Targets on an H200: " + ", ".join(f"{mode} {ms} ms" for mode, ms in TARGETS[case].items()) + "."

@@ -66,8 +66,6 @@ def label_logps(
     entropy: bool,
     backend: str,
     cache_bytes: int = 0,
-    gradient: str = "exact",
-    filter_stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, str]:
     """(logps (N,), entropy (N,) or None, the backend that ran) of checked shapes and labels: dispatch and compute."""
     if softcap is not None and softcap <= 0 or temperature <= 0:
@@ -78,16 +76,13 @@ def label_logps(
         dtype = torch.get_autocast_dtype(device)
     else:
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    backend = dispatch.choose_backend(backend, hidden, dtype, gradient)
+    backend = dispatch.choose_backend(backend, hidden, dtype)
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     mode = dispatch.choose_mode(
-        backend, dtype, gradient=gradient, entropy=entropy, cache_bytes=cache_bytes,
-        frozen=needed == [True, False, False],
-    )  # fmt: skip
+        backend, dtype, entropy=entropy, cache_bytes=cache_bytes, frozen=needed == [True, False, False]
+    )
     if not any(needed):
         mode = "exact"  # which keeps nothing
-    if filter_stats is not None:
-        validation.check_filter_stats(filter_stats, gradient, hidden.device)
     labels = labels.long()
     with torch.autocast(device, enabled=False):
         if backend == "torch":
@@ -102,6 +97,6 @@ def label_logps(
 
         results = ops.linear_logps(
             hidden, weight, bias, labels, ignore_index, softcap, temperature, dtype, backend, mode, entropy,
-            cache_bytes, filter_stats,
+            cache_bytes,
         )  # fmt: skip
     return results[0], results[1] if entropy else None, backend

@@ -145,14 +145,12 @@ def linear_amopo_loss(
     backend: str = "auto",
     validate: bool | None = None,
     logits_cache_bytes: int = 0,
-    gradient: str = "exact",
-    filter_stats: Tensor | None = None,
 ) -> AMoPOLoss:
     """`amopo_loss(linear_sequence_stats(...))`; arguments, results and errors as there."""
     stats = linear_sequence_stats(
         hidden, weight, labels, cu_seqlens, bias,
         softcap=softcap, temperature=temperature, backend=backend, validate=validate,
-        logits_cache_bytes=logits_cache_bytes, gradient=gradient, filter_stats=filter_stats,
+        logits_cache_bytes=logits_cache_bytes,
     )  # fmt: skip
     return amopo_loss(
         stats, num_dimensions=num_dimensions, beta=beta, gamma=gamma, noise=noise, num_pairs=num_pairs,

@@ -79,8 +79,6 @@ def linear_sequence_stats(
     backend: str = "auto",
     validate: bool | None = None,
     logits_cache_bytes: int = 0,
-    gradient: str = "exact",
-    filter_stats: Tensor | None = None,
 ) -> SequenceStats:
     """`sequence_stats(linear_logps(...))` over label rows only: hidden (N, H), labels (N,) without ignored rows.
 
@@ -89,10 +87,6 @@ def linear_sequence_stats(
         logits_cache_bytes: memory for probabilities that the forward keeps, in the matmuls' dtype; each kept column
             saves a quarter of its work in the backward. `chunked` and `fused`. Unused where the weight needs no
             gradient: then the forward accumulates the gradient of hidden (N * H * 4 bytes) and nothing is recomputed.
-        gradient: "exact", or "filtered" (`fused`): tiles of the vocabulary whose share of the gradient is negligible
-            are dropped before they are recomputed.
-        filter_stats: float32 (3,), written by the backward of "filtered": the shares of tiles recomputed and
-            multiplied, and the dropped share of the gradient's mass, sum |g| p over dropped / sum |g| (1 - p_label).
 
     Raises:
         UnsupportedError: an option that the backend does not have; otherwise as `linear_logps` and `sequence_stats`.
@@ -106,7 +100,6 @@ def linear_sequence_stats(
     logps, _, backend = label_logps(
         hidden, weight, labels, bias, softcap=softcap, temperature=temperature,
         ignore_index=torch.iinfo(torch.int64).min, entropy=False, backend=backend, cache_bytes=logits_cache_bytes,
-        gradient=gradient, filter_stats=filter_stats,
     )  # fmt: skip
     if backend == "torch":
         return _torch_sequence_stats(logps, cu_seqlens)

@@ -57,11 +57,3 @@ def check_cu_seqlens(cu_seqlens: Tensor, rows: int, validate: bool) -> None:
             raise ValueError(f"cu_seqlens must run from 0 to {rows}, got {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}")
         if bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
             raise ValueError("cu_seqlens must not decrease")
-
-
-def check_filter_stats(filter_stats: Tensor, gradient: str, device: torch.device) -> None:
-    if gradient != "filtered":
-        raise ValueError("filter_stats is written by gradient='filtered' only; leave it out")
-    if filter_stats.shape != (3,) or filter_stats.dtype != torch.float32 or filter_stats.device != device:
-        found = f"{filter_stats.dtype} {tuple(filter_stats.shape)} on {filter_stats.device}"
-        raise ValueError(f"filter_stats must be float32 (3,) on {device}, got {found}")

@@ -24,7 +24,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from amopo_kernels.backends import (
     dlogits,
-    filtering,
     head,
     kept_probabilities,
     launch,
@@ -37,7 +36,7 @@ from amopo_kernels.backends import (
 from amopo_kernels.backends.problem import Problem
 
 MODULES = (
-    tile_lse, dlogits, slice_gradients, slice_logits, kept_probabilities, merge_tiles, sequences, filtering,
+    tile_lse, dlogits, slice_gradients, slice_logits, kept_probabilities, merge_tiles, sequences,
 )  # fmt: skip
 OPTIONS = ("num_warps", "num_stages")
 # name -> what the case asks of the head
@@ -47,8 +46,6 @@ CASES = {
     "cached": {"cached": True, "bias": True, "softcap": 30.0},
     "frozen": {"frozen": True},
     "frozen, all options": {"frozen": True, "bias": True, "softcap": 30.0},
-    "filtered": {"filtered": True},
-    "filtered, all options": {"filtered": True, "bias": True, "softcap": 30.0},
     "float16": {"dtype": torch.float16, "bias": True},
     "float32": {"dtype": torch.float32},
     "few rows": {"rows": 512, "features": 896},
@@ -96,7 +93,7 @@ def recording(cc: int, dtype: torch.dtype):
 
 def launches_of(
     cc: int, backend: str, *, dtype=torch.bfloat16, features=5120, bias=False, softcap=None, entropy=False,
-    cached=False, frozen=False, filtered=False, rows=4096, vocabulary=152064,
+    cached=False, frozen=False, rows=4096, vocabulary=152064,
 ) -> list[Launch]:  # fmt: skip
     """The distinct launches of a forward and a backward of case A, or what is asked for."""
     def empty(*shape, dtype=dtype):
@@ -108,14 +105,13 @@ def launches_of(
     )  # fmt: skip
     with recording(cc, dtype) as launches:
         columns = head.slice_columns(problem.hidden, dtype) * 2 if cached else 0
-        forward = head.forward(problem, backend, -100, entropy=entropy, unit_gradient=frozen, cached=columns,
-                               keep_tile_lse=filtered)
+        forward = head.forward(problem, backend, -100, entropy=entropy, unit_gradient=frozen, cached=columns)
         if not frozen:
             head.backward(
                 problem, backend, forward, empty(rows, dtype=torch.float32),
-                empty(rows, dtype=torch.float32) if entropy else None, 
+                empty(rows, dtype=torch.float32) if entropy else None,
                 need_hidden=True, d_weight=empty(vocabulary, features),
-                d_bias=empty(vocabulary) if bias else None, filtered=filtered,
+                d_bias=empty(vocabulary) if bias else None,
             )  # fmt: skip
     distinct = {}
     for found in launches:
@@ -134,7 +130,7 @@ def main() -> None:
     seen = set()
     for cc in capabilities:
         for name, case in CASES.items():
-            for backend in ("fused",) if "filtered" in name else ("fused", "chunked"):
+            for backend in ("fused", "chunked"):
                 for found in launches_of(cc, backend, **case):
                     if repr(found) in seen:
                         continue

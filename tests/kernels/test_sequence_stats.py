@@ -147,5 +147,3 @@ def test_what_the_torch_backend_lacks_is_refused():
     arguments = problem([3, 2])
     with pytest.raises(UnsupportedError, match="'torch'.*logits_cache_bytes; use chunked or fused"):
         linear_sequence_stats(*arguments, logits_cache_bytes=1)
-    with pytest.raises(UnsupportedError, match="'torch'.*gradient='filtered'; use fused"):
-        linear_sequence_stats(*arguments, gradient="filtered")

@@ -34,7 +34,6 @@ def compute(backend, mode, dtype, *, bias=False, softcap=None, temperature=1.0, 
     found = label_logps(
         hidden, weight, labels, offset, softcap=softcap, temperature=temperature, ignore_index=-100, entropy=entropy,
         backend=backend, cache_bytes=10**6 if mode == "cached" else 0,
-        gradient="filtered" if mode == "filtered" else "exact",
     )[: 1 + entropy]  # fmt: skip
     (ran,) = [key for key, count in dispatch.runs().items() if count != before.get(key, 0)]
     exact = [x if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in (hidden, weight, offset)]

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .filtering import SliceSelection
 from .problem import Problem, RowStatistics, Upstream
 from .tiles import dot, grouped_tile, load_labels, load_tile, narrow, score_gradient, score_tile, strips_of
 
@@ -22,10 +21,10 @@ from .tiles import dot, grouped_tile, load_labels, load_tile, narrow, score_grad
 def finish_dlogits(
     accumulator, row, column, bias, labels, lse, miss, logps, entropy, grad, grad_entropy, row_scale, dlogits, d_bias,
     rows, vocabulary, begin, width, softcap, scale,
-    others, ROWS: tl.constexpr, STRIP: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
-    D_BIAS: tl.constexpr, ROW_SCALE: tl.constexpr, FILTERED: tl.constexpr,
+    ROWS: tl.constexpr, STRIP: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
+    D_BIAS: tl.constexpr, ROW_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Write one strip of dS from its logits; FILTERED: without `others`, only the entries at labels."""
+    """Write one strip of dS from its logits."""
     r = row + tl.arange(0, ROWS)
     c = column + tl.arange(0, STRIP)
     real = r < rows
@@ -46,8 +45,6 @@ def finish_dlogits(
         u, slope, is_label, (c < vocabulary)[None, :], row_lse, row_miss, row_logp, row_entropy, g, g_entropy,
         SOFTCAP, ENTROPY,
     )  # fmt: skip
-    if FILTERED:
-        gradient = tl.where(is_label | others, gradient, 0.0)
     places = dlogits + r.to(tl.int64)[:, None] * width + (c - begin)[None, :]
     tl.store(places, narrow(gradient, dlogits.dtype.element_ty), mask=real[:, None])
     if D_BIAS:
@@ -60,33 +57,19 @@ def finish_dlogits(
 @triton.jit
 def _dlogits_kernel(
     hidden, weight, bias, labels, lse, miss, logps, entropy, grad, grad_entropy, row_scale, dlogits, d_bias,
-    state, tiles, tile_count, tiles_per_slice,
     rows, vocabulary, features, begin, end, hidden_stride, weight_stride, width, softcap, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, D_BIAS: tl.constexpr, ROW_SCALE: tl.constexpr,
-    FILTERED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(rows, ROWS)
     column_tiles = tl.cdiv(end - begin, COLUMNS)
-    count = row_tiles * column_tiles
-    if FILTERED:
-        count = tl.load(tile_count)
-    FLATTEN: tl.constexpr = DESCRIPTORS and not FILTERED
-    for index in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=FLATTEN):
-        others = True
-        depth = features
-        if FILTERED:
-            tile = tl.load(tiles + index)
-            row_tile = tile % row_tiles
-            column_tile = tile // row_tiles
-            others = tl.load(state + row_tile * tiles_per_slice + column_tile) == 1
-            depth = tl.where(others, features, 0)
-        else:
-            row_tile, column_tile = grouped_tile(index, row_tiles, column_tiles, GROUP)
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=DESCRIPTORS):
+        row_tile, column_tile = grouped_tile(tile, row_tiles, column_tiles, GROUP)
         row = row_tile * ROWS
         column = begin + column_tile * COLUMNS
         accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for k in range(0, depth, DEPTH):
+        for k in range(0, features, DEPTH):
             x = load_tile(hidden, row, k, rows, features, hidden_stride, ROWS, DEPTH, DESCRIPTORS)
             w = load_tile(weight, column, k, vocabulary, features, weight_stride, COLUMNS, DEPTH, DESCRIPTORS)
             accumulator = dot(x, w.T, accumulator, PRECISION)
@@ -95,7 +78,7 @@ def _dlogits_kernel(
             finish_dlogits(
                 strips[i], row, column + i * STRIP, bias, labels, lse, miss, logps, entropy, grad, grad_entropy,
                 row_scale, dlogits, d_bias, rows, vocabulary, begin, width, softcap, scale,
-                others, ROWS, STRIP, BIAS, SOFTCAP, ENTROPY, D_BIAS, ROW_SCALE, FILTERED,
+                ROWS, STRIP, BIAS, SOFTCAP, ENTROPY, D_BIAS, ROW_SCALE,
             )  # fmt: skip
 
 
@@ -111,10 +94,9 @@ def dlogits(
     rows: RowStatistics,
     upstream: Upstream,
     out: Tensor,  # (N, width) matmul dtype, width a multiple of a tile's columns
-    d_bias: Tensor | None,  # (row_tiles, width) float32; zeros with a selection
-    selection: SliceSelection | None = None,
+    d_bias: Tensor | None,  # (row_tiles, width) float32
 ) -> None:
-    """dS of the columns begin to end; columns past the vocabulary become 0. Only the selected tiles are written."""
+    """dS of the columns begin to end; columns past the vocabulary become 0."""
     configuration = launch.configuration(problem)
     tile, descriptors = configuration.scores, configuration.descriptors
     entropy = upstream.grad_entropy is not None
@@ -123,12 +105,10 @@ def dlogits(
         launch.source(problem.weight, (tile.columns, tile.depth), descriptors),
         problem.bias, problem.labels, rows.lse, rows.miss, rows.logps, rows.entropy,
         upstream.grad, upstream.grad_entropy, upstream.hidden_scale, out, d_bias,
-        *((selection.state, selection.tiles, selection.tile_count, selection.state.shape[1]) if selection
-          else (None, None, None, 0)),
         problem.rows, problem.vocabulary, problem.features, begin, end,
         problem.hidden.stride(0), problem.weight.stride(0), out.stride(0), problem.softcap or 1.0, problem.scale,
         STRIP=min(tile.columns, 32 if entropy else 64), BIAS=problem.bias is not None,
         SOFTCAP=problem.softcap is not None, ENTROPY=entropy, D_BIAS=d_bias is not None,
-        ROW_SCALE=upstream.hidden_scale is not None, FILTERED=selection is not None,
+        ROW_SCALE=upstream.hidden_scale is not None,
         **launch.matmul(configuration, tile, problem.hidden.dtype),
     )  # fmt: skip

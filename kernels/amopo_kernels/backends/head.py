@@ -4,7 +4,6 @@
     exact       forward 2 U;  per slice of columns: dS (2 U recomputed), dW[slice] (2 U), dX32 (2 U)        8 U
     cached      a share f of the columns keeps its probabilities from the forward                  (8 - 2 f) U
     frozen      the weight needs no gradient: the forward accumulates dX per unit of g                      4 U
-    filtered    a share r of the tiles carries the gradient (`fused` only)                            (2 + 6 r) U
 
 `fused` runs all matmuls in its own kernels and never stores a float32 logit; `chunked` asks the vendor's library for a
 slice of float32 logits at a time. Everything else is shared.
@@ -19,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import dlogits, filtering, kept_probabilities, launch, slice_gradients, slice_logits, tile_lse
+from . import dlogits, kept_probabilities, launch, slice_gradients, slice_logits, tile_lse
 from .merge_tiles import merge_tiles
 from .problem import Probabilities, Problem, RowStatistics, TileStatistics, Upstream
 
@@ -45,7 +44,7 @@ class Forward:
     rows: RowStatistics
     unit_d_hidden: Tensor | None = None  # (N, H) float32: dX per unit of upstream gradient / temperature
     cache: Tensor | None = None  # (N, C) matmul dtype: label-excluded probabilities of the first C columns
-    tile_lse: Tensor | None = None  # (strips, N) float32: of the cache's columns, or of all for filtered gradients
+    tile_lse: Tensor | None = None  # (strips, N) float32: of the cache's columns
 
 
 def slice_columns(hidden: Tensor, dtype: torch.dtype) -> int:
@@ -109,12 +108,11 @@ def forward(
     entropy: bool = False,
     unit_gradient: bool = False,
     cached: int = 0,
-    keep_tile_lse: bool = False,
 ) -> Forward:
     """
     Args:
         unit_gradient: accumulate dX per unit of gradient (frozen head).
-        cached: columns whose probabilities are kept. keep_tile_lse: keep what filtered gradients need.
+        cached: columns whose probabilities are kept.
     """
     engine = ENGINES[backend]
     step, vocabulary = slice_columns(problem.hidden, problem.hidden.dtype), problem.vocabulary
@@ -123,7 +121,7 @@ def forward(
     d_hidden = cache = reference = None
     if not problem.rows:
         unit = _no_rows(problem) if unit_gradient else None
-        return Forward(_merge(problem, statistics, ignore_index), unit, tile_lse=statistics.lse)
+        return Forward(_merge(problem, statistics, ignore_index), unit)
     if unit_gradient:
         d_hidden, reference = _accumulate_unit_gradient(problem, engine, statistics, step)
     else:
@@ -136,9 +134,7 @@ def forward(
     rows = _merge(problem, statistics, ignore_index)
     if unit_gradient:
         kept_probabilities.finish_unit_gradient(problem, rows, reference, d_hidden)
-    kept = statistics.lse if keep_tile_lse else None
-    if cached:
-        kept = statistics.lse[: triton.cdiv(cached, strip)].clone()  # a view would keep all of it
+    kept = statistics.lse[: triton.cdiv(cached, strip)].clone() if cached else None  # a view would keep all of it
     return Forward(rows, d_hidden, cache, kept)
 
 
@@ -176,9 +172,8 @@ def backward(
     need_hidden: bool,
     d_weight: Tensor | None,
     d_bias: Tensor | None,
-    filtered: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Write d_weight and d_bias where given; return (dX (N, H) float32, filtering.select's shares), or None for each.
+) -> Tensor | None:
+    """Write d_weight and d_bias where given; return dX (N, H) float32 where needed.
 
     Args:
         grad, grad_entropy: (N,), of the log-probabilities and of the entropies.
@@ -190,40 +185,35 @@ def backward(
         for gradient in (d_weight, d_bias):
             if gradient is not None:
                 gradient.zero_()
-        return _no_rows(problem) if need_hidden else None, grad.new_zeros(3) if filtered else None
+        return _no_rows(problem) if need_hidden else None
     upstream = Upstream.of(problem, forward.rows, grad, grad_entropy)
     cached = 0 if forward.cache is None else min(forward.cache.shape[1], vocabulary)
     strip = strip_columns(problem.hidden, problem.hidden.dtype, backend, entropy=False, keeps_probabilities=True)
     width = _padded(min(step, vocabulary))
     ds = problem.hidden.new_empty(problem.rows, width)
     parts = engine.gradients.new_d_hidden(problem) if need_hidden else None
-    shares, selections = None, []
-    if filtered:
-        own = strip_columns(problem.hidden, problem.hidden.dtype, backend, entropy=False, keeps_probabilities=False)
-        selections, shares = filtering.select(problem, forward.rows, forward.tile_lse, own, grad.float(), step)
     for begin, end in [*_slices(0, cached, step), *_slices(cached, vocabulary, step)]:
         in_cache = end <= cached
-        selection = {"selection": selections[begin // step]} if filtered else {}
         partial = None
         if d_bias is not None:
             blocks = kept_probabilities.row_blocks(problem, strip) if in_cache else engine.dlogits.row_tiles(problem)
-            partial = torch.zeros(blocks, width, dtype=torch.float32, device=grad.device)
+            partial = torch.empty(blocks, width, dtype=torch.float32, device=grad.device)
         if in_cache:
             kept_probabilities.cached_dlogits(
                 problem, begin, end, forward.rows, upstream, forward.cache, forward.tile_lse, strip, ds, partial
             )
         else:
-            engine.dlogits.dlogits(problem, begin, end, forward.rows, upstream, ds, partial, **selection)
+            engine.dlogits.dlogits(problem, begin, end, forward.rows, upstream, ds, partial)
         if d_weight is not None:
-            engine.gradients.d_weight_slice(problem, begin, end, ds, upstream, d_weight, **selection)
+            engine.gradients.d_weight_slice(problem, begin, end, ds, upstream, d_weight)
         if need_hidden:
-            engine.gradients.add_d_hidden(problem, begin, end, ds, parts, **selection)
+            engine.gradients.add_d_hidden(problem, begin, end, ds, parts)
         if d_bias is not None:
             d_bias[begin:end] = partial.sum(0)[: end - begin]
     if not need_hidden:
-        return None, shares
+        return None
     d_hidden = _sum(parts)
-    return d_hidden if upstream.hidden_scale is None else d_hidden.mul_(upstream.hidden_scale[:, None]), shares
+    return d_hidden if upstream.hidden_scale is None else d_hidden.mul_(upstream.hidden_scale[:, None])
 
 
 def _no_rows(problem: Problem) -> Tensor:

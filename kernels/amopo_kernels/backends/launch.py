@@ -33,8 +33,6 @@ class Tile:
 
 @dataclass(frozen=True)
 class Configuration:
-    """For filtered gradients d_hidden has the rows of scores; depths and d_weight's rows divide those of scores."""
-
     scores: Tile  # hidden x weight^T: N x V
     d_weight: Tile  # dS^T x hidden: V x H
     d_hidden: Tile  # dS x weight: N x H
@@ -98,17 +96,12 @@ def grid(problem: Problem, rows: int, columns: int, tile: Tile) -> tuple[int]:
     return (min(count, processors(problem.hidden.device) * configuration(problem).blocks_per_processor),)
 
 
-def matmul(configuration: Configuration, tile: Tile, dtype: torch.dtype, *, listed: bool = False) -> dict:
-    """The arguments that all matmul kernels share. float32 multiplies in TF32 only if torch's own matmuls may.
-
-    listed: the sum runs over listed tiles. Their numbers are loaded ahead of the operands, which halves the number of
-    buffers that the pipeliner makes of a number of stages.
-    """
-    num_stages = tile.num_stages * 2 - 1 if listed and configuration.descriptors else tile.num_stages
+def matmul(configuration: Configuration, tile: Tile, dtype: torch.dtype) -> dict:
+    """The arguments that all matmul kernels share. float32 multiplies in TF32 only if torch's own matmuls may."""
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return dict(
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=GROUP, DESCRIPTORS=configuration.descriptors,
-        PRECISION="tf32" if tf32 else "ieee", num_warps=tile.num_warps, num_stages=num_stages,
+        PRECISION="tf32" if tf32 else "ieee", num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 

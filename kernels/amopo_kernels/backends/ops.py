@@ -39,22 +39,20 @@ def linear_logps(
     gradient_mode: str,
     entropy: bool,
     cache_bytes: int,
-    filter_stats: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """hidden (N, H), weight (V, H), bias (V,), labels (N,) -> logps, entropy, lse in bits, 1 - p_y, each (N,) float32;
-    mode "frozen": dX per unit of gradient (N, H) float32; mode "cached": probabilities (N, C) in dtype; modes "cached"
-    and "filtered": log-sum-exp of every strip of columns, (strips, N) float32.
+    mode "frozen": dX per unit of gradient (N, H) float32; mode "cached": probabilities (N, C) in dtype and the
+    log-sum-exp of their strips of columns, (strips, N) float32.
 
-    `dtype` is that of the matmuls. `filter_stats` is for the backward of mode "filtered".
+    `dtype` is that of the matmuls.
     """
     dispatch.count(backend, gradient_mode)
     problem = _problem(hidden, weight, bias, labels, softcap, temperature, dtype)
     cached = head.cached_columns(hidden, weight.shape[0], dtype, cache_bytes) if gradient_mode == "cached" else 0
     with torch.cuda.device_of(hidden):  # Triton launches on the current device; so in every operator here
         forward = head.forward(
-            problem, backend, ignore_index, entropy=entropy, unit_gradient=gradient_mode == "frozen", cached=cached,
-            keep_tile_lse=gradient_mode == "filtered",
-        )  # fmt: skip
+            problem, backend, ignore_index, entropy=entropy, unit_gradient=gradient_mode == "frozen", cached=cached
+        )
     rows, empty = forward.rows, rows_like(hidden, 0)
 
     def present(x: Tensor | None) -> Tensor:
@@ -72,7 +70,7 @@ def rows_like(hidden: Tensor, *shape: int) -> Tensor:
 
 @linear_logps.register_fake
 def _(hidden, weight, bias, labels, ignore_index, softcap, temperature, dtype, backend, gradient_mode, entropy,
-      cache_bytes, filter_stats):  # fmt: skip
+      cache_bytes):  # fmt: skip
     N, vocabulary = hidden.shape[0], weight.shape[0]
     cached = head.cached_columns(hidden, vocabulary, dtype, cache_bytes) if gradient_mode == "cached" else 0
     strip = head.strip_columns(hidden, dtype, backend, entropy, gradient_mode in ("frozen", "cached"))
@@ -80,8 +78,6 @@ def _(hidden, weight, bias, labels, ignore_index, softcap, temperature, dtype, b
     if cached:
         cache = torch.empty(N, head.cache_width(cached, vocabulary), dtype=dtype, device=hidden.device)
         tiles = rows_like(hidden, triton.cdiv(cached, strip), N)
-    if gradient_mode == "filtered":
-        tiles = rows_like(hidden, triton.cdiv(vocabulary, strip), N)
     unit = rows_like(hidden, *hidden.shape) if gradient_mode == "frozen" else rows_like(hidden, 0)
     return (
         rows_like(hidden, N), rows_like(hidden, N if entropy else 0), rows_like(hidden, N), rows_like(hidden, N),
@@ -111,8 +107,8 @@ def linear_logps_backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients that are needed, in their tensors' dtypes, the others empty; and what filter_stats gets."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients that are needed, in their tensors' dtypes, the others empty."""
     problem = _problem(hidden, weight, bias, labels, softcap, temperature, dtype)
     d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None
     d_bias = torch.empty_like(bias) if need_bias else None
@@ -120,13 +116,12 @@ def linear_logps_backward(
         RowStatistics(logps, lse, miss, entropy), cache=cache if cache.numel() else None, tile_lse=tile_lse
     )
     with torch.cuda.device_of(hidden):
-        d_hidden, shares = head.backward(
-            problem, backend, forward, grad, grad_entropy, need_hidden=need_hidden, d_weight=d_weight, d_bias=d_bias,
-            filtered=gradient_mode == "filtered",
-        )  # fmt: skip
+        d_hidden = head.backward(
+            problem, backend, forward, grad, grad_entropy, need_hidden=need_hidden, d_weight=d_weight, d_bias=d_bias
+        )
     if need_hidden:
         d_hidden = d_hidden.to(hidden.dtype)
-    return tuple(rows_like(hidden, 0) if x is None else x for x in (d_hidden, d_weight, d_bias, shares))
+    return tuple(rows_like(hidden, 0) if x is None else x for x in (d_hidden, d_weight, d_bias))
 
 
 @linear_logps_backward.register_fake
@@ -135,15 +130,13 @@ def _(grad, grad_entropy, hidden, weight, bias, labels, logps, entropy, lse, mis
     def like(x, needed):
         return torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else rows_like(hidden, 0)
 
-    shares = rows_like(hidden, 3 if gradient_mode == "filtered" else 0)
-    return like(hidden, need_hidden), like(weight, need_weight), like(bias, need_bias), shares
+    return like(hidden, need_hidden), like(weight, need_weight), like(bias, need_bias)
 
 
 def _save_for_linear_logps(ctx, inputs, output):
     hidden, weight, bias, labels = inputs[:4]
     ctx.softcap, ctx.temperature, ctx.dtype, ctx.backend, ctx.mode = inputs[5:10]
     entropy = inputs[10]
-    ctx.filter_stats = inputs[12]
     logps, row_entropy, lse, miss, unit, cache, tile_lse = output
     ctx.mark_non_differentiable(*(output[2:] if entropy else output[1:]))
     ctx.set_materialize_grads(False)
@@ -156,7 +149,7 @@ def _save_for_linear_logps(ctx, inputs, output):
 
 def _backward_of_linear_logps(ctx, grad, grad_entropy, *_):
     refuse_double_backward("linear_logps")
-    nothing = (None,) * 9
+    nothing = (None,) * 8
     if grad is None and grad_entropy is None:
         return None, None, None, None, *nothing
     if ctx.mode == "frozen":
@@ -165,12 +158,10 @@ def _backward_of_linear_logps(ctx, grad, grad_entropy, *_):
     hidden, weight, bias, labels, logps, entropy, lse, miss, cache, tile_lse = ctx.saved_tensors
     needed = ctx.needs_input_grad[:3]
     grad = torch.zeros_like(logps) if grad is None else grad
-    *gradients, shares = torch.ops.amopo_kernels.linear_logps_backward(
+    gradients = torch.ops.amopo_kernels.linear_logps_backward(
         grad, grad_entropy, hidden, weight, bias, labels, logps, entropy, lse, miss, cache, tile_lse,
         ctx.softcap, ctx.temperature, ctx.dtype, ctx.backend, ctx.mode, *needed,
     )  # fmt: skip
-    if ctx.filter_stats is not None:
-        ctx.filter_stats.copy_(shares)
     return *(x if need else None for x, need in zip(gradients, needed, strict=True)), None, *nothing
 
 

@@ -16,35 +16,26 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .filtering import SliceSelection
 from .problem import Problem, Upstream
 from .tiles import dot, grouped_tile, load_tile, narrow, strips_of
 
 
 @triton.jit
 def _d_weight_kernel(
-    dlogits, hidden, d_weight, scale, row_lists, row_counts, lists_stride,
+    dlogits, hidden, d_weight, scale,
     rows, features, width, begin, end, hidden_stride, d_weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
-    SCALE: tl.constexpr, FILTERED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(end - begin, ROWS)
     column_tiles = tl.cdiv(features, COLUMNS)
-    FLATTEN: tl.constexpr = DESCRIPTORS and not FILTERED
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=DESCRIPTORS):
         row_tile, column_tile = grouped_tile(tile, row_tiles, column_tiles, GROUP)
         v = row_tile * ROWS
         h = column_tile * COLUMNS
         accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
-        steps = tl.cdiv(rows, DEPTH)
-        if FILTERED:
-            steps = tl.load(row_counts + v // TILE_COLUMNS) * (TILE_ROWS // DEPTH)
-        for step in range(0, steps):
+        for step in range(0, tl.cdiv(rows, DEPTH)):  # a range of rows would spill in float32
             n = step * DEPTH
-            if FILTERED:
-                row_tile = tl.load(row_lists + v // TILE_COLUMNS * lists_stride + step // (TILE_ROWS // DEPTH))
-                n = row_tile * TILE_ROWS + step % (TILE_ROWS // DEPTH) * DEPTH
             s = load_tile(dlogits, n, v, rows, width, width, DEPTH, ROWS, DESCRIPTORS)
             x = load_tile(hidden, n, h, rows, features, hidden_stride, DEPTH, COLUMNS, DESCRIPTORS)
             accumulator = dot(s.T, x, accumulator, PRECISION)
@@ -61,37 +52,25 @@ def _d_weight_kernel(
 
 @triton.jit
 def _d_hidden_kernel(
-    dlogits, weight, d_hidden, rescale, column_lists, column_counts, lists_stride, splits,
+    dlogits, weight, d_hidden, rescale, splits,
     rows, features, width, begin, end, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
-    RESCALE: tl.constexpr, FILTERED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    RESCALE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(rows, ROWS)
     column_tiles = tl.cdiv(features, COLUMNS)
     count = row_tiles * column_tiles
-    FLATTEN: tl.constexpr = DESCRIPTORS and not FILTERED
-    for index in tl.range(tl.program_id(0), count * splits, tl.num_programs(0), flatten=FLATTEN):
+    for index in tl.range(tl.program_id(0), count * splits, tl.num_programs(0), flatten=DESCRIPTORS):
         split = index // count
         row_tile, column_tile = grouped_tile(index % count, row_tiles, column_tiles, GROUP)
         row = row_tile * ROWS
         h = column_tile * COLUMNS
         accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
         steps = tl.cdiv(end - begin, DEPTH)
-        if FILTERED:
-            steps = tl.load(column_counts + row // TILE_ROWS) * (TILE_COLUMNS // DEPTH)
-        per_split = tl.cdiv(steps, splits)
-        begin_step = split * per_split
-        trips = per_split  # the same for every tile, or the two loops would not become one
-        if FILTERED:
-            trips = tl.minimum(per_split, steps - begin_step)
-        for i in range(0, trips):
-            step = begin_step + i
+        per_split = tl.cdiv(steps, splits)  # the same for every tile, or the two loops would not become one
+        for i in range(0, per_split):
+            step = split * per_split + i
             v = tl.where(step < steps, step * DEPTH, 1 << 30)  # past the last split's end: zeros
-            if FILTERED:
-                kept = step // (TILE_COLUMNS // DEPTH)
-                tile_of_slice = tl.load(column_lists + row // TILE_ROWS * lists_stride + kept)
-                v = tile_of_slice * TILE_COLUMNS + step % (TILE_COLUMNS // DEPTH) * DEPTH
             s = load_tile(dlogits, row, v, rows, width, width, ROWS, DEPTH, DESCRIPTORS)
             w = load_tile(weight, begin + v, h, end, features, weight_stride, DEPTH, COLUMNS, DESCRIPTORS)
             accumulator = dot(s, w, accumulator, PRECISION)
@@ -114,7 +93,6 @@ def d_weight_slice(
     dlogits: Tensor,  # (N, width), width >= end - begin
     upstream: Upstream,
     out: Tensor,  # (V, H), the gradient
-    selection: SliceSelection | None = None,
 ) -> None:
     configuration = launch.configuration(problem)
     tile, descriptors = configuration.d_weight, configuration.descriptors
@@ -122,11 +100,9 @@ def d_weight_slice(
     _d_weight_kernel[launch.grid(problem, end - begin, problem.features, tile)](
         launch.source(dlogits, (tile.depth, tile.rows), descriptors),
         launch.source(hidden, (tile.depth, tile.columns), descriptors), out, upstream.weight_scale,
-        *((selection.row_lists, selection.row_counts, selection.row_lists.shape[1]) if selection else (None, None, 0)),
         problem.rows, problem.features, dlogits.stride(0), begin, end, hidden.stride(0), out.stride(0),
-        STRIP=min(tile.columns, 64), SCALE=upstream.weight_scale is not None, FILTERED=selection is not None,
-        TILE_ROWS=configuration.scores.rows, TILE_COLUMNS=configuration.scores.columns,
-        **launch.matmul(configuration, tile, hidden.dtype, listed=selection is not None),
+        STRIP=min(tile.columns, 64), SCALE=upstream.weight_scale is not None,
+        **launch.matmul(configuration, tile, hidden.dtype),
     )  # fmt: skip
 
 
@@ -150,17 +126,13 @@ def add_d_hidden(
     dlogits: Tensor,  # (N, width), width >= end - begin
     out: Tensor,  # of new_d_hidden
     rescale: Tensor | None = None,  # (N,) float32
-    selection: SliceSelection | None = None,
 ) -> None:
     configuration = launch.configuration(problem)
     tile, descriptors = configuration.d_hidden, configuration.descriptors
     _d_hidden_kernel[launch.grid(problem, problem.rows * out.shape[0], problem.features, tile)](
         launch.source(dlogits, (tile.rows, tile.depth), descriptors),
-        launch.source(problem.weight, (tile.depth, tile.columns), descriptors), out, rescale,
-        *((selection.column_lists, selection.column_counts, selection.column_lists.shape[1]) if selection
-          else (None, None, 0)), out.shape[0],
+        launch.source(problem.weight, (tile.depth, tile.columns), descriptors), out, rescale, out.shape[0],
         problem.rows, problem.features, dlogits.stride(0), begin, end, problem.weight.stride(0),
-        STRIP=min(tile.columns, 64), RESCALE=rescale is not None, FILTERED=selection is not None,
-        TILE_ROWS=configuration.scores.rows, TILE_COLUMNS=configuration.scores.columns,
-        **launch.matmul(configuration, tile, problem.weight.dtype, listed=selection is not None),
+        STRIP=min(tile.columns, 64), RESCALE=rescale is not None,
+        **launch.matmul(configuration, tile, problem.weight.dtype),
     )  # fmt: skip

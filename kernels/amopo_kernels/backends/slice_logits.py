@@ -54,7 +54,7 @@ def _slice_dlogits_kernel(
     finish_dlogits(
         accumulator, row, begin + column, bias, labels, lse, miss, logps, entropy, grad, grad_entropy, row_scale,
         dlogits, d_bias, rows, vocabulary, begin, width, softcap, scale,
-        True, ROWS, STRIP, BIAS, SOFTCAP, ENTROPY, D_BIAS, ROW_SCALE, False,
+        ROWS, STRIP, BIAS, SOFTCAP, ENTROPY, D_BIAS, ROW_SCALE,
     )  # fmt: skip
 
 
