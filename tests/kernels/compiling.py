@@ -2,8 +2,8 @@
 
     from compiling import Launch, compile_kernels
 
-    compiled = compile_kernels([Launch("amopo_kernels.backends.fused:_forward_kernel",
-                                       {"x_ptr": torch.bfloat16, "rows": 4096, "BLOCK_M": 128}, cc=90, num_warps=8)])
+    compiled = compile_kernels([Launch("amopo_kernels.rows.segment_sum:segment_sum_kernel",
+                                       {"values_ptr": torch.bfloat16, "columns": 512, "BLOCK": 512, ...}, cc=90)])
     compiled[0].check()
 
 A launch is written as the launcher would make it: a torch dtype stands for a tensor of it (16-byte aligned), a

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from amopo_kernels import UnsupportedError, dispatch, reference
-from amopo_kernels.logps import label_logps
+from amopo_kernels.head.logps import label_logps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
+PAGE = Path(__file__).parents[3] / "docs" / "kernels.md"
 OPTIONS = {
     "bias": {"bias": True},
     "softcap": {"softcap": 4.0},

@@ -5,8 +5,8 @@
 
 Work: 2 N V H FLOP. Reads X and W (W once per group of row tiles), writes 4 N V / STRIP bytes of tile_lse.
 Order: a persistent grid walks the tiles, GROUP row tiles together, columns outermost. Each (row, strip of columns) is
-written by one program, so that the result does not depend on the number of programs. `merge_tiles.py` merges strips.
-Optionally the strip's probabilities are kept, for a backward that does not recompute the scores (see `head.py`).
+written by one program, so that the result does not depend on the number of programs. `merge_strips.py` merges strips.
+Optionally the strip's probabilities are kept, for a backward that does not recompute the scores (see `passes.py`).
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dispatch, validation
-from .errors import DoubleBackwardError, UnsupportedError
+from .. import dispatch, validation
+from ..errors import UnsupportedError, refuse_double_backward
 
 
 def inverse_index(indices: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -75,9 +75,9 @@ def segment_sum_rows(values: Tensor, order: Tensor, offsets: Tensor, *, backend:
     else:
         if values.dtype == torch.float64:
             raise UnsupportedError("backend 'triton' adds in float32; use backend='torch' for float64 values")
-        from .backends import triton_rows
+        from .segment_sum import segment_sum_rows_triton
 
-        out = triton_rows.segment_sum_rows(rows.contiguous(), order.contiguous(), offsets.contiguous())
+        out = segment_sum_rows_triton(rows.contiguous(), order.contiguous(), offsets.contiguous())
     return out.view(-1, *values.shape[1:])
 
 
@@ -97,8 +97,8 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        if torch.is_grad_enabled() and grad.requires_grad:
-            raise DoubleBackwardError("gather_rows has no second derivative; leave create_graph out")
+        if grad.requires_grad:  # linear: a constant gradient leaves nothing to differentiate
+            refuse_double_backward("gather_rows", "x[indices]")
         return segment_sum_rows(grad, *ctx.saved_tensors), None, None, None
 
 

@@ -1,4 +1,4 @@
-"""The head of `fused` and `chunked`, and the statistics of sequences, as torch operators: fake, autograd, compile.
+"""The head of `fused` and `chunked` as torch operators: fake, autograd, compile.
 
 An operator takes and returns tensors; what is not wanted is returned empty. The forward returns everything that its
 backward needs, so that autograd keeps it when it differentiates and drops it when it does not.
@@ -11,8 +11,8 @@ import triton
 from torch import Tensor
 
 from .. import dispatch
-from ..errors import DoubleBackwardError
-from . import head, sequences
+from ..errors import refuse_double_backward
+from . import passes
 from .problem import Problem, RowStatistics
 
 
@@ -48,9 +48,9 @@ def linear_logps(
     """
     dispatch.count(backend, gradient_mode)
     problem = _problem(hidden, weight, bias, labels, softcap, temperature, dtype)
-    cached = head.cached_columns(hidden, weight.shape[0], dtype, cache_bytes) if gradient_mode == "cached" else 0
+    cached = passes.cached_columns(hidden, weight.shape[0], dtype, cache_bytes) if gradient_mode == "cached" else 0
     with torch.cuda.device_of(hidden):  # Triton launches on the current device; so in every operator here
-        forward = head.forward(
+        forward = passes.forward(
             problem, backend, ignore_index, entropy=entropy, unit_gradient=gradient_mode == "frozen", cached=cached
         )
     rows, empty = forward.rows, rows_like(hidden, 0)
@@ -72,11 +72,11 @@ def rows_like(hidden: Tensor, *shape: int) -> Tensor:
 def _(hidden, weight, bias, labels, ignore_index, softcap, temperature, dtype, backend, gradient_mode, entropy,
       cache_bytes):  # fmt: skip
     N, vocabulary = hidden.shape[0], weight.shape[0]
-    cached = head.cached_columns(hidden, vocabulary, dtype, cache_bytes) if gradient_mode == "cached" else 0
-    strip = head.strip_columns(hidden, dtype, backend, entropy, gradient_mode in ("frozen", "cached"))
+    cached = passes.cached_columns(hidden, vocabulary, dtype, cache_bytes) if gradient_mode == "cached" else 0
+    strip = passes.strip_columns(hidden, dtype, backend, entropy, gradient_mode in ("frozen", "cached"))
     cache, tiles = rows_like(hidden, 0), rows_like(hidden, 0)
     if cached:
-        cache = torch.empty(N, head.cache_width(cached, vocabulary), dtype=dtype, device=hidden.device)
+        cache = torch.empty(N, passes.cache_width(cached, vocabulary), dtype=dtype, device=hidden.device)
         tiles = rows_like(hidden, triton.cdiv(cached, strip), N)
     unit = rows_like(hidden, *hidden.shape) if gradient_mode == "frozen" else rows_like(hidden, 0)
     return (
@@ -112,11 +112,11 @@ def linear_logps_backward(
     problem = _problem(hidden, weight, bias, labels, softcap, temperature, dtype)
     d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None
     d_bias = torch.empty_like(bias) if need_bias else None
-    forward = head.Forward(
+    forward = passes.Forward(
         RowStatistics(logps, lse, miss, entropy), cache=cache if cache.numel() else None, tile_lse=tile_lse
     )
     with torch.cuda.device_of(hidden):
-        d_hidden = head.backward(
+        d_hidden = passes.backward(
             problem, backend, forward, grad, grad_entropy, need_hidden=need_hidden, d_weight=d_weight, d_bias=d_bias
         )
     if need_hidden:
@@ -148,7 +148,7 @@ def _save_for_linear_logps(ctx, inputs, output):
 
 
 def _backward_of_linear_logps(ctx, grad, grad_entropy, *_):
-    refuse_double_backward("linear_logps")
+    refuse_double_backward("linear_logps", "amopo_kernels.reference.linear_logps")
     nothing = (None,) * 8
     if grad is None and grad_entropy is None:
         return None, None, None, None, *nothing
@@ -166,55 +166,3 @@ def _backward_of_linear_logps(ctx, grad, grad_entropy, *_):
 
 
 linear_logps.register_autograd(_backward_of_linear_logps, setup_context=_save_for_linear_logps)
-
-
-@torch.library.custom_op("amopo_kernels::sequence_sums", mutates_args=())
-def sequence_sums(logps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logps (N,), cu_seqlens (S + 1,) -> logp_sum, length int32, prob_mean, prob_std, each (S,)."""
-    with torch.cuda.device_of(logps):
-        return sequences.sequence_sums(logps.contiguous(), cu_seqlens.contiguous())
-
-
-@sequence_sums.register_fake
-def _(logps, cu_seqlens):
-    S = cu_seqlens.shape[0] - 1
-    length = torch.empty(S, dtype=torch.int32, device=logps.device)
-    return rows_like(logps, S), length, rows_like(logps, S), rows_like(logps, S)
-
-
-@torch.library.custom_op("amopo_kernels::rows_of_sequences", mutates_args=())
-def rows_of_sequences(grad: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
-    """One number per sequence (S,) -> (N,) float32."""
-    with torch.cuda.device_of(grad):
-        return sequences.rows_of_sequences(grad.contiguous(), cu_seqlens.contiguous(), rows)
-
-
-@rows_of_sequences.register_fake
-def _(grad, cu_seqlens, rows):
-    return rows_like(grad, rows)
-
-
-def _save_for_sequence_sums(ctx, inputs, output):
-    logps, cu_seqlens = inputs
-    ctx.rows, ctx.dtype = logps.shape[0], logps.dtype
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(cu_seqlens)
-
-
-def _backward_of_sequence_sums(ctx, grad, *_):
-    refuse_double_backward("sequence_stats")
-    if grad is None:
-        return None, None
-    return torch.ops.amopo_kernels.rows_of_sequences(grad, *ctx.saved_tensors, ctx.rows).to(ctx.dtype), None
-
-
-sequence_sums.register_autograd(_backward_of_sequence_sums, setup_context=_save_for_sequence_sums)
-
-
-def refuse_double_backward(name: str) -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise DoubleBackwardError(
-            f"{name} has no second derivative; call backward without create_graph, "
-            "or use amopo_kernels.reference for gradients of gradients"
-        )

@@ -120,7 +120,7 @@ def test_unchecked_wrong_offsets_read_nothing_out_of_bounds():
 def test_compiles_for_every_generation():
     launches = [
         Launch(
-            "amopo_kernels.backends.triton_rows:segment_sum_kernel",
+            "amopo_kernels.rows.segment_sum:segment_sum_kernel",
             {"values_ptr": dtype, "order_ptr": torch.int32, "offsets_ptr": torch.int32, "out_ptr": dtype,
              "places": 9000, "columns": columns, "BLOCK": block},
             cc=cc, num_warps=warps,

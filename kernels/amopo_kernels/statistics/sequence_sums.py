@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import LOG2E
+from ..errors import refuse_double_backward
+from ..numerics import LOG2E
 
 
 @triton.jit
@@ -77,23 +78,61 @@ def _rows_kernel(grad_sum, cu_seqlens, grad, rows, sequences, BLOCK: tl.constexp
         tl.store(grad + r, tl.zeros((BLOCK,), tl.float32) + value, mask=r < end)
 
 
+@torch.library.custom_op("amopo_kernels::sequence_sums", mutates_args=())
 def sequence_sums(logps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logps (N,), cu_seqlens (S + 1,) -> (logp_sum, length int32, prob_mean, prob_std), each (S,); float32."""
+    """logps (N,), cu_seqlens (S + 1,) -> logp_sum, length int32, prob_mean, prob_std, each (S,); float32."""
     sequences = cu_seqlens.shape[0] - 1
-    logp_sum, mean, std = (torch.empty(sequences, dtype=torch.float32, device=logps.device) for _ in range(3))
-    length = torch.empty(sequences, dtype=torch.int32, device=logps.device)
+    logp_sum, length, mean, std = _empty_sums(logps, cu_seqlens)
     if sequences:
-        _sequences_kernel[(sequences,)](
-            logps, cu_seqlens, logp_sum, length, mean, std, logps.shape[0], sequences, BLOCK=1024, num_warps=4
-        )
+        with torch.cuda.device_of(logps):  # Triton launches on the current device
+            _sequences_kernel[(sequences,)](
+                logps.contiguous(), cu_seqlens.contiguous(), logp_sum, length, mean, std, logps.shape[0], sequences,
+                BLOCK=1024, num_warps=4,
+            )  # fmt: skip
     return logp_sum, length, mean, std
 
 
-def rows_of_sequences(grad_sum: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
-    """(S,) -> (N,) float32: every row gets its sequence's number."""
-    grad = torch.zeros(rows, dtype=torch.float32, device=grad_sum.device)
-    if rows and grad_sum.shape[0]:
-        _rows_kernel[(grad_sum.shape[0],)](
-            grad_sum, cu_seqlens, grad, rows, grad_sum.shape[0], BLOCK=1024, num_warps=4
-        )
-    return grad
+def _empty_sums(logps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    S = cu_seqlens.shape[0] - 1
+    logp_sum, mean, std = (torch.empty(S, dtype=torch.float32, device=logps.device) for _ in range(3))
+    return logp_sum, torch.empty(S, dtype=torch.int32, device=logps.device), mean, std
+
+
+@sequence_sums.register_fake
+def _(logps, cu_seqlens):
+    return _empty_sums(logps, cu_seqlens)
+
+
+@torch.library.custom_op("amopo_kernels::rows_of_sequences", mutates_args=())
+def rows_of_sequences(grad: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
+    """One number per sequence (S,) -> (N,) float32: every row gets its sequence's number."""
+    out = torch.zeros(rows, dtype=torch.float32, device=grad.device)
+    if rows and grad.shape[0]:
+        with torch.cuda.device_of(grad):
+            _rows_kernel[(grad.shape[0],)](
+                grad.contiguous(), cu_seqlens.contiguous(), out, rows, grad.shape[0], BLOCK=1024, num_warps=4
+            )
+    return out
+
+
+@rows_of_sequences.register_fake
+def _(grad, cu_seqlens, rows):
+    return torch.empty(rows, dtype=torch.float32, device=grad.device)
+
+
+def _save_for_sequence_sums(ctx, inputs, output):
+    logps, cu_seqlens = inputs
+    ctx.rows, ctx.dtype = logps.shape[0], logps.dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(cu_seqlens)
+
+
+def _backward_of_sequence_sums(ctx, grad, *_):
+    refuse_double_backward("sequence_stats", "amopo_kernels.reference.sequence_stats")
+    if grad is None:
+        return None, None
+    return torch.ops.amopo_kernels.rows_of_sequences(grad, *ctx.saved_tensors, ctx.rows).to(ctx.dtype), None
+
+
+sequence_sums.register_autograd(_backward_of_sequence_sums, setup_context=_save_for_sequence_sums)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import DoubleBackwardError
+from ..errors import refuse_double_backward
 
 SLICE_COLUMNS = 2048
 _EXCLUDED = -1e30  # a logit that adds nothing; finite, so that 0 * _EXCLUDED is 0 in the entropy
@@ -127,11 +127,7 @@ class LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logps, grad_entropy):
-        if torch.is_grad_enabled():
-            raise DoubleBackwardError(
-                "linear_logps has no second derivative; call backward without create_graph, "
-                "or use amopo_kernels.reference for gradients of gradients"
-            )
+        refuse_double_backward("linear_logps", "amopo_kernels.reference.linear_logps")
         # Called inside an autocast region, backward would meet matmuls that round their operands anew.
         with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
             return LinearLogps._gradients(ctx, grad_logps, grad_entropy)

@@ -41,7 +41,7 @@ def segment_sum_kernel(
     tl.store(out_ptr + row * columns + column, total.to(out_ptr.dtype.element_ty), mask=column < columns)
 
 
-def segment_sum_rows(
+def segment_sum_rows_triton(
     values: Tensor,  # (M, C) contiguous, float16, bfloat16 or float32
     order: Tensor,  # (M,) int32
     offsets: Tensor,  # (T + 1,) int32

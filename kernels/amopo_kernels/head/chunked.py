@@ -1,7 +1,7 @@
 """`chunked`: the epilogues of a slice of float32 logits that a vendor matmul has written.
 
-The same device functions finish a tile of scores in `fused` (tile_lse.py, dlogits.py); here the tile is loaded. Reads
-4 bytes per logit; writes 4 N / STRIP bytes per column (forward) or dS, 2 bytes per logit in bf16 (backward).
+The device functions that finish a tile of scores in `fused` finish a tile that is loaded here. Reads 4 bytes per logit;
+writes 4 N / STRIP bytes per column (forward) or dS, 2 bytes per logit in bf16 (backward).
 One program per (ROWS, STRIP) block: bound by memory, no reuse.
 """
 
@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .dlogits import finish_dlogits
+from .logit_gradient import finish_dlogits
 from .problem import Probabilities, Problem, RowStatistics, TileStatistics, Upstream
-from .tile_lse import finish_scores
+from .score_loop import finish_scores
 from .tiles import load_tile
 
 
@@ -86,7 +86,7 @@ def _slice_logits(problem: Problem, begin: int, end: int) -> Tensor:
 def tile_lse(
     problem: Problem, begin: int, end: int, statistics: TileStatistics, probabilities: Probabilities | None = None
 ) -> None:
-    """As tile_lse.tile_lse, for one slice whose logits fit in memory."""
+    """As score_loop.tile_lse, for one slice whose logits fit in memory."""
     logits = _slice_logits(problem, begin, end)
     out = probabilities.out if probabilities else None
     height, strip = _block()
@@ -104,7 +104,7 @@ def tile_lse(
 def dlogits(
     problem: Problem, begin: int, end: int, rows: RowStatistics, upstream: Upstream, out: Tensor, d_bias: Tensor | None
 ) -> None:
-    """As dlogits.dlogits."""
+    """As logit_gradient.dlogits."""
     logits = _slice_logits(problem, begin, end)
     entropy = upstream.grad_entropy is not None
     height, strip = _block()

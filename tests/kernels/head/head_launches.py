@@ -1,6 +1,6 @@
 """Every launch of the head's kernels, recorded from the code that makes them and compiled for GPUs that are not there.
 
-    python tests/kernels/head_launches.py [80 90 100]      compiles all of them and prints what the compiler made
+    python tests/kernels/head/head_launches.py [80 90 100]      compiles all of them and prints what the compiler made
 
 The order of work runs on meta tensors of real sizes with the configuration of a compute capability; a recorder stands
 in for each kernel. So a launch that is shipped is a launch that is compiled.
@@ -15,29 +15,26 @@ from pathlib import Path
 from unittest import mock
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[2] / "kernels")]
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[3] / "kernels")]
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 from compiling import Descriptor, Launch, compile_kernels
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from amopo_kernels.backends import (
-    dlogits,
-    head,
+from amopo_kernels.head import (
+    chunked,
     kept_probabilities,
     launch,
-    merge_tiles,
-    sequences,
+    logit_gradient,
+    merge_strips,
+    passes,
+    score_loop,
     slice_gradients,
-    slice_logits,
-    tile_lse,
 )
-from amopo_kernels.backends.problem import Problem
+from amopo_kernels.head.problem import Problem
 
-MODULES = (
-    tile_lse, dlogits, slice_gradients, slice_logits, kept_probabilities, merge_tiles, sequences,
-)  # fmt: skip
+MODULES = (score_loop, logit_gradient, slice_gradients, chunked, kept_probabilities, merge_strips)
 OPTIONS = ("num_warps", "num_stages")
 # name -> what the case asks of the head
 CASES = {
@@ -104,10 +101,10 @@ def launches_of(
         empty(rows, dtype=torch.int64), softcap, 1.0,
     )  # fmt: skip
     with recording(cc, dtype) as launches:
-        columns = head.slice_columns(problem.hidden, dtype) * 2 if cached else 0
-        forward = head.forward(problem, backend, -100, entropy=entropy, unit_gradient=frozen, cached=columns)
+        columns = passes.slice_columns(problem.hidden, dtype) * 2 if cached else 0
+        forward = passes.forward(problem, backend, -100, entropy=entropy, unit_gradient=frozen, cached=columns)
         if not frozen:
-            head.backward(
+            passes.backward(
                 problem, backend, forward, empty(rows, dtype=torch.float32),
                 empty(rows, dtype=torch.float32) if entropy else None,
                 need_hidden=True, d_weight=empty(vocabulary, features),

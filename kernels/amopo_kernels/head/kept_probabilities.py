@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..numerics import LOG2E
 from . import launch
 from .problem import Problem, RowStatistics, TileStatistics, Upstream
-from .tiles import LOG2E, load_labels, narrow
+from .tiles import load_labels, narrow
 
 
 @triton.jit

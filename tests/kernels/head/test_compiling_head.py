@@ -1,6 +1,6 @@
 """What Triton makes of the head's launches for GPUs that are not there: no spills, shared memory, matrix instructions.
 
-A choice of launches, for time; `python tests/kernels/head_launches.py` compiles all of them.
+A choice of launches, for time; `python tests/kernels/head/head_launches.py` compiles all of them.
 """
 
 import pytest
@@ -35,7 +35,7 @@ def test_shipped_launches(cc):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_tiles_fit_each_other(cc, dtype):
     """Slices and buffers are multiples of 256 columns, and hold whole tiles."""
-    from amopo_kernels.backends import launch
+    from amopo_kernels.head import launch
 
     tiles = launch.FLOAT32 if dtype == torch.float32 else launch.SIXTEEN_BIT[cc]
     assert 256 % tiles.scores.columns == 0 and 256 % tiles.d_weight.rows == 0 and 256 % tiles.d_hidden.depth == 0

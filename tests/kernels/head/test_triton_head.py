@@ -234,7 +234,7 @@ def test_float16_keeps_small_gradients(backend):
 
 def test_float16_gradients_of_logits_stay_in_range():
     """Whatever g and 1 - p_y are, dS of a row is at most 2^9 and, spread over 262144 tokens, no subnormal number."""
-    from amopo_kernels.backends.problem import Problem, RowStatistics, Upstream
+    from amopo_kernels.head.problem import Problem, RowStatistics, Upstream
 
     miss = torch.logspace(-30, 0, 40, device=DEVICE)
     grad = torch.randn(40, device=DEVICE) * torch.logspace(0, -7, 40, device=DEVICE)
@@ -361,13 +361,13 @@ def test_bad_offsets_give_nan(offsets):
 
 def test_probability_statistics_of_long_and_certain_sequences():
     """Two passes: sum p^2 - n mean^2 is 0 or negative in float32 where every p is near 1."""
-    from amopo_kernels.backends import ops
+    from amopo_kernels.statistics.sequence_sums import sequence_sums
 
     torch.manual_seed(3)
     lengths = [1, 0, 1500, 2, 3000]
     logps = torch.cat([-torch.rand(1) * 9, -1e-4 * torch.rand(1500), -torch.rand(2), -9 * torch.rand(3000)]).to(DEVICE)
     cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
-    found = ops.sequence_sums(logps, cu_seqlens)
+    found = sequence_sums(logps, cu_seqlens)
     expected = reference.sequence_stats(logps.double(), cu_seqlens)
     # A float32 probability near 1 is known to 6e-8: relative to a deviation of 3e-5 that is 2e-3.
     for a, b, tolerance in zip(found, expected, (1e-6, 0, 1e-6, 2e-3), strict=False):

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch
-from .stats import linear_sequence_stats
-from .types import AMoPOLoss, SequenceStats
+from .. import dispatch
+from ..statistics import linear_sequence_stats
+from ..types import AMoPOLoss, SequenceStats
 
 WEIGHTINGS = ("gaussian", "mean", "uniform")
 
@@ -67,9 +67,9 @@ def amopo_loss(
 def _implementation(stats: SequenceStats) -> Callable[..., AMoPOLoss]:
     """One Triton launch for float32 statistics on a GPU; plain torch on the CPU, in float64 and without Triton."""
     if stats.logp_sum.is_cuda and stats.logp_sum.dtype == torch.float32 and dispatch.HAS_TRITON:
-        from .backends import triton_loss
+        from .amopo_triton import amopo_loss
 
-        return triton_loss.amopo_loss
+        return amopo_loss
     return _torch_loss
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dispatch, validation
-from .backends import torch_slices
+from .. import dispatch
+from ..validation import wants_values
+from . import torch_slices
+from .validation import check_labels, check_linear
 
 
 def linear_logps(
@@ -43,9 +45,9 @@ def linear_logps(
         BackendUnavailableError: the backend cannot run here. UnsupportedError: it cannot do this.
         DoubleBackwardError: a gradient of a gradient.
     """
-    validation.check_linear(hidden, weight, labels, bias)
-    if validation.wants_values(validate, labels):
-        validation.check_labels(labels, weight.shape[0], ignore_index)
+    check_linear(hidden, weight, labels, bias)
+    if wants_values(validate, labels):
+        check_labels(labels, weight.shape[0], ignore_index)
     logps, entropy = label_logps(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), bias,
         softcap=softcap, temperature=temperature, ignore_index=ignore_index, entropy=return_entropy, backend=backend,
@@ -93,9 +95,9 @@ def label_logps(
                 hidden, weight, bias, labels.masked_fill(ignored, -1), ignored, options
             )
             return *results, backend
-        from .backends import ops
+        from . import operators
 
-        results = ops.linear_logps(
+        results = operators.linear_logps(
             hidden, weight, bias, labels, ignore_index, softcap, temperature, dtype, backend, mode, entropy,
             cache_bytes,
         )  # fmt: skip

@@ -18,8 +18,8 @@ import torch
 import triton
 from torch import Tensor
 
-from . import dlogits, kept_probabilities, launch, slice_gradients, slice_logits, tile_lse
-from .merge_tiles import merge_tiles
+from . import chunked, kept_probabilities, launch, logit_gradient, score_loop, slice_gradients
+from .merge_strips import merge_tiles
 from .problem import Probabilities, Problem, RowStatistics, TileStatistics, Upstream
 
 
@@ -34,8 +34,8 @@ class Engine:
 
 
 ENGINES = {
-    "fused": Engine(tile_lse, dlogits, slice_gradients, slices_forward=False),
-    "chunked": Engine(slice_logits, slice_logits, slice_logits, slices_forward=True),
+    "fused": Engine(score_loop, logit_gradient, slice_gradients, slices_forward=False),
+    "chunked": Engine(chunked, chunked, chunked, slices_forward=True),
 }
 
 

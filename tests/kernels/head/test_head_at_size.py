@@ -12,7 +12,7 @@ import torch
 
 from amopo_kernels import linear_sequence_stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 from head_problem import Case, Oracle, random_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

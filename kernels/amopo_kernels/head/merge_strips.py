@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import LN2, LOG2E, log1p
+from ..numerics import LN2, LOG2E, log1p
 
 
 @triton.jit

@@ -9,7 +9,8 @@ from torch.library import opcheck
 from amopo_kernels import amopo_loss, dispatch, linear_logps, linear_sequence_stats
 
 pytest.importorskip("triton")
-from amopo_kernels.backends import ops  # noqa: E402  (needs Triton)
+from amopo_kernels.head import operators  # noqa: E402  (needs Triton)
+from amopo_kernels.statistics import sequence_sums  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, VOCABULARY, FEATURES = 14, 140, 24
@@ -31,15 +32,15 @@ def test_opcheck(backend, mode, entropy):
     if mode == "frozen":
         weight, bias = weight.detach(), bias.detach()
     opcheck(
-        ops.linear_logps,
+        operators.linear_logps,
         (hidden, weight, bias, labels, -100, 5.0, 1.3, torch.float32, backend, mode, entropy, ROWS * 128 * 4),
     )
 
 
 def test_opcheck_of_the_sequence_operators():
     _, _, _, _, cu_seqlens = problem()
-    opcheck(ops.sequence_sums, (torch.randn(ROWS, device=DEVICE, requires_grad=True), cu_seqlens))
-    opcheck(ops.rows_of_sequences, (torch.randn(4, device=DEVICE), cu_seqlens, ROWS))
+    opcheck(sequence_sums.sequence_sums, (torch.randn(ROWS, device=DEVICE, requires_grad=True), cu_seqlens))
+    opcheck(sequence_sums.rows_of_sequences, (torch.randn(4, device=DEVICE), cu_seqlens, ROWS))
 
 
 @pytest.mark.parametrize("backend", ["fused", "chunked"])

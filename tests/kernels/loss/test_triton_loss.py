@@ -8,9 +8,8 @@ import pytest
 import torch
 from compiling import Launch, compile_kernels
 
-import amopo_kernels.loss
 from amopo_kernels import DoubleBackwardError, SequenceStats, UnsupportedError, amopo_loss, linear_amopo_loss, reference
-from amopo_kernels.backends import triton_loss
+from amopo_kernels.loss import amopo, amopo_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WEIGHTINGS = {
@@ -31,7 +30,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def triton_everywhere(monkeypatch):
     if DEVICE == "cpu":
-        monkeypatch.setattr(amopo_kernels.loss, "_implementation", lambda stats: triton_loss.amopo_loss)
+        monkeypatch.setattr(amopo, "_implementation", lambda stats: amopo_triton.amopo_loss)
 
 
 def random_stats(P, K, seed=0, absent=0.2):
@@ -199,9 +198,9 @@ def test_double_backward_is_refused():
 
 
 def test_too_many_dimensions_are_refused():
-    stats, noise = random_stats(1, triton_loss.TILE + 1)
+    stats, noise = random_stats(1, amopo_triton.TILE + 1)
     with pytest.raises(UnsupportedError, match="512 dimensions at most"):
-        amopo_loss(stats, num_dimensions=triton_loss.TILE + 1, beta=0.8, gamma=1.5, noise=noise)
+        amopo_loss(stats, num_dimensions=amopo_triton.TILE + 1, beta=0.8, gamma=1.5, noise=noise)
 
 
 @pytest.mark.parametrize("compat", ["paper", "upstream"])
@@ -322,17 +321,17 @@ def test_compiles_for_every_architecture():
     launches = []
     for cc, K, weighting, upstream in [
         (80, 4, "gaussian", False), (90, 4, "gaussian", False), (90, 3, "mean", True), (90, 1, "uniform", False),
-        (90, triton_loss.TILE, "gaussian", True), (100, 5, "tensor", True),
+        (90, amopo_triton.TILE, "gaussian", True), (100, 5, "tensor", True),
     ]:  # fmt: skip
         block_k = 1 << (K - 1).bit_length()
         options = {
             "noise_ptr": torch.float32 if weighting == "gaussian" else None,
             "relative_ptr": torch.float32 if weighting == "tensor" else None,
             "normaliser_ptr": torch.float32 if upstream else None,
-            "K": K, "BLOCK_P": triton_loss.TILE // block_k, "BLOCK_K": block_k,
+            "K": K, "BLOCK_P": amopo_triton.TILE // block_k, "BLOCK_K": block_k,
             "WEIGHTING": weighting, "UPSTREAM": upstream,
         }  # fmt: skip
-        kernel = "amopo_kernels.backends.triton_loss:amopo_loss_kernel"
+        kernel = "amopo_kernels.loss.amopo_triton:amopo_loss_kernel"
         launches.append(Launch(kernel, arguments | options, cc=cc, num_warps=4))
     for compiled in compile_kernels(launches):
         compiled.check(matmul=False)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dispatch, validation
-from .logps import label_logps
-from .types import SequenceStats
+from .. import dispatch
+from ..head.logps import label_logps
+from ..head.validation import check_labels, check_linear
+from ..types import SequenceStats
+from ..validation import wants_values
 
 
 def sequence_stats(logps: Tensor, cu_seqlens: Tensor) -> SequenceStats:
@@ -23,16 +25,16 @@ def sequence_stats(logps: Tensor, cu_seqlens: Tensor) -> SequenceStats:
     Raises:
         ValueError: cu_seqlens (its values are checked on the CPU only).
     """
-    validation.check_cu_seqlens(cu_seqlens, logps.shape[0], validation.wants_values(None, logps))
+    check_cu_seqlens(cu_seqlens, logps.shape[0], wants_values(None, logps))
     triton = logps.is_cuda and logps.dtype != torch.float64 and dispatch.HAS_TRITON
     return _triton_sequence_stats(logps, cu_seqlens) if triton else _torch_sequence_stats(logps, cu_seqlens)
 
 
 def _triton_sequence_stats(logps: Tensor, cu_seqlens: Tensor) -> SequenceStats:
     """One launch; results as those of `_torch_sequence_stats`."""
-    from .backends import ops
+    from .sequence_sums import sequence_sums
 
-    logp_sum, length, prob_mean, prob_std = ops.sequence_sums(logps, cu_seqlens)
+    logp_sum, length, prob_mean, prob_std = sequence_sums(logps, cu_seqlens)
     return SequenceStats(logp_sum, length, prob_mean, prob_std, logps.detach())
 
 
@@ -91,12 +93,12 @@ def linear_sequence_stats(
     Raises:
         UnsupportedError: an option that the backend does not have; otherwise as `linear_logps` and `sequence_stats`.
     """
-    validation.check_cu_seqlens(cu_seqlens, labels.numel(), validation.wants_values(validate, labels))
-    validation.check_linear(hidden, weight, labels, bias)
+    check_cu_seqlens(cu_seqlens, labels.numel(), wants_values(validate, labels))
+    check_linear(hidden, weight, labels, bias)
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be (N, H), got {tuple(hidden.shape)}")
-    if validation.wants_values(validate, labels):
-        validation.check_labels(labels, weight.shape[0], None)
+    if wants_values(validate, labels):
+        check_labels(labels, weight.shape[0], None)
     logps, _, backend = label_logps(
         hidden, weight, labels, bias, softcap=softcap, temperature=temperature,
         ignore_index=torch.iinfo(torch.int64).min, entropy=False, backend=backend, cache_bytes=logits_cache_bytes,
@@ -104,3 +106,13 @@ def linear_sequence_stats(
     if backend == "torch":
         return _torch_sequence_stats(logps, cu_seqlens)
     return _triton_sequence_stats(logps, cu_seqlens)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, rows: int, validate: bool) -> None:
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 (S + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if validate:
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != rows:
+            raise ValueError(f"cu_seqlens must run from 0 to {rows}, got {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}")
+        if bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
+            raise ValueError("cu_seqlens must not decrease")

@@ -17,10 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, refuse_double_backward
+from ..numerics import log1p
 from ..types import AMoPOLoss, SequenceStats
-from .ops import refuse_double_backward
-from .tiles import log1p
 
 TILE = 512  # entries (pair, dimension) per step: 4 per thread of 4 warps. A pair's dimensions must fit into one.
 _LOWEST = tl.constexpr(-3.0e38)  # below every score, and finite: exp(-inf - _LOWEST) is 0, not NaN
@@ -188,7 +187,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_):
-    refuse_double_backward("amopo_loss on CUDA")
+    refuse_double_backward("amopo_loss on CUDA", "amopo_kernels.reference.amopo_loss")
     (gradient,) = ctx.saved_tensors
     return (grad_loss * gradient, *[None] * (ctx.inputs - 1))
 
