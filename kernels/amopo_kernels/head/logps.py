@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import dispatch
 from ..validation import wants_values
 from . import torch_slices
+from .options import Options, choose_options
 from .validation import check_labels, check_linear
 
 
@@ -48,10 +49,11 @@ def linear_logps(
     check_linear(hidden, weight, labels, bias)
     if wants_values(validate, labels):
         check_labels(labels, weight.shape[0], ignore_index)
-    logps, entropy = label_logps(
-        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), bias,
-        softcap=softcap, temperature=temperature, ignore_index=ignore_index, entropy=return_entropy, backend=backend,
-    )[:2]  # fmt: skip
+    options = choose_options(
+        hidden, weight, bias, softcap=softcap, temperature=temperature, ignore_index=ignore_index,
+        entropy=return_entropy, backend=backend,
+    )  # fmt: skip
+    logps, entropy = label_logps(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), bias, options)
     logps = logps.reshape(labels.shape)
     return (logps, entropy.reshape(labels.shape)) if return_entropy else logps
 
@@ -61,44 +63,17 @@ def label_logps(
     weight: Tensor,  # (V, H)
     labels: Tensor,  # (N,)
     bias: Tensor | None,
-    *,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    entropy: bool,
-    backend: str,
-    cache_bytes: int = 0,
-) -> tuple[Tensor, Tensor | None, str]:
-    """(logps (N,), entropy (N,) or None, the backend that ran) of checked shapes and labels: dispatch and compute."""
-    if softcap is not None and softcap <= 0 or temperature <= 0:
-        raise ValueError(f"softcap and temperature must be positive, got {softcap} and {temperature}")
-    device = hidden.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    backend = dispatch.choose_backend(backend, hidden, dtype)
-    needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    mode = dispatch.choose_mode(
-        backend, dtype, entropy=entropy, cache_bytes=cache_bytes, frozen=needed == [True, False, False]
-    )
-    if not any(needed):
-        mode = "exact"  # which keeps nothing
+    options: Options,
+) -> tuple[Tensor, Tensor | None]:
+    """(logps (N,), entropy (N,) or None) of checked shapes and labels."""
     labels = labels.long()
-    with torch.autocast(device, enabled=False):
-        if backend == "torch":
-            dispatch.count(backend, mode)
-            ignored = labels == ignore_index
-            options = torch_slices.Options(softcap, temperature, dtype, entropy)
-            results = torch_slices.LinearLogps.apply(
-                hidden, weight, bias, labels.masked_fill(ignored, -1), ignored, options
-            )
-            return *results, backend
+    with torch.autocast(hidden.device.type, enabled=False):
+        if options.backend == "torch":
+            dispatch.count("torch", options.mode)
+            ignored = labels == options.ignore_index
+            labels = labels.masked_fill(ignored, -1)
+            return torch_slices.LinearLogps.apply(hidden, weight, bias, labels, ignored, options)
         from . import operators
 
-        results = operators.linear_logps(
-            hidden, weight, bias, labels, ignore_index, softcap, temperature, dtype, backend, mode, entropy,
-            cache_bytes,
-        )  # fmt: skip
-    return results[0], results[1] if entropy else None, backend
+        logps, entropy = operators.linear_logps(hidden, weight, bias, labels, *options.flat())[:2]
+    return logps, entropy if options.entropy else None

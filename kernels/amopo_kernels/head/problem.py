@@ -1,12 +1,29 @@
-"""What one call of the head computes, as the kernels take it: operands, statistics, upstream gradient."""
+"""What one call of the head computes, as the kernels take it: operands, statistics, upstream gradient.
+
+A NamedTuple goes to a kernel whole; a None in it is a constant there and compiles to nothing.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .options import Options
+
+
+class Scoring(NamedTuple):
+    """What makes scores of logits, and says which of them count."""
+
+    bias: Tensor | None  # (V,)
+    labels: Tensor  # (N,) int64
+    rows: int
+    vocabulary: int
+    softcap: float | None
+    scale: float  # from a capped logit to a score in bits: log2(e) / temperature
 
 
 @dataclass(frozen=True)
@@ -15,8 +32,7 @@ class Problem:
     weight: Tensor  # (V, H) likewise
     bias: Tensor | None  # (V,)
     labels: Tensor  # (N,) int64
-    softcap: float | None
-    temperature: float
+    options: Options
 
     @property
     def rows(self) -> int:
@@ -31,13 +47,13 @@ class Problem:
         return self.weight.shape[0]
 
     @property
-    def scale(self) -> float:
-        """From a capped logit to a score in bits."""
-        return math.log2(math.e) / self.temperature
+    def scoring(self) -> Scoring:
+        scale = math.log2(math.e) / self.options.temperature
+        return Scoring(self.bias, self.labels, self.rows, self.vocabulary, self.options.softcap, scale)
 
 
 @dataclass(frozen=True)
-class TileStatistics:
+class StripStatistics:
     """What the forward leaves of every strip of columns. T strips."""
 
     strip: int  # columns
@@ -46,14 +62,14 @@ class TileStatistics:
     label_score: Tensor  # (N,) float32, in bits; NaN where the label is outside the vocabulary
 
     @staticmethod
-    def empty(problem: Problem, strip: int, entropy: bool) -> TileStatistics:
+    def empty(problem: Problem, strip: int) -> StripStatistics:
         def table() -> Tensor:
             return torch.empty(
                 -(-problem.vocabulary // strip), problem.rows, dtype=torch.float32, device=problem.hidden.device
             )
 
         label_score = torch.full((problem.rows,), float("nan"), dtype=torch.float32, device=problem.hidden.device)
-        return TileStatistics(strip, table(), table() if entropy else None, label_score)
+        return StripStatistics(strip, table(), table() if problem.options.entropy else None, label_score)
 
 
 @dataclass(frozen=True)
@@ -97,9 +113,9 @@ class Upstream:
 
     @staticmethod
     def of(problem: Problem, rows: RowStatistics, grad: Tensor, grad_entropy: Tensor | None) -> Upstream:
-        grad = grad.float() / problem.temperature
+        grad = grad.float() / problem.options.temperature
         if grad_entropy is not None:
-            grad_entropy = grad_entropy.float() / problem.temperature
+            grad_entropy = grad_entropy.float() / problem.options.temperature
         if problem.hidden.dtype != torch.float16:
             return Upstream(grad, grad_entropy, problem.hidden)
         size = grad.abs() if grad_entropy is None else torch.maximum(grad.abs(), grad_entropy.abs())

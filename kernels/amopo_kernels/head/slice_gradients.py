@@ -22,10 +22,10 @@ from .tiles import dot, grouped_tile, load_tile, narrow, strips_of
 
 @triton.jit
 def _d_weight_kernel(
-    dlogits, hidden, d_weight, scale,
+    d_logits, hidden, d_weight, scale,
     rows, features, width, begin, end, hidden_stride, d_weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
-    SCALE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(end - begin, ROWS)
     column_tiles = tl.cdiv(features, COLUMNS)
@@ -36,10 +36,10 @@ def _d_weight_kernel(
         accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
         for step in range(0, tl.cdiv(rows, DEPTH)):  # a range of rows would spill in float32
             n = step * DEPTH
-            s = load_tile(dlogits, n, v, rows, width, width, DEPTH, ROWS, DESCRIPTORS)
+            s = load_tile(d_logits, n, v, rows, width, width, DEPTH, ROWS, DESCRIPTORS)
             x = load_tile(hidden, n, h, rows, features, hidden_stride, DEPTH, COLUMNS, DESCRIPTORS)
             accumulator = dot(s.T, x, accumulator, PRECISION)
-        if SCALE:
+        if scale is not None:
             accumulator *= tl.load(scale)
         r = begin + v + tl.arange(0, ROWS)
         strips = strips_of(accumulator, COLUMNS // STRIP)
@@ -52,10 +52,10 @@ def _d_weight_kernel(
 
 @triton.jit
 def _d_hidden_kernel(
-    dlogits, weight, d_hidden, rescale, splits,
+    d_logits, weight, d_hidden, rescale, splits,
     rows, features, width, begin, end, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
-    RESCALE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(rows, ROWS)
     column_tiles = tl.cdiv(features, COLUMNS)
@@ -71,7 +71,7 @@ def _d_hidden_kernel(
         for i in range(0, per_split):
             step = split * per_split + i
             v = tl.where(step < steps, step * DEPTH, 1 << 30)  # past the last split's end: zeros
-            s = load_tile(dlogits, row, v, rows, width, width, ROWS, DEPTH, DESCRIPTORS)
+            s = load_tile(d_logits, row, v, rows, width, width, ROWS, DEPTH, DESCRIPTORS)
             w = load_tile(weight, begin + v, h, end, features, weight_stride, DEPTH, COLUMNS, DESCRIPTORS)
             accumulator = dot(s, w, accumulator, PRECISION)
         r = row + tl.arange(0, ROWS)
@@ -81,7 +81,7 @@ def _d_hidden_kernel(
             inside = (r < rows)[:, None] & (c < features)[None, :]
             places = d_hidden + (split * rows + r).to(tl.int64)[:, None] * features + c[None, :]
             before = tl.load(places, mask=inside, other=0.0)
-            if RESCALE:
+            if rescale is not None:
                 before *= tl.load(rescale + r, mask=r < rows, other=0.0)[:, None]
             tl.store(places, before + strips[i], mask=inside)
 
@@ -90,7 +90,7 @@ def d_weight_slice(
     problem: Problem,
     begin: int,
     end: int,
-    dlogits: Tensor,  # (N, width), width >= end - begin
+    d_logits: Tensor,  # (N, width), width >= end - begin
     upstream: Upstream,
     out: Tensor,  # (V, H), the gradient
 ) -> None:
@@ -98,11 +98,10 @@ def d_weight_slice(
     tile, descriptors = configuration.d_weight, configuration.descriptors
     hidden = upstream.hidden
     _d_weight_kernel[launch.grid(problem, end - begin, problem.features, tile)](
-        launch.source(dlogits, (tile.depth, tile.rows), descriptors),
+        launch.source(d_logits, (tile.depth, tile.rows), descriptors),
         launch.source(hidden, (tile.depth, tile.columns), descriptors), out, upstream.weight_scale,
-        problem.rows, problem.features, dlogits.stride(0), begin, end, hidden.stride(0), out.stride(0),
-        STRIP=min(tile.columns, 64), SCALE=upstream.weight_scale is not None,
-        **launch.matmul(configuration, tile, hidden.dtype),
+        problem.rows, problem.features, d_logits.stride(0), begin, end, hidden.stride(0), out.stride(0),
+        STRIP=min(tile.columns, 64), **launch.matmul(configuration, tile, hidden.dtype),
     )  # fmt: skip
 
 
@@ -123,16 +122,15 @@ def add_d_hidden(
     problem: Problem,
     begin: int,
     end: int,
-    dlogits: Tensor,  # (N, width), width >= end - begin
+    d_logits: Tensor,  # (N, width), width >= end - begin
     out: Tensor,  # of new_d_hidden
     rescale: Tensor | None = None,  # (N,) float32
 ) -> None:
     configuration = launch.configuration(problem)
     tile, descriptors = configuration.d_hidden, configuration.descriptors
     _d_hidden_kernel[launch.grid(problem, problem.rows * out.shape[0], problem.features, tile)](
-        launch.source(dlogits, (tile.rows, tile.depth), descriptors),
+        launch.source(d_logits, (tile.rows, tile.depth), descriptors),
         launch.source(problem.weight, (tile.depth, tile.columns), descriptors), out, rescale, out.shape[0],
-        problem.rows, problem.features, dlogits.stride(0), begin, end, problem.weight.stride(0),
-        STRIP=min(tile.columns, 64), RESCALE=rescale is not None,
-        **launch.matmul(configuration, tile, problem.weight.dtype),
+        problem.rows, problem.features, d_logits.stride(0), begin, end, problem.weight.stride(0),
+        STRIP=min(tile.columns, 64), **launch.matmul(configuration, tile, problem.weight.dtype),
     )  # fmt: skip

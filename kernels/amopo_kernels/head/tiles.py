@@ -1,4 +1,4 @@
-"""What every Triton kernel of the head shares: tiles of scores, their statistics and their gradient.
+"""Device functions that the head's kernels share: tiles of operands, tiles of scores, strips of a tile.
 
 A score is u = log2(e) * cap(x . w_v + b_v) / temperature, so that 2^u is the exponential of the logit. The label is
 left out of every sum: its score comes from the same accumulator, and 1 - p_y keeps its digits where p_y rounds to 1.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..numerics import LN2, LOG2E
+from ..numerics import LOG2E
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -67,22 +67,23 @@ def capped(logits, softcap):
 
 
 @triton.jit
-def score_tile(logits, columns, vocabulary, bias, softcap, scale, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """float32 logits without bias -> (u, derivative of cap)."""
+def score_tile(logits, columns, scoring):
+    """float32 logits without bias -> (u, derivative of cap). `scoring` is a problem.Scoring."""
     slope = logits
-    if BIAS:
-        logits += tl.load(bias + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)[None, :]
-    if SOFTCAP:
-        logits, slope = capped(logits, softcap)
-    return logits * scale, slope
+    if scoring.bias is not None:
+        bias = tl.load(scoring.bias + columns, mask=columns < scoring.vocabulary, other=0.0)
+        logits += bias.to(tl.float32)[None, :]
+    if scoring.softcap is not None:
+        logits, slope = capped(logits, scoring.softcap)
+    return logits * scoring.scale, slope
 
 
 @triton.jit
-def load_labels(labels, row, rows, vocabulary, ROWS: tl.constexpr):
+def load_labels(scoring, row, ROWS: tl.constexpr):
     """int32 labels, -1 where there is none in the vocabulary: ignored, out of range, or past the last row."""
     r = row + tl.arange(0, ROWS)
-    values = tl.load(labels + r, mask=r < rows, other=-1).to(tl.int64)
-    return tl.where((values >= 0) & (values < vocabulary), values, -1).to(tl.int32)
+    values = tl.load(scoring.labels + r, mask=r < scoring.rows, other=-1).to(tl.int64)
+    return tl.where((values >= 0) & (values < scoring.vocabulary), values, -1).to(tl.int32)
 
 
 @triton.jit
@@ -101,49 +102,3 @@ def strips_of(tile, STRIPS: tl.constexpr):
         left, right = _halve(tile)
         strips = strips_of(left, STRIPS // 2) + strips_of(right, STRIPS // 2)
     return strips
-
-
-@triton.jit
-def tile_statistics(u, ENTROPY: tl.constexpr):
-    """Per row (log2 sum 2^u, entropy in bits, maximum, 2^(u - maximum)); u = -inf adds nothing."""
-    maximum = tl.maximum(tl.max(u, 1), -1e30)  # finite, so that a strip of nothing but the label gives 0 and not NaN
-    shifted = u - maximum[:, None]
-    exponentials = tl.exp2(shifted)
-    total = tl.sum(exponentials, 1)
-    lse = maximum + tl.log2(total)
-    entropy = total
-    if ENTROPY:
-        weighted = tl.sum(tl.where(exponentials > 0, exponentials * shifted, 0.0), 1)
-        entropy = tl.where(total > 0, tl.log2(total) - weighted / total, 0.0)
-    return lse, entropy, maximum, exponentials
-
-
-@triton.jit
-def tile_probabilities(lse, maximum, exponentials, reference, headroom_limit, RELATIVE_TO_ROW: tl.constexpr):
-    """2^(u - base): base is the tile's own lse, or the row's reference unless the tile exceeds it by the limit."""
-    base = lse
-    if RELATIVE_TO_ROW:
-        base = tl.where(lse - reference > headroom_limit, lse, reference)
-    # A tile without anything but the label has lse = -inf; maximum - base must not be inf.
-    return exponentials * tl.exp2(maximum - tl.maximum(base, -1e30))[:, None]
-
-
-@triton.jit
-def score_gradient(
-    u, slope, is_label, inside, lse, miss, logp, entropy, g, g_entropy, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr
-):
-    """d loss / d logit, (rows, columns): g * (1[y] - p), and -g_entropy * p * (log p + entropy), times the cap's slope.
-
-    lse in bits, logp and entropy in nats, miss = 1 - p_y; g and g_entropy hold 1 / temperature.
-    """
-    shifted = u - lse[:, None]
-    p = tl.exp2(shifted)
-    gradient = tl.where(is_label, miss[:, None], -p) * g[:, None]
-    if ENTROPY:
-        log_p = tl.where(is_label, logp[:, None], shifted * LN2)
-        p = tl.where(is_label, (1 - miss)[:, None], p)
-        gradient -= tl.where(p > 0, p * (log_p + entropy[:, None]) * g_entropy[:, None], 0.0)
-    if SOFTCAP:
-        gradient *= slope
-    # Not a product with `inside`: a row whose lse is NaN must not leak into the columns past the vocabulary.
-    return tl.where(inside, gradient, 0.0)

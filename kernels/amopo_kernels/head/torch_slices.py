@@ -11,24 +11,15 @@ The label-excluded sum keeps 1 - p_y exact near p_y = 1, where p_y itself rounds
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ..errors import refuse_double_backward
+from .options import Options
 
 SLICE_COLUMNS = 2048
 _EXCLUDED = -1e30  # a logit that adds nothing; finite, so that 0 * _EXCLUDED is 0 in the entropy
 _MAXIMUM_START = -1e29
-
-
-@dataclass(frozen=True)
-class Options:
-    softcap: float | None
-    temperature: float
-    compute_dtype: torch.dtype  # matmul inputs
-    entropy: bool
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -37,11 +28,11 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def _matmul_dtype(x: Tensor, options: Options) -> torch.dtype:
     """CPU matmuls have no float32 output for 16-bit inputs: the rounded inputs are multiplied in float32."""
-    return options.compute_dtype if x.is_cuda else _accumulator(options.compute_dtype)
+    return options.dtype if x.is_cuda else _accumulator(options.dtype)
 
 
 def _operand(x: Tensor, options: Options) -> Tensor:
-    return x.to(options.compute_dtype).to(_matmul_dtype(x, options))
+    return x.to(options.dtype).to(_matmul_dtype(x, options))
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
@@ -87,7 +78,7 @@ class LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, ignored, options: Options):
         x = _operand(hidden, options)
-        total_dtype = _accumulator(options.compute_dtype)
+        total_dtype = _accumulator(options.dtype)
         rows = hidden.shape[0]
         maximum = torch.full((rows, 1), _MAXIMUM_START, dtype=total_dtype, device=hidden.device)
         total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..head.logps import label_logps
+from ..head.options import choose_options
 from ..head.validation import check_labels, check_linear
 from ..types import SequenceStats
 from ..validation import wants_values
@@ -99,11 +100,12 @@ def linear_sequence_stats(
         raise ValueError(f"hidden must be (N, H), got {tuple(hidden.shape)}")
     if wants_values(validate, labels):
         check_labels(labels, weight.shape[0], None)
-    logps, _, backend = label_logps(
-        hidden, weight, labels, bias, softcap=softcap, temperature=temperature,
-        ignore_index=torch.iinfo(torch.int64).min, entropy=False, backend=backend, cache_bytes=logits_cache_bytes,
+    options = choose_options(
+        hidden, weight, bias, softcap=softcap, temperature=temperature, ignore_index=torch.iinfo(torch.int64).min,
+        entropy=False, backend=backend, cache_bytes=logits_cache_bytes,
     )  # fmt: skip
-    if backend == "torch":
+    logps, _ = label_logps(hidden, weight, labels, bias, options)
+    if options.backend == "torch":
         return _torch_sequence_stats(logps, cu_seqlens)
     return _triton_sequence_stats(logps, cu_seqlens)
 

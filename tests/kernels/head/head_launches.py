@@ -26,15 +26,16 @@ from amopo_kernels.head import (
     chunked,
     kept_probabilities,
     launch,
-    logit_gradient,
+    layout,
     merge_strips,
     passes,
     score_loop,
     slice_gradients,
 )
+from amopo_kernels.head.options import Options
 from amopo_kernels.head.problem import Problem
 
-MODULES = (score_loop, logit_gradient, slice_gradients, chunked, kept_probabilities, merge_strips)
+MODULES = (score_loop, slice_gradients, chunked, kept_probabilities, merge_strips)
 OPTIONS = ("num_warps", "num_stages")
 # name -> what the case asks of the head
 CASES = {
@@ -68,6 +69,8 @@ class _Recorder:
 def _recorded(value):
     if isinstance(value, TensorDescriptor):
         return Descriptor(value.base.dtype, tuple(value.shape), tuple(value.block_shape))
+    if isinstance(value, tuple):
+        return type(value)(*map(_recorded, value))
     return value.dtype if isinstance(value, torch.Tensor) else value
 
 
@@ -96,16 +99,19 @@ def launches_of(
     def empty(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    problem = Problem(
-        empty(rows, features), empty(vocabulary, features), empty(vocabulary) if bias else None,
-        empty(rows, dtype=torch.int64), softcap, 1.0,
-    )  # fmt: skip
+    hidden = empty(rows, features)
     with recording(cc, dtype) as launches:
-        columns = passes.slice_columns(problem.hidden, dtype) * 2 if cached else 0
-        forward = passes.forward(problem, backend, -100, entropy=entropy, unit_gradient=frozen, cached=columns)
+        columns = layout.slice_columns(hidden, dtype) * 2 if cached else 0
+        mode = "frozen" if frozen else "cached" if cached else "exact"
+        options = Options(softcap, 1.0, -100, entropy, dtype, backend, mode, rows * dtype.itemsize * columns)
+        problem = Problem(
+            hidden, empty(vocabulary, features), empty(vocabulary) if bias else None, empty(rows, dtype=torch.int64),
+            options,
+        )  # fmt: skip
+        forward = passes.forward(problem)
         if not frozen:
             passes.backward(
-                problem, backend, forward, empty(rows, dtype=torch.float32),
+                problem, forward, empty(rows, dtype=torch.float32),
                 empty(rows, dtype=torch.float32) if entropy else None,
                 need_hidden=True, d_weight=empty(vocabulary, features),
                 d_bias=empty(vocabulary) if bias else None,
@@ -116,6 +122,12 @@ def launches_of(
         key = (found.kernel, *((k, v) for k, v in found.arguments.items() if k.isupper() or not isinstance(v, int)))
         distinct.setdefault(key, found)
     return list(distinct.values())
+
+
+def name_of(found: Launch) -> str:
+    """The kernel's, with what its epilogue is."""
+    name = found.kernel.split(":")[1]
+    return f"{name}, {type(found.arguments['epilogue']).__name__}" if "epilogue" in found.arguments else name
 
 
 def is_matmul(found: Launch) -> bool:
@@ -140,7 +152,7 @@ def main() -> None:
                     except AssertionError as error:
                         verdict = str(error).split(":")[0].upper()
                     print(
-                        f"{compiled.triton_version} | sm_{cc} | {name} | {found.kernel.split(':')[1]} | "
+                        f"{compiled.triton_version} | sm_{cc} | {name} | {name_of(found)} | "
                         f"{compiled.registers} | {compiled.stack_bytes} | {compiled.shared_bytes / 1024:.0f} | "
                         f"{' '.join(sorted(compiled.mma_instructions))} | {verdict}",
                         flush=True,

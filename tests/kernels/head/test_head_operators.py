@@ -10,6 +10,7 @@ from amopo_kernels import amopo_loss, dispatch, linear_logps, linear_sequence_st
 
 pytest.importorskip("triton")
 from amopo_kernels.head import operators  # noqa: E402  (needs Triton)
+from amopo_kernels.head.options import Options  # noqa: E402
 from amopo_kernels.statistics import sequence_sums  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,10 +32,8 @@ def test_opcheck(backend, mode, entropy):
     hidden, weight, bias, labels, _ = problem()
     if mode == "frozen":
         weight, bias = weight.detach(), bias.detach()
-    opcheck(
-        operators.linear_logps,
-        (hidden, weight, bias, labels, -100, 5.0, 1.3, torch.float32, backend, mode, entropy, ROWS * 128 * 4),
-    )
+    options = Options(5.0, 1.3, -100, entropy, torch.float32, backend, mode, cache_bytes=ROWS * 128 * 4)
+    opcheck(operators.linear_logps, (hidden, weight, bias, labels, *options.flat()))
 
 
 def test_opcheck_of_the_sequence_operators():

@@ -7,6 +7,7 @@ import torch
 
 from amopo_kernels import UnsupportedError, dispatch, reference
 from amopo_kernels.head.logps import label_logps
+from amopo_kernels.head.options import choose_options
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = Path(__file__).parents[3] / "docs" / "kernels.md"
@@ -31,10 +32,11 @@ def compute(backend, mode, dtype, *, bias=False, softcap=None, temperature=1.0, 
     offset = torch.randn(70, device=DEVICE).to(dtype).requires_grad_(not frozen) if bias else None
     labels = torch.randint(0, 70, (6,), device=DEVICE)
     before = dispatch.runs()
-    found = label_logps(
-        hidden, weight, labels, offset, softcap=softcap, temperature=temperature, ignore_index=-100, entropy=entropy,
+    options = choose_options(
+        hidden, weight, offset, softcap=softcap, temperature=temperature, ignore_index=-100, entropy=entropy,
         backend=backend, cache_bytes=10**6 if mode == "cached" else 0,
-    )[: 1 + entropy]  # fmt: skip
+    )  # fmt: skip
+    found = label_logps(hidden, weight, labels, offset, options)[: 1 + entropy]
     (ran,) = [key for key, count in dispatch.runs().items() if count != before.get(key, 0)]
     exact = [x if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in (hidden, weight, offset)]
     expected = reference.linear_logps(

@@ -234,13 +234,15 @@ def test_float16_keeps_small_gradients(backend):
 
 def test_float16_gradients_of_logits_stay_in_range():
     """Whatever g and 1 - p_y are, dS of a row is at most 2^9 and, spread over 262144 tokens, no subnormal number."""
+    from amopo_kernels.head.options import Options
     from amopo_kernels.head.problem import Problem, RowStatistics, Upstream
 
     miss = torch.logspace(-30, 0, 40, device=DEVICE)
     grad = torch.randn(40, device=DEVICE) * torch.logspace(0, -7, 40, device=DEVICE)
     hidden, weight, labels, _ = problem(40, 8, 3, torch.float16)
     row = torch.zeros_like(miss)
-    call = Problem(hidden.detach(), weight.detach(), None, labels, None, 1.0)
+    options = Options(None, 1.0, -100, False, torch.float16, "fused", "exact", 0)
+    call = Problem(hidden.detach(), weight.detach(), None, labels, options)
     upstream = Upstream.of(call, RowStatistics(row, row, miss, None), grad, None)
     largest = upstream.grad.abs() * miss
     assert largest.max() <= 2**9 and largest.min() / 2**18 > 2.0**-14
