@@ -1,4 +1,4 @@
-"""Packaging for amopo_fast (the trainer) and amopo_kernels (the kernels, importable on their own)."""
+"""Packaging for amopo_fast, the trainer. The kernels are a distribution of their own: kernels/pyproject.toml."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ EXTRAS = {
     "bench": ["liger-kernel>=0.6", "cut-cross-entropy>=25.1", "trl>=0.25"],
     "test": [
         "pytest>=8", "hypothesis>=6.100", "torchao>=0.15", "bitsandbytes>=0.46.1", "tensorboard>=2.16", "ruff>=0.9",
-        "mypy>=1.15",
+        "mypy>=1.15", "build>=1.2", "setuptools>=77",
     ],
 }
 EXTRAS["all"] = sorted({requirement for name in ("liger", "lowbit", "peft") for requirement in EXTRAS[name]})
@@ -27,10 +27,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["amopo_fast*"]), *find_packages(where="kernels")],
-    package_dir={"amopo_fast": "amopo_fast", "amopo_kernels": "kernels/amopo_kernels"},
-    package_data={"amopo_fast": ["demo/*.json", "demo/*.jsonl", "templates/*.yaml"], "amopo_kernels": ["py.typed"]},
+    packages=find_packages(include=["amopo_fast*"]),
+    package_data={"amopo_fast": ["demo/*.json", "demo/*.jsonl", "templates/*.yaml"]},
     install_requires=[
+        "amopo-kernels>=0.1",
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "transformers>=5.17,<6",

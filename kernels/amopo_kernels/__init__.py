@@ -25,3 +25,5 @@ __all__ = [
     "segment_sum_rows",
     "sequence_stats",
 ]
+
+__version__ = "0.1.0"
