@@ -1,13 +1,16 @@
 """Log-probabilities of labels under a linear head, and their gradient, without materialising the logits.
 
-logps           linear_logps: checks, choice of a backend
-torch_slices    backend `torch`: vocabulary slices in plain torch
-operators       backends `fused` and `chunked` as torch operators
-passes          their order of work, forward and backward
-  score_loop, logit_gradient, slice_gradients   the matmul kernels of `fused`
-  chunked                                       the epilogues of `chunked` around vendor matmuls
-  merge_strips, kept_probabilities              what both share; tiles: the device functions inside
-  launch, problem                               launch configurations; what a call computes
+logps, validation, options     linear_logps: checks, and what a call computes and how, decided once
+torch_slices                   backend `torch`: vocabulary slices in plain torch
+operators                      backends `fused` and `chunked` as torch operators
+passes, layout                 their order of work, forward and backward, and how they cut the vocabulary
+engines                        the kernels of each:
+  score_loop, slice_gradients  `fused`: the loop over tiles of scores, and the two matmuls of the backward
+  chunked                      `chunked`: vendor matmuls, and the epilogue of a slice of logits
+  log_sum_exp, logit_gradient  the epilogues of both, forward and backward
+  merge_strips                 the end of the forward of both
+  kept_probabilities           cached probabilities, and the frozen head's
+problem, launch, tiles         what a call computes, as kernels take it; launch configurations; device functions
 """
 
 from .logps import linear_logps

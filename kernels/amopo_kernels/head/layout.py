@@ -54,8 +54,9 @@ class Layout:
     def cached_slices(self) -> Iterator[tuple[int, int]]:
         return _slices(0, self.cached, self.step)
 
-    def other_slices(self) -> Iterator[tuple[int, int]]:
-        return _slices(self.cached, self.vocabulary, self.step)
+    def other_slices(self, *, at_once: bool = False) -> Iterator[tuple[int, int]]:
+        """What is not cached; with `at_once`, as one."""
+        return _slices(self.cached, self.vocabulary, self.vocabulary if at_once else self.step)
 
 
 def _slices(begin: int, end: int, step: int) -> Iterator[tuple[int, int]]:

@@ -50,10 +50,8 @@ def forward(problem: Problem) -> Forward:
         for begin, end in layout.cached_slices():
             epilogue = LogSumExp.of(statistics, Probabilities(cache[:, begin:]))
             engine.scores.score_slice(problem, begin, end, layout.strip, epilogue)
-        others = layout.other_slices() if engine.slices_forward else [(layout.cached, layout.vocabulary)]
-        for begin, end in others:
-            if begin < end:
-                engine.scores.score_slice(problem, begin, end, layout.strip, LogSumExp.of(statistics, None))
+        for begin, end in layout.other_slices(at_once=not engine.slices_forward):
+            engine.scores.score_slice(problem, begin, end, layout.strip, LogSumExp.of(statistics, None))
     # A view would keep all of it.
     strip_lse = statistics.lse[: layout.cached_strips].clone() if layout.cached else None
     return Forward(merge_strips(problem, statistics), cache=cache, strip_lse=strip_lse)
