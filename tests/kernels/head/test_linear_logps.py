@@ -2,8 +2,10 @@
 
 import weakref
 
+import head_cases
 import pytest
 import torch
+from head_cases import in_float64, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,24 +16,8 @@ from amopo_kernels import BackendUnavailableError, DoubleBackwardError, linear_l
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
 
 
-def problem(rows, features, vocabulary, dtype=torch.float32, scale=1.0, seed=0, bias=True):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    hidden = (normal(rows, features) * scale).to(dtype).requires_grad_()
-    weight = (normal(vocabulary, features) / features**0.5).to(dtype).requires_grad_()
-    offset = normal(vocabulary).to(dtype).requires_grad_() if bias else None
-    return hidden, weight, torch.randint(0, vocabulary, (rows,), generator=generator), offset
-
-
-def in_float64(*tensors):
-    return [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
-
-
-def relative_error(found, expected):
-    return ((found.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+def problem(*sizes, bias=True, **options):
+    return head_cases.problem(*sizes, bias=bias, device="cpu", **options)
 
 
 def compare(hidden, weight, labels, bias, tolerance, entropy=False, **options):
