@@ -1,10 +1,12 @@
-"""Packaging for amopo_fast (the trainer) and amopo_kernels (the kernels, importable on their own)."""
+"""Packaging for amopo_fast, the trainer. The kernels are a distribution of their own: kernels/pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.*)"', (ROOT / "amopo_fast" / "__init__.py").read_text(encoding="utf-8"))[1]
 
 EXTRAS = {
     "flash": ["flash-attn>=2.7"],
@@ -13,25 +15,23 @@ EXTRAS = {
     "bench": ["liger-kernel>=0.6", "cut-cross-entropy>=25.1", "trl>=0.25"],
     "test": [
         "pytest>=8", "hypothesis>=6.100", "torchao>=0.15", "bitsandbytes>=0.46.1", "tensorboard>=2.16", "ruff>=0.9",
-        "mypy>=1.15",
+        "mypy>=1.15", "build>=1.2", "setuptools>=77",
     ],
 }
 EXTRAS["all"] = sorted({requirement for name in ("liger", "peft") for requirement in EXTRAS[name]})
 
 setup(
     name="amopo-fast",
-    version="0.1.0",
+    version=VERSION,
     description="Fast, lean AMoPO: multi-objective preference optimization on fused Triton kernels",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["amopo_fast*"]), *find_packages(where="kernels")],
-    package_dir={"amopo_fast": "amopo_fast", "amopo_kernels": "kernels/amopo_kernels"},
-    package_data={
-        "amopo_fast": ["demo/*.json", "demo/*.jsonl", "prompts/templates/*.yaml"], "amopo_kernels": ["py.typed"]
-    },
+    packages=find_packages(include=["amopo_fast*"]),
+    package_data={"amopo_fast": ["demo/*.json", "demo/*.jsonl", "prompts/templates/*.yaml"]},
     install_requires=[
+        "amopo-kernels>=0.1",
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "transformers>=5.17,<6",
@@ -39,6 +39,8 @@ setup(
         "peft>=0.18",
         "datasets>=4.0",
         "safetensors>=0.5",
+        "jsonschema>=4.18",
+        "huggingface-hub>=1.0",
         "numpy>=1.26",
         "matplotlib>=3.8",
         "pyyaml>=6.0",

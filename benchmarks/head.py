@@ -19,7 +19,7 @@ import torch
 
 import harness
 from head_problem import Case, Inputs, Oracle, random_inputs
-from head_variants import PEERS, Ours, Variant, our_variants
+from head_variants import PEERS, Variant, our_variants
 
 CASES = {
     "cuda": [Case("A", 4096, 5120, 152064), Case("B", 4096, 896, 151936)],
@@ -45,29 +45,16 @@ class Mode:
     variants: Callable[[str], list[Variant]]  # of a device
     backward: bool = True
     frozen: bool = False  # no gradient of the weight
-    logits: str = "normal"
 
 
 def modes(case: Case) -> list[Mode]:
     """In order of importance. The cache may hold every logit in bf16, and what goes with it."""
     cache = int(2.1 * case.N * case.V)
-    result = [
+    return [
         Mode("forward+backward", lambda device: our_variants(device) + PEERS),
         Mode("cached", lambda device: our_variants(device, ", cached", logits_cache_bytes=cache)),
         Mode("frozen head", lambda device: our_variants(device) + PEERS, frozen=True),
         Mode("forward", lambda device: our_variants(device) + PEERS, backward=False),
-    ]
-    for logits in ("zipf, permuted ids", "zipf, ordered ids"):
-        result.append(Mode(f"filtered, {logits}", filtered, logits=logits))
-    return result
-
-
-def filtered(device: str) -> list[Variant]:
-    peers = [peer for peer in PEERS if peer.name.startswith("CCE")]
-    return [
-        *our_variants(device, ", exact", backends=("fused",)),
-        *our_variants(device, ", filtered", backends=("fused",), gradient="filtered"),
-        *peers,
     ]
 
 
@@ -113,14 +100,11 @@ def prepare(variant: Variant, mode: Mode, case: Case, inputs: Inputs, oracle: Or
     try:
         if variant.minimum_cuda is not None and device != "cuda":
             raise NotImplementedError("needs a CUDA device")
-        function = variant.build()
-        run = runner(function, mode)
+        run = runner(variant.build(), mode)
         outputs = run(inputs)
         if not mode.backward and outputs[0] is None:
             raise NotImplementedError("gives a loss, no log-probabilities")
         errors = judge(outputs, inputs, oracle, variant)
-        if isinstance(function, Ours):
-            errors |= function.kept()
         del outputs
         begin, cpu_begin = time.perf_counter(), time.process_time()
         extra = harness.extra_memory(run, inputs, device=device)
@@ -135,7 +119,7 @@ def prepare(variant: Variant, mode: Mode, case: Case, inputs: Inputs, oracle: Or
         return None, {"status": f"not run: {failure}"}
     logps_limit, gradient_limit = TOLERANCES[case.dtype]
     for name, error in errors.items():
-        if name.endswith("_error") and not error <= (logps_limit if name == "logps_error" else gradient_limit):
+        if not error <= (logps_limit if name == "logps_error" else gradient_limit):
             return None, {"status": f"wrong: {name} {error:.1e}", **errors, "extra_memory_bytes": extra}
     fields = {"status": "ok", **errors, "extra_memory_bytes": extra}
     if cpu_seconds > SLOW_SECONDS:
@@ -156,10 +140,9 @@ def _recover(variant: Variant, device: str) -> None:
 
 
 def benchmark(case: Case, mode: Mode, variants: Sequence[Variant], report, arguments, deadline) -> None:
-    case = dataclasses.replace(case, logits=mode.logits)
     common = {
         "case": case.name, "N": case.N, "H": case.H, "V": case.V, "dtype": str(case.dtype).removeprefix("torch."),
-        "logits": case.logits, "mode": mode.name,
+        "mode": mode.name,
     }  # fmt: skip
     if deadline.over():
         for variant in variants:
@@ -169,8 +152,6 @@ def benchmark(case: Case, mode: Mode, variants: Sequence[Variant], report, argum
     if mode.frozen:
         inputs = [dataclasses.replace(one, weight=one.weight.detach()) for one in inputs]
     oracle = Oracle(inputs[0])
-    if case.logits != "normal":
-        common |= {"entropy_nats": oracle.mean_entropy(), "p_label": oracle.mean_label_probability()}
     runs, rows = {}, {}
     for variant in variants:
         run, fields = prepare(variant, mode, case, inputs[0], oracle)

@@ -19,7 +19,7 @@ class Case:
     H: int  # hidden size
     V: int  # vocabulary
     dtype: torch.dtype = torch.bfloat16
-    logits: str = "normal"  # or "zipf, ordered ids", "zipf, permuted ids"
+    logits: str = "normal"  # or "zipf"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,8 @@ def random_inputs(case: Case, device: str, seed: int) -> Inputs:
 
     Zipf: labels are drawn from p(rank r) ~ 1 / r. Every weight row has a component log p along one direction that all
     hidden rows share, which makes log p the logits' prior, and hidden rows lean towards their label's row: an entropy
-    of a few nats and a label probability of a few tenths on average. "Ordered" ids have rank = id, as a tokenizer's
-    merges roughly do; "permuted" ids are shuffled, so that frequent tokens are spread over all tiles.
+    of a few nats and a label probability of a few tenths on average. A token's rank is its id, as a tokenizer's merges
+    roughly order them.
     """
     generator = torch.Generator(device).manual_seed(seed)
     N, H, V = case.N, case.H, case.V
@@ -52,8 +52,6 @@ def random_inputs(case: Case, device: str, seed: int) -> Inputs:
         labels = torch.randint(V, (N,), generator=generator, device=device)
     else:
         prior = 1 / torch.arange(1, V + 1, device=device, dtype=torch.float32)
-        if case.logits == "zipf, permuted ids":
-            prior = prior[torch.randperm(V, generator=generator, device=device)]
         labels = torch.multinomial(prior, N, replacement=True, generator=generator)
         weight[:, 0] = prior.log().to(case.dtype)  # the shared direction is the first coordinate
         # A row's own lean: between none and enough to put its label above the prior's most frequent tokens.
@@ -91,16 +89,6 @@ class Oracle:
             lse = torch.logaddexp(lse, z.logsumexp(1))
         self.lse = lse
         self.logps = (x * inputs.weight.detach()[inputs.labels].double()).sum(1) - lse
-
-    def mean_entropy(self) -> float:
-        """In nats, over the sampled rows."""
-        total = 0.0
-        for _, p in self._row_probabilities():
-            total -= torch.special.xlogy(p, p).sum().item()
-        return total / len(self.rows)
-
-    def mean_label_probability(self) -> float:
-        return self.logps.exp().mean().item()
 
     def _row_probabilities(self):
         x = self._inputs.hidden.detach()[self.rows].double()

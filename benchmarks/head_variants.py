@@ -49,30 +49,17 @@ class Variant:
 
 
 def ours(backend: str, **options) -> Callable[[], Callable[[Inputs], Result]]:
-    return lambda: Ours(backend, options)
+    def build():
+        def run(inputs: Inputs) -> Result:
+            stats = linear_sequence_stats(
+                inputs.hidden, inputs.weight, inputs.labels, inputs.cu_seqlens,
+                backend=backend, validate=False, **options,
+            )  # fmt: skip
+            return stats.logp_sum, inputs.sequence_gradient, stats.logps
 
+        return run
 
-class Ours:
-    def __init__(self, backend: str, options: dict):
-        self._options = {"backend": backend, "validate": False, **options}
-        self._filtered = options.get("gradient") == "filtered"
-        self._filter_stats: Tensor | None = None
-
-    def __call__(self, inputs: Inputs) -> Result:
-        if self._filtered and self._filter_stats is None:
-            self._filter_stats = torch.zeros(3, device=inputs.hidden.device)
-            self._options["filter_stats"] = self._filter_stats
-        stats = linear_sequence_stats(
-            inputs.hidden, inputs.weight, inputs.labels, inputs.cu_seqlens, **self._options
-        )  # fmt: skip
-        return stats.logp_sum, inputs.sequence_gradient, stats.logps
-
-    def kept(self) -> dict[str, float]:
-        """What the last backward of gradient="filtered" kept: shares of tiles, and the dropped share of the mass."""
-        if self._filter_stats is None:
-            return {}
-        names = ("recomputed_share", "kept_share", "dropped_mass")
-        return dict(zip(names, self._filter_stats.tolist(), strict=True))
+    return build
 
 
 def _per_row(logps: Tensor, inputs: Inputs) -> Result:
@@ -182,5 +169,5 @@ PEERS = [
 ]
 
 
-def our_variants(device: str, suffix: str = "", backends: tuple[str, ...] = (), **options) -> list[Variant]:
-    return [Variant(f"ours, {b}{suffix}", ours(b, **options)) for b in backends or BACKENDS[device]]
+def our_variants(device: str, suffix: str = "", **options) -> list[Variant]:
+    return [Variant(f"ours, {backend}{suffix}", ours(backend, **options)) for backend in BACKENDS[device]]

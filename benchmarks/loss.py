@@ -11,7 +11,8 @@ import functools
 import torch
 
 import harness
-from amopo_kernels import SequenceStats, loss, reference
+from amopo_kernels import SequenceStats, reference
+from amopo_kernels.loss import amopo
 
 OPTIONS = {"beta": 0.8, "gamma": 2.0, "num_pairs": None, "weighting": "gaussian", "compat": "paper", "sft_coef": 0.0}
 TOLERANCE = 1e-5
@@ -55,12 +56,12 @@ def graph_of(variant, inputs):
 
 
 def variants(K: int, device: str, inputs) -> dict[str, harness.Variant]:
-    result = {"torch": functools.partial(step, loss._torch_loss, K)}
+    result = {"torch": functools.partial(step, amopo._torch_loss, K)}
     if device == "cuda":
-        from amopo_kernels.backends import triton_loss
+        from amopo_kernels.loss import amopo_triton
 
-        result["compiled torch"] = functools.partial(step, torch.compile(loss._torch_loss, fullgraph=True), K)
-        result["triton"] = functools.partial(step, triton_loss.amopo_loss, K)
+        result["compiled torch"] = functools.partial(step, torch.compile(amopo._torch_loss, fullgraph=True), K)
+        result["triton"] = functools.partial(step, amopo_triton.amopo_loss, K)
         result["torch, CUDA graph"] = graph_of(result["torch"], inputs[0])
         result["triton, CUDA graph"] = graph_of(result["triton"], inputs[0])
     return result

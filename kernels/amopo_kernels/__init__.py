@@ -2,10 +2,10 @@
 
 from . import reference
 from .errors import BackendUnavailableError, DoubleBackwardError, ShardedTensorError, UnsupportedError
-from .logps import linear_logps
+from .head import linear_logps
 from .loss import amopo_loss, linear_amopo_loss
 from .rows import gather_rows, inverse_index, segment_sum_rows
-from .stats import linear_sequence_stats, sequence_stats
+from .statistics import linear_sequence_stats, sequence_stats
 from .types import AMoPOLoss, SequenceStats
 
 __all__ = [
@@ -25,3 +25,5 @@ __all__ = [
     "segment_sum_rows",
     "sequence_stats",
 ]
+
+__version__ = "0.1.0"

@@ -21,8 +21,8 @@ log = logging.getLogger("amopo_kernels")
 FUSED_UP_TO_FEATURES = 4096
 
 
-# What is asked for: nothing, logits_cache_bytes, a weight and bias without gradient, gradient="filtered".
-MODES = ("exact", "cached", "frozen", "filtered")
+# What is asked for: nothing, logits_cache_bytes, a weight and bias without gradient.
+MODES = ("exact", "cached", "frozen")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ SUPPORT = {
     ("fused", "exact"): Support("exact", _ALL[1:], "exact"),
     ("fused", "cached"): Support("cached", _ALL[1:], None),
     ("fused", "frozen"): Support("frozen", _ALL[1:], "exact"),
-    ("fused", "filtered"): Support("filtered", _ALL[1:], None),
 }
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "torch", "chunked", "fused")
@@ -62,7 +61,7 @@ def runs() -> dict[tuple[str, str], int]:
     return dict(_runs)
 
 
-def choose_backend(backend: str, hidden: Tensor, dtype: torch.dtype, gradient: str) -> str:
+def choose_backend(backend: str, hidden: Tensor, dtype: torch.dtype) -> str:
     """The backend that runs; "auto" is the rule of `_automatic`.
 
     Raises:
@@ -71,7 +70,7 @@ def choose_backend(backend: str, hidden: Tensor, dtype: torch.dtype, gradient: s
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        chosen, why = _automatic(hidden, dtype, gradient)
+        chosen, why = _automatic(hidden, dtype)
         if not torch.compiler.is_compiling():
             _log_once(chosen, why)
         return chosen
@@ -81,7 +80,7 @@ def choose_backend(backend: str, hidden: Tensor, dtype: torch.dtype, gradient: s
     return backend
 
 
-def _automatic(hidden: Tensor, dtype: torch.dtype, gradient: str) -> tuple[str, str]:
+def _automatic(hidden: Tensor, dtype: torch.dtype) -> tuple[str, str]:
     if hidden.device.type != "cuda":
         return "torch", f"tensors on {hidden.device.type}"
     missing = _missing_for_triton(hidden.device)
@@ -89,8 +88,6 @@ def _automatic(hidden: Tensor, dtype: torch.dtype, gradient: str) -> tuple[str, 
         return "torch", missing
     if dtype == torch.float64:
         return "torch", "float64"
-    if gradient == "filtered":
-        return "fused", "gradient='filtered'"
     if dtype == torch.float32:
         return "chunked", "float32 matmuls are the vendor's"
     if hidden.shape[-1] <= FUSED_UP_TO_FEATURES:
@@ -115,24 +112,17 @@ def _log_once(chosen: str, why: str) -> None:
     log.info("backend auto: %s (%s)", chosen, why)
 
 
-def choose_mode(
-    backend: str, dtype: torch.dtype, *, gradient: str, entropy: bool, cache_bytes: int, frozen: bool
-) -> str:
+def choose_mode(backend: str, dtype: torch.dtype, *, entropy: bool, cache_bytes: int, frozen: bool) -> str:
     """How the backend gets the gradient: one of MODES. A frozen head needs no cache.
 
     Raises:
-        ValueError: unknown gradient. UnsupportedError: the backend does not do that.
+        UnsupportedError: the backend does not do that.
     """
-    if gradient not in ("exact", "filtered"):
-        raise ValueError(f"gradient={gradient!r}; choose 'exact' or 'filtered'")
-    if gradient == "filtered" and cache_bytes:
-        raise UnsupportedError("gradient='filtered' keeps no logits; leave logits_cache_bytes at 0")
-    asked = "filtered" if gradient == "filtered" else "frozen" if frozen else "cached" if cache_bytes else "exact"
+    asked = "frozen" if frozen else "cached" if cache_bytes else "exact"
     support = SUPPORT.get((backend, asked))
     if support is None:
-        able = [name for name, other in SUPPORT if other == asked]
-        option = {"cached": "logits_cache_bytes", "filtered": "gradient='filtered'"}[asked]
-        raise UnsupportedError(f"backend {backend!r} does not have {option}; use {' or '.join(able)}, or leave it out")
+        able = " or ".join(name for name, other in SUPPORT if other == asked)
+        raise UnsupportedError(f"backend {backend!r} does not have logits_cache_bytes; use {able}, or leave it out")
     if dtype not in support.dtypes:
         raise UnsupportedError(f"backend {backend!r} does not compute in {dtype}; use 'torch' or another dtype")
     if not entropy:
@@ -144,7 +134,7 @@ def choose_mode(
 
 def support_matrix() -> str:
     """SUPPORT as the table of docs/kernels.md."""
-    names = {"exact": "exact", "cached": "logits_cache_bytes", "frozen": "frozen weight", "filtered": "filtered"}
+    names = {"exact": "exact", "cached": "logits_cache_bytes", "frozen": "frozen weight"}
     lines = ["| backend | gradient | runs | bias, softcap, temperature | entropy | dtypes |", "|---" * 6 + "|"]
     for backend in ("torch", "chunked", "fused"):
         for mode in MODES:

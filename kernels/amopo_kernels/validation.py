@@ -1,67 +1,11 @@
-"""Checks of arguments that all public functions share. Nothing here reads a tensor's values unless asked to."""
+"""When public functions read the values of their arguments, to refuse bad ones."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .errors import ShardedTensorError
-
-
-def check_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if type(tensor).__name__ == "DTensor":
-            raise ShardedTensorError(
-                f"{name} is a DTensor; call this inside the wrapped forward, where FSDP has gathered it, "
-                "or pass tensor.full_tensor()"
-            )
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}; move them to one device")
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"weight must be (V, H) with V > 0, got {tuple(weight.shape)}")
-    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden is {tuple(hidden.shape)}, weight {tuple(weight.shape)}: the last sizes must agree")
-    if labels.shape != hidden.shape[:-1]:
-        expected, found = tuple(hidden.shape[:-1]), tuple(labels.shape)
-        raise ValueError(f"labels must be {expected}, as hidden without its last size, got {found}")
-    if labels.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"labels must be int32 or int64, got {labels.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
-
 
 def wants_values(validate: bool | None, tensor: Tensor) -> bool:
     """validate=None checks values where that costs no synchronisation: on the CPU, outside torch.compile."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() if validate is None else validate
-
-
-def check_labels(labels: Tensor, vocabulary: int, ignore_index: int | None) -> None:
-    bad = (labels < 0) | (labels >= vocabulary)
-    if ignore_index is not None:
-        bad &= labels != ignore_index
-    if bool(bad.any()):
-        row = int(bad.flatten().nonzero()[0])
-        label = int(labels.flatten()[row])
-        raise ValueError(f"labels[{row}] = {label} is outside the vocabulary of {vocabulary} tokens")
-
-
-def check_cu_seqlens(cu_seqlens: Tensor, rows: int, validate: bool) -> None:
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens must be int32 (S + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
-    if validate:
-        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != rows:
-            raise ValueError(f"cu_seqlens must run from 0 to {rows}, got {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}")
-        if bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
-            raise ValueError("cu_seqlens must not decrease")
-
-
-def check_filter_stats(filter_stats: Tensor, gradient: str, device: torch.device) -> None:
-    if gradient != "filtered":
-        raise ValueError("filter_stats is written by gradient='filtered' only; leave it out")
-    if filter_stats.shape != (3,) or filter_stats.dtype != torch.float32 or filter_stats.device != device:
-        found = f"{filter_stats.dtype} {tuple(filter_stats.shape)} on {filter_stats.device}"
-        raise ValueError(f"filter_stats must be float32 (3,) on {device}, got {found}")

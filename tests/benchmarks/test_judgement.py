@@ -21,20 +21,19 @@ def load(monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("logits", ["normal", "zipf, ordered ids", "zipf, permuted ids"])
+@pytest.mark.parametrize("logits", ["normal", "zipf"])
 def test_oracle_is_the_reference_in_slices(load, monkeypatch, logits):
     problem = load("head_problem")
     monkeypatch.setattr(problem, "COLUMNS", 70)
     inputs = problem.random_inputs(problem.Case("x", 24, 16, 200, torch.float32, logits), "cpu", 0)
     oracle = problem.Oracle(inputs, samples=10)
     x, w = (t.detach().double().requires_grad_() for t in (inputs.hidden, inputs.weight))
-    logps, entropy = reference.linear_logps(x, w, inputs.labels, return_entropy=True)
+    logps = reference.linear_logps(x, w, inputs.labels)
     dx, dw = torch.autograd.grad(logps, (x, w), inputs.gradient.double())
     got_dx, got_dw = oracle.gradients(inputs.gradient)
     torch.testing.assert_close(oracle.logps, logps.detach())
     torch.testing.assert_close(got_dx, dx[oracle.rows])
     torch.testing.assert_close(got_dw, dw[oracle.columns])
-    assert oracle.mean_entropy() == pytest.approx(entropy[oracle.rows].mean().item())
     assert oracle.largest_logit == pytest.approx((x @ w.T).abs().max().item())
     assert 199 in oracle.columns.tolist()
 

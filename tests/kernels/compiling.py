@@ -2,14 +2,14 @@
 
     from compiling import Launch, compile_kernels
 
-    compiled = compile_kernels([Launch("amopo_kernels.backends.fused:_forward_kernel",
-                                       {"x_ptr": torch.bfloat16, "rows": 4096, "BLOCK_M": 128}, cc=90, num_warps=8)])
+    compiled = compile_kernels([Launch("amopo_kernels.rows.segment_sum:segment_sum_kernel",
+                                       {"values_ptr": torch.bfloat16, "columns": 512, "BLOCK": 512, ...}, cc=90)])
     compiled[0].check()
 
 A launch is written as the launcher would make it: a torch dtype stands for a tensor of it (16-byte aligned), a
-`Descriptor` for a host-side tensor descriptor, numbers and constexprs for themselves. Triton specialises them as at a
-real launch. The work is done in a child process, because the other tests run with TRITON_INTERPRET=1, which Triton
-reads when a kernel is decorated. Triton's own cache keeps what was compiled before.
+`Descriptor` for a host-side tensor descriptor, a tuple for a tuple of these, numbers and constexprs for themselves.
+Triton specialises them as at a real launch. The work is done in a child process, because the other tests run with
+TRITON_INTERPRET=1, which Triton reads when a kernel is decorated. Triton's own cache keeps what was compiled before.
 """
 
 from __future__ import annotations
@@ -122,6 +122,8 @@ def _argument(value):
 
     if isinstance(value, torch.dtype):
         return MockTensor(value)
+    if isinstance(value, tuple):
+        return type(value)(*map(_argument, value))
     if isinstance(value, dict) and value.keys() == {"dtype", "shape", "block_shape"}:
         strides = [1]
         for size in reversed(value["shape"][1:]):

@@ -40,7 +40,7 @@ from amopo_fast.models.miniature import tiny_config
 from amopo_fast.models.scoring import check_lengths, score
 from amopo_fast.packing.plan import build_plan
 from amopo_fast.prompts.tokens import PairTokens
-from amopo_kernels import rows
+from amopo_kernels.rows import gather
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
 
@@ -213,7 +213,7 @@ def first_branch_only(ctx, grad):
 def test_a_dropped_branch_gradient_is_noticed(monkeypatch):
     model = prepare_model(tiny_model("qwen3"))
     plan = build_plan(random_pairs(5, 2), min_node_tokens=4)
-    monkeypatch.setattr(rows._GatherRows, "backward", staticmethod(first_branch_only))
+    monkeypatch.setattr(gather._GatherRows, "backward", staticmethod(first_branch_only))
     got = loss_and_gradients(model, score(model, plan))
     assert got[0] == pytest.approx(expected("qwen3", 5, 2)[0], rel=1e-5)
     assert largest_error(got, expected("qwen3", 5, 2)) > 1e-3

@@ -1,0 +1,119 @@
+"""Launch configurations, by rule: compute capability and dtype; nothing is tuned at run time.
+
+A tile of 128 x 256 float32 scores fills the accumulators of two warpgroups (128 registers a thread) and reads 3/256
+bytes of bf16 operands per multiply-add from L2: the least that the register file allows without clusters of blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .problem import Problem
+
+INTERPRETED = triton.knobs.runtime.interpret
+GROUP = 16  # row tiles that are walked together: 2048 rows, 20 MB of bf16 at H = 5120, stay in L2
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block of a matmul's output, rows x columns, and its depth along the sum."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Configuration:
+    scores: Tile  # hidden x weight^T: N x V
+    d_weight: Tile  # dS^T x hidden: V x H
+    d_hidden: Tile  # dS x weight: N x H
+    descriptors: bool  # read operands through tensor descriptors (TMA)
+    blocks_per_processor: int = 1  # of the persistent grid; 1 where a block takes all registers
+
+
+def _uniform(tile: Tile, descriptors: bool) -> Configuration:
+    return Configuration(tile, tile, tile, descriptors)
+
+
+INTERPRETER = _uniform(Tile(32, 64, 32, 1, 1), descriptors=True)
+SIXTEEN_BIT = {
+    80: Configuration(
+        Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3), descriptors=False
+    ),
+    90: _uniform(Tile(128, 256, 64, 8, 4), descriptors=True),
+    100: _uniform(Tile(128, 256, 64, 8, 4), descriptors=True),
+}
+# Operands at addresses that are no multiples of 16 bytes: their pointers and masks take registers.
+UNALIGNED = _uniform(Tile(128, 128, 32, 8, 3), descriptors=False)
+# On the CUDA cores, or in TF32 where torch allows it: correct, but a vendor matmul is faster.
+FLOAT32 = Configuration(Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 4, 2), False, 3)
+
+
+def table_key(capability: int) -> int:
+    """The entry for a compute capability such as 89: the newest one that is not newer. 12.x has no tcgen05 and little
+    shared memory, and takes that of 8.0."""
+    return 80 if capability >= 120 else max(key for key in SIXTEEN_BIT if key <= capability)
+
+
+@functools.cache
+def _device(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def tiles(device: torch.device, dtype: torch.dtype) -> Configuration:
+    if device.type != "cuda":
+        return INTERPRETER
+    if dtype == torch.float32:
+        return FLOAT32
+    return SIXTEEN_BIT[table_key(_device(device.index)[0])]
+
+
+def configuration(problem: Problem) -> Configuration:
+    """`tiles`, or what runs where the operands' addresses do not allow them."""
+    found = tiles(problem.hidden.device, problem.hidden.dtype)
+    if _aligned(problem.hidden) and _aligned(problem.weight):
+        return found
+    return replace(found if found in (INTERPRETER, FLOAT32) else UNALIGNED, descriptors=False)
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors: the size of a persistent grid."""
+    return _device(device.index)[1] if device.type == "cuda" else 3
+
+
+def grid(problem: Problem, rows: int, columns: int, tile: Tile) -> tuple[int]:
+    count = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    return (min(count, processors(problem.hidden.device) * configuration(problem).blocks_per_processor),)
+
+
+def matmul(configuration: Configuration, tile: Tile, dtype: torch.dtype) -> dict:
+    """The arguments that all matmul kernels share. float32 multiplies in TF32 only if torch's own matmuls may."""
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return dict(
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=GROUP, DESCRIPTORS=configuration.descriptors,
+        PRECISION="tf32" if tf32 else "ieee", num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def source(matrix: Tensor, block: tuple[int, int], descriptors: bool) -> Tensor | TensorDescriptor:
+    """What `tiles.load_tile` reads."""
+    if not descriptors:
+        return matrix
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
+
+
+def _aligned(matrix: Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes, as tensor descriptors and wide loads need it."""
+    return all(size * matrix.element_size() % 16 == 0 for size in (matrix.stride(0), matrix.shape[1])) and (
+        matrix.data_ptr() % 16 == 0
+    )

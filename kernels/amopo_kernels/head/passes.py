@@ -1,0 +1,143 @@
+"""The order of work of the head for both Triton backends: which kernel runs on which columns, and what is kept.
+
+    U = N V H multiply-adds, one matmul is 2 U FLOP
+    exact       forward 2 U;  per slice of columns: dS (2 U recomputed), dW[slice] (2 U), dX32 (2 U)        8 U
+    cached      a share f of the columns keeps its probabilities from the forward                  (8 - 2 f) U
+    frozen      the weight needs no gradient: the forward accumulates dX per unit of g                      4 U
+
+`fused` runs all matmuls in its own kernels and never stores a float32 logit; `chunked` asks the vendor's library for a
+slice of float32 logits at a time. Everything else is shared.
+
+Leaving out tiles of negligible gradient ("filtered") was tried and removed: docs/kernels.md has the figures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import kept_probabilities
+from .engines import ENGINES, Engine
+from .layout import Layout
+from .log_sum_exp import LogSumExp
+from .logit_gradient import LogitGradient
+from .merge_strips import merge_strips
+from .problem import Probabilities, Problem, RowStatistics, StripStatistics, Upstream
+
+
+@dataclass(frozen=True)
+class Forward:
+    rows: RowStatistics
+    unit_d_hidden: Tensor | None = None  # (N, H) float32: dX per unit of upstream gradient / temperature
+    cache: Tensor | None = None  # (N, C) matmul dtype: label-excluded probabilities of the first C columns
+    strip_lse: Tensor | None = None  # (strips, N) float32: of the cache's columns
+
+
+def forward(problem: Problem) -> Forward:
+    """Statistics of every row, and what the options' mode keeps for the backward."""
+    options = problem.options
+    engine = ENGINES[options.backend]
+    layout = Layout.of(problem.hidden, problem.vocabulary, options)
+    statistics = StripStatistics.empty(problem, layout.strip)
+    if options.mode == "frozen":
+        return _forward_with_unit_gradient(problem, engine, layout, statistics)
+    cache = None
+    if problem.rows:
+        if layout.cached:
+            cache = problem.hidden.new_empty(problem.rows, layout.cache_width)
+        for begin, end in layout.cached_slices():
+            epilogue = LogSumExp.of(statistics, Probabilities(cache[:, begin:]))
+            engine.scores.score_slice(problem, begin, end, layout.strip, epilogue)
+        for begin, end in layout.other_slices(at_once=not engine.slices_forward):
+            engine.scores.score_slice(problem, begin, end, layout.strip, LogSumExp.of(statistics, None))
+    # A view would keep all of it.
+    strip_lse = statistics.lse[: layout.cached_strips].clone() if layout.cached else None
+    return Forward(merge_strips(problem, statistics), cache=cache, strip_lse=strip_lse)
+
+
+def _forward_with_unit_gradient(
+    problem: Problem, engine: Engine, layout: Layout, statistics: StripStatistics
+) -> Forward:
+    """Also accumulates sum over columns of 2^(u - reference) cap' W without the label's, and makes dX of it."""
+    if not problem.rows:
+        return Forward(merge_strips(problem, statistics), _no_rows(problem))
+    # How far a strip may exceed its row's reference, and how far above 1 the largest one is put, in bits.
+    # float16 holds up to 2^16, and small probabilities keep their digits above 2^-14.
+    limit, headroom = (15.0, 14.0) if problem.hidden.dtype == torch.float16 else (32.0, 0.0)
+    parts = engine.gradients.new_d_hidden(problem)
+    reference = torch.full_like(statistics.label_score, -1e30)
+    rescale = torch.empty_like(reference)
+    p = problem.hidden.new_empty(problem.rows, layout.width)
+    epilogue = LogSumExp.of(statistics, Probabilities(p, reference, limit))
+    for begin, end in layout.other_slices():
+        engine.scores.score_slice(problem, begin, end, layout.strip, epilogue)
+        kept_probabilities.raise_reference(p, begin, end, statistics, reference, rescale, limit, headroom)
+        engine.gradients.add_d_hidden(problem, begin, end, p, parts, rescale)
+    d_hidden, rows = _sum(parts), merge_strips(problem, statistics)
+    kept_probabilities.finish_unit_gradient(problem, rows, reference, d_hidden)
+    return Forward(rows, d_hidden)
+
+
+def backward(
+    problem: Problem,
+    forward: Forward,
+    grad: Tensor,
+    grad_entropy: Tensor | None,
+    *,
+    need_hidden: bool,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+) -> Tensor | None:
+    """Write d_weight and d_bias where given; return dX (N, H) float32 where needed. For modes but "frozen".
+
+    Args:
+        grad, grad_entropy: (N,), of the log-probabilities and of the entropies.
+        d_weight: (V, H). d_bias: (V,). Any floating dtype.
+    """
+    if not problem.rows:
+        for gradient in (d_weight, d_bias):
+            if gradient is not None:
+                gradient.zero_()
+        return _no_rows(problem) if need_hidden else None
+    options = problem.options
+    engine = ENGINES[options.backend]
+    layout = Layout.of(problem.hidden, problem.vocabulary, options)
+    upstream = Upstream.of(problem, forward.rows, grad, grad_entropy)
+    strip = engine.scores.strip_columns(problem.hidden.device, options.dtype, grad_entropy is not None)
+    ds = problem.hidden.new_empty(problem.rows, layout.width)
+    parts = engine.gradients.new_d_hidden(problem) if need_hidden else None
+    for begin, end in [*layout.cached_slices(), *layout.other_slices()]:
+        cached = end <= layout.cached
+        partial = None
+        if d_bias is not None:
+            of_cache = kept_probabilities.row_blocks(problem, layout.strip)
+            blocks = of_cache if cached else engine.scores.row_blocks(problem)
+            partial = torch.empty(blocks, layout.width, dtype=torch.float32, device=grad.device)
+        epilogue = LogitGradient.of(forward.rows, upstream, ds, partial)
+        if cached:
+            kept_probabilities.cached_gradient(
+                problem, begin, end, layout.strip, forward.cache, forward.strip_lse, epilogue
+            )
+        else:
+            engine.scores.score_slice(problem, begin, end, strip, epilogue)
+        if d_weight is not None:
+            engine.gradients.d_weight_slice(problem, begin, end, ds, upstream, d_weight)
+        if need_hidden:
+            engine.gradients.add_d_hidden(problem, begin, end, ds, parts)
+        if d_bias is not None:
+            d_bias[begin:end] = partial.sum(0)[: end - begin]
+    if not need_hidden:
+        return None
+    d_hidden = _sum(parts)
+    return d_hidden if upstream.hidden_scale is None else d_hidden.mul_(upstream.hidden_scale[:, None])
+
+
+def _no_rows(problem: Problem) -> Tensor:
+    return problem.hidden.new_empty(0, problem.features, dtype=torch.float32)
+
+
+def _sum(parts: Tensor) -> Tensor:
+    """(splits, N, H) -> (N, H)."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)

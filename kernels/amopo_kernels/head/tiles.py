@@ -1,0 +1,104 @@
+"""Device functions that the head's kernels share: tiles of operands, tiles of scores, strips of a tile.
+
+A score is u = log2(e) * cap(x . w_v + b_v) / temperature, so that 2^u is the exponential of the logit. The label is
+left out of every sum: its score comes from the same accumulator, and 1 - p_y keeps its digits where p_y rounds to 1.
+Columns past the vocabulary score -inf. Dot products accumulate in float32; nothing here uses an atomic.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..numerics import LOG2E
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def grouped_tile(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Tile number -> (row tile, column tile): all columns for GROUP row tiles, so that these rows stay in L2."""
+    per_group = GROUP * column_tiles
+    first = tile // per_group * GROUP
+    height = min(row_tiles - first, GROUP)
+    inside = tile % per_group
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def load_tile(
+    source, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr
+):
+    """source[row : row + ROWS, column : column + COLUMNS] of a (rows, columns) matrix, 0 outside."""
+    if DESCRIPTORS:
+        values = source.load([row, column])
+    else:
+        r = row + tl.arange(0, ROWS)
+        c = column + tl.arange(0, COLUMNS)
+        inside = (r < rows)[:, None] & (c < columns)[None, :]
+        values = tl.load(source + r.to(tl.int64)[:, None] * stride + c[None, :], mask=inside, other=0.0)
+    return values
+
+
+@triton.jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
+    if INTERPRETED:  # which multiplies the raw bits of bfloat16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(values, DTYPE: tl.constexpr):
+    """float32 values rounded to the nearest of a storage dtype."""
+    if INTERPRETED and DTYPE == tl.bfloat16:  # which truncates
+        bits = values.to(tl.int32, bitcast=True)
+        values = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return values.to(DTYPE)
+
+
+@triton.jit
+def capped(logits, softcap):
+    """(softcap * tanh(logits / softcap), its derivative), exact at both ends: 1 - tanh^2 would cancel near 1."""
+    small = tl.exp2(tl.abs(logits) * (-2 * LOG2E / softcap))
+    inverse = 1 / (1 + small)
+    size = softcap * (1 - small) * inverse
+    return tl.where(logits < 0, -size, size), 4 * small * inverse * inverse
+
+
+@triton.jit
+def score_tile(logits, columns, scoring):
+    """float32 logits without bias -> (u, derivative of cap). `scoring` is a problem.Scoring."""
+    slope = logits
+    if scoring.bias is not None:
+        bias = tl.load(scoring.bias + columns, mask=columns < scoring.vocabulary, other=0.0)
+        logits += bias.to(tl.float32)[None, :]
+    if scoring.softcap is not None:
+        logits, slope = capped(logits, scoring.softcap)
+    return logits * scoring.scale, slope
+
+
+@triton.jit
+def load_labels(scoring, row, ROWS: tl.constexpr):
+    """int32 labels, -1 where there is none in the vocabulary: ignored, out of range, or past the last row."""
+    r = row + tl.arange(0, ROWS)
+    values = tl.load(scoring.labels + r, mask=r < scoring.rows, other=-1).to(tl.int64)
+    return tl.where((values >= 0) & (values < scoring.vocabulary), values, -1).to(tl.int32)
+
+
+@triton.jit
+def _halve(tile):
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def strips_of(tile, STRIPS: tl.constexpr):
+    """A tuple of 1, 2, 4 or 8 strips of columns. Finishing them in turn keeps few of a tile's values in registers."""
+    if STRIPS == 1:
+        strips = (tile,)
+    elif STRIPS == 2:
+        strips = _halve(tile)
+    else:
+        left, right = _halve(tile)
+        strips = strips_of(left, STRIPS // 2) + strips_of(right, STRIPS // 2)
+    return strips

@@ -1,0 +1,163 @@
+"""Every launch of the head's kernels, recorded from the code that makes them and compiled for GPUs that are not there.
+
+    python tests/kernels/head/head_launches.py [80 90 100]      compiles all of them and prints what the compiler made
+
+The order of work runs on meta tensors of real sizes with the configuration of a compute capability; a recorder stands
+in for each kernel. So a launch that is shipped is a launch that is compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[3] / "kernels")]
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch
+from compiling import Descriptor, Launch, compile_kernels
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from amopo_kernels.head import (
+    chunked,
+    kept_probabilities,
+    launch,
+    layout,
+    merge_strips,
+    passes,
+    score_loop,
+    slice_gradients,
+)
+from amopo_kernels.head.options import Options
+from amopo_kernels.head.problem import Problem
+
+MODULES = (score_loop, slice_gradients, chunked, kept_probabilities, merge_strips)
+OPTIONS = ("num_warps", "num_stages")
+# name -> what the case asks of the head
+CASES = {
+    "exact": {},
+    "all options": {"bias": True, "softcap": 30.0, "entropy": True},
+    "cached": {"cached": True, "bias": True, "softcap": 30.0},
+    "frozen": {"frozen": True},
+    "frozen, all options": {"frozen": True, "bias": True, "softcap": 30.0},
+    "float16": {"dtype": torch.float16, "bias": True},
+    "float32": {"dtype": torch.float32},
+    "few rows": {"rows": 512, "features": 896},
+    "rows that no descriptor can read": {"features": 900},
+}
+
+
+class _Recorder:
+    def __init__(self, module, name: str, kernel, launches: list, cc: int):
+        self.kernel, self.launches, self.cc = kernel, launches, cc
+        self.name = f"{module.__name__}:{name}"
+
+    def __getitem__(self, grid):
+        def record(*values, **keywords):
+            options = {name: keywords.pop(name) for name in OPTIONS if name in keywords}
+            arguments = dict(zip(self.kernel.arg_names, values, strict=False)) | keywords
+            arguments = {name: _recorded(value) for name, value in arguments.items()}
+            self.launches.append(Launch(self.name, arguments, cc=self.cc, **options))
+
+        return record
+
+
+def _recorded(value):
+    if isinstance(value, TensorDescriptor):
+        return Descriptor(value.base.dtype, tuple(value.shape), tuple(value.block_shape))
+    if isinstance(value, tuple):
+        return type(value)(*map(_recorded, value))
+    return value.dtype if isinstance(value, torch.Tensor) else value
+
+
+@contextlib.contextmanager
+def recording(cc: int, dtype: torch.dtype):
+    launches: list[Launch] = []
+    configuration = launch.FLOAT32 if dtype == torch.float32 else launch.SIXTEEN_BIT[cc]
+    with contextlib.ExitStack() as stack:
+        for module in MODULES:
+            for name, kernel in vars(module).copy().items():
+                if name.endswith("_kernel"):
+                    stack.enter_context(
+                        mock.patch.object(module, name, _Recorder(module, name, kernel, launches, cc))
+                    )
+        stack.enter_context(mock.patch.object(launch, "INTERPRETED", False))
+        stack.enter_context(mock.patch.object(launch, "tiles", lambda device, dtype: configuration))
+        stack.enter_context(mock.patch.object(launch, "processors", lambda device: 132))
+        yield launches
+
+
+def launches_of(
+    cc: int, backend: str, *, dtype=torch.bfloat16, features=5120, bias=False, softcap=None, entropy=False,
+    cached=False, frozen=False, rows=4096, vocabulary=152064,
+) -> list[Launch]:  # fmt: skip
+    """The distinct launches of a forward and a backward of case A, or what is asked for."""
+    def empty(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    hidden = empty(rows, features)
+    with recording(cc, dtype) as launches:
+        columns = layout.slice_columns(hidden, dtype) * 2 if cached else 0
+        mode = "frozen" if frozen else "cached" if cached else "exact"
+        options = Options(softcap, 1.0, -100, entropy, dtype, backend, mode, rows * dtype.itemsize * columns)
+        problem = Problem(
+            hidden, empty(vocabulary, features), empty(vocabulary) if bias else None, empty(rows, dtype=torch.int64),
+            options,
+        )  # fmt: skip
+        forward = passes.forward(problem)
+        if not frozen:
+            passes.backward(
+                problem, forward, empty(rows, dtype=torch.float32),
+                empty(rows, dtype=torch.float32) if entropy else None,
+                need_hidden=True, d_weight=empty(vocabulary, features),
+                d_bias=empty(vocabulary) if bias else None,
+            )  # fmt: skip
+    distinct = {}
+    for found in launches:
+        # Offsets into the vocabulary only change numbers that are not compiled in: 0 and multiples of 256.
+        key = (found.kernel, *((k, v) for k, v in found.arguments.items() if k.isupper() or not isinstance(v, int)))
+        distinct.setdefault(key, found)
+    return list(distinct.values())
+
+
+def name_of(found: Launch) -> str:
+    """The kernel's, with what its epilogue is."""
+    name = found.kernel.split(":")[1]
+    return f"{name}, {type(found.arguments['epilogue']).__name__}" if "epilogue" in found.arguments else name
+
+
+def is_matmul(found: Launch) -> bool:
+    return "DEPTH" in found.arguments
+
+
+def main() -> None:
+    capabilities = [int(x) for x in sys.argv[1:]] or [80, 90, 100]
+    seen = set()
+    for cc in capabilities:
+        for name, case in CASES.items():
+            for backend in ("fused", "chunked"):
+                for found in launches_of(cc, backend, **case):
+                    if repr(found) in seen:
+                        continue
+                    seen.add(repr(found))
+                    (compiled,) = compile_kernels([found])
+                    try:
+                        float32 = case.get("dtype") == torch.float32
+                        compiled.check(matmul=None if float32 else is_matmul(found))
+                        verdict = "ok"
+                    except AssertionError as error:
+                        verdict = str(error).split(":")[0].upper()
+                    print(
+                        f"{compiled.triton_version} | sm_{cc} | {name} | {name_of(found)} | "
+                        f"{compiled.registers} | {compiled.stack_bytes} | {compiled.shared_bytes / 1024:.0f} | "
+                        f"{' '.join(sorted(compiled.mma_instructions))} | {verdict}",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

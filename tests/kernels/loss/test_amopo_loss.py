@@ -1,0 +1,179 @@
+"""amopo_loss and linear_amopo_loss against the oracle, in values and gradients."""
+
+import itertools
+
+import pytest
+import torch
+
+from amopo_kernels import SequenceStats, UnsupportedError, amopo_loss, linear_amopo_loss, reference
+
+PAIRS, DIMENSIONS = 4, 3
+ABSENT = {
+    "none": [],
+    "some": [(0, 1, 0), (0, 1, 1), (2, 0, 0), (2, 0, 1)],
+    "one side": [(1, 2, 0), (3, 0, 1)],
+    "a whole pair": [(1, k, side) for k in range(DIMENSIONS) for side in (0, 1)],
+    "everything": list(itertools.product(range(PAIRS), range(DIMENSIONS), (0, 1))),
+}
+WEIGHTINGS = {
+    "gaussian": "gaussian",
+    "mean": "mean",
+    "uniform": "uniform",
+    "tensor": torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64),
+}
+
+
+def random_stats(absent=(), dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (PAIRS, DIMENSIONS, 2)
+    length = torch.randint(1, 9, shape, generator=generator, dtype=torch.int32)
+    mean, std = (torch.rand(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    logp_sum = -3 * torch.rand(shape, generator=generator, dtype=torch.float64) * length
+    for index in absent:
+        for field in (length, mean, std, logp_sum):
+            field[index] = 0
+    flat = [x.flatten().to(x.dtype if x is length else dtype) for x in (logp_sum, length, mean, std)]
+    noise = torch.randn(shape, generator=generator)
+    return SequenceStats(flat[0].requires_grad_(), *flat[1:], logps=torch.empty(0)), noise
+
+
+def compare(options, stats, noise, tolerance=1e-12):
+    results, gradients = [], []
+    for function, dtype in ((amopo_loss, stats.logp_sum.dtype), (reference.amopo_loss, torch.float64)):
+        leaf = stats.logp_sum.detach().to(dtype).requires_grad_()
+        own = stats._replace(
+            logp_sum=leaf, prob_mean=stats.prob_mean.to(dtype), prob_std=stats.prob_std.to(dtype)
+        )
+        result = function(own, num_dimensions=DIMENSIONS, beta=0.8, gamma=1.5, noise=noise, **options)
+        if result.loss.requires_grad:
+            result.loss.backward()
+        results.append(result)
+        gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+    for name in ("loss", "weights", "margins", "chosen_rewards", "rejected_rewards"):
+        a, b = (getattr(result, name) for result in results)
+        assert a.shape == (() if name == "loss" else (PAIRS, DIMENSIONS))
+        assert a.dtype == stats.logp_sum.dtype
+        assert name == "loss" or not a.requires_grad
+        torch.testing.assert_close(
+            a.detach().double(), b.detach(), rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=tolerance, atol=tolerance)
+    return results[0]
+
+
+@pytest.mark.parametrize("num_pairs", [None, 7, torch.tensor(5.0)], ids=["default", "int", "tensor"])
+@pytest.mark.parametrize("sft_coef", [0.0, 0.3])
+@pytest.mark.parametrize("absent", ABSENT)
+@pytest.mark.parametrize("compat", ["paper", "upstream"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_against_reference(weighting, compat, absent, sft_coef, num_pairs):
+    stats, noise = random_stats(ABSENT[absent])
+    options = {"weighting": WEIGHTINGS[weighting], "compat": compat, "sft_coef": sft_coef, "num_pairs": num_pairs}
+    result = compare(options, stats, noise)
+    present = (stats.length.view(PAIRS, DIMENSIONS, 2) > 0).all(-1)
+    assert not any(x[~present].any() for x in result[1:])
+    assert (result.weights[present] > 0).all()
+    assert not result.loss.isnan()
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_float32(weighting):
+    stats, noise = random_stats(ABSENT["some"], torch.float32)
+    compare({"weighting": WEIGHTINGS[weighting], "sft_coef": 0.2}, stats, noise, 1e-5)
+
+
+def test_weights_are_not_differentiated():
+    stats, noise = random_stats()
+    mean, std = stats.prob_mean.requires_grad_(), stats.prob_std.requires_grad_()
+    amopo_loss(stats, num_dimensions=DIMENSIONS, beta=0.8, gamma=1.5, noise=noise).loss.backward()
+    assert mean.grad is None and std.grad is None and stats.logp_sum.grad.all()
+
+
+@pytest.mark.parametrize("sft_coef", [0.0, 0.3])
+@pytest.mark.parametrize("compat", ["paper", "upstream"])
+def test_gradcheck(compat, sft_coef):
+    stats, noise = random_stats(ABSENT["some"])
+
+    def loss(logp_sum):
+        options = {"num_dimensions": DIMENSIONS, "beta": 0.8, "gamma": 1.5, "noise": noise}
+        return amopo_loss(stats._replace(logp_sum=logp_sum), **options, compat=compat, sft_coef=sft_coef).loss
+
+    assert torch.autograd.gradcheck(loss, (stats.logp_sum,))
+
+
+def test_no_pairs_give_zero_with_a_graph():
+    empty = torch.zeros(0, dtype=torch.float64)
+    stats = SequenceStats(empty.clone().requires_grad_(), empty.int(), empty, empty, empty)
+    result = amopo_loss(stats, num_dimensions=3, beta=0.8, gamma=1.5, weighting="mean")
+    result.loss.backward()
+    assert result.loss.item() == 0.0 and result.weights.shape == (0, 3)
+
+
+def test_microbatches_with_one_normaliser_add_up():
+    stats, noise = random_stats(ABSENT["some"])
+    options = {"num_dimensions": DIMENSIONS, "beta": 0.8, "gamma": 1.5, "sft_coef": 0.2}
+    whole = amopo_loss(stats, noise=noise, **options).loss
+    parts = 0.0
+    for pairs in (slice(0, 1), slice(1, 4)):
+        rows = slice(pairs.start * DIMENSIONS * 2, pairs.stop * DIMENSIONS * 2)
+        part = SequenceStats(*(field[rows] for field in stats[:4]), logps=stats.logps)
+        parts = parts + amopo_loss(part, noise=noise[pairs], num_pairs=PAIRS, **options).loss
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("compat", ["paper", "upstream"])
+@pytest.mark.parametrize("lengths", [[3, 1, 2, 5, 0, 0, 4, 1], [1, 1, 1, 1, 2, 0, 1, 3]])
+def test_linear_against_reference(lengths, compat):
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    hidden, weight, bias = normal(sum(lengths), 6), normal(2300, 6), normal(2300)
+    labels = torch.randint(0, 2300, (sum(lengths),), generator=generator)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    noise = torch.randn(2, 2, 2, generator=generator)
+    options = {"num_dimensions": 2, "beta": 0.8, "gamma": 1.5, "noise": noise, "sft_coef": 0.1, "compat": compat,
+               "softcap": 5.0, "temperature": 0.9}  # fmt: skip
+    results, gradients = [], []
+    for function in (linear_amopo_loss, reference.linear_amopo_loss):
+        results.append(function(hidden, weight, labels, cu_seqlens, bias, **options))
+        gradients.append(torch.autograd.grad(results[-1].loss, (hidden, weight, bias)))
+    for a, b in zip((*results[0], *gradients[0]), (*results[1], *gradients[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
+
+
+def test_head_options_reach_the_head():
+    hidden, weight, labels = torch.randn(2, 6), torch.randn(40, 6), torch.tensor([3, 5])
+    with pytest.raises(UnsupportedError, match="backend 'torch'"):
+        linear_amopo_loss(
+            hidden, weight, labels, torch.tensor([0, 1, 2]), num_dimensions=1, beta=0.8, gamma=1.5, weighting="mean",
+            backend="torch", logits_cache_bytes=1,
+        )  # fmt: skip
+
+
+def test_unchecked_bad_offsets_reach_the_loss_as_nan():
+    hidden, weight = torch.randn(5, 6), torch.randn(40, 6)
+    labels, cu_seqlens = torch.randint(0, 40, (5,)), torch.zeros(5, dtype=torch.int32)
+    options = {"num_dimensions": 1, "beta": 0.8, "gamma": 1.5, "weighting": "mean"}
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        linear_amopo_loss(hidden, weight, labels, cu_seqlens, **options)
+    assert linear_amopo_loss(hidden, weight, labels, cu_seqlens, **options, validate=False).loss.isnan()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_dimensions": 5}, "24 sequences"),
+        ({"num_dimensions": 0}, "24 sequences"),
+        ({"noise": None}, "noise"),
+        ({"noise": torch.zeros(4, 3)}, "noise"),
+        ({"weighting": "median"}, "median"),
+        ({"weighting": torch.ones(2)}, "one number per dimension"),
+        ({"compat": "trl"}, "trl"),
+    ],
+)
+def test_bad_arguments_are_refused(change, message):
+    stats, noise = random_stats()
+    with pytest.raises(ValueError, match=message):
+        amopo_loss(stats, **({"num_dimensions": DIMENSIONS, "beta": 0.8, "gamma": 1.5, "noise": noise} | change))
