@@ -48,7 +48,7 @@ def run(arguments) -> int:
     from amopo_fast.cli.options import RUN_CLASSES, parse_options
     from amopo_fast.data.config import DataConfig
     from amopo_fast.evaluation.preferences import difference, score_pairs, summary
-    from amopo_fast.models.loading import load_trained
+    from amopo_fast.models.loading import load_trained, tokenizer_folder
     from amopo_fast.prompts.dataset import load_eval_data
     from amopo_fast.prompts.tokenizer import load_tokenizer
     from amopo_fast.training.objective import AMoPO
@@ -128,20 +128,6 @@ def step_of(name: str) -> int | None:
         return int(read_metrics(name)[-1]["step"])
     except (OSError, ValueError):
         return None
-
-
-def tokenizer_folder(name: str) -> str:
-    """Where the tokenizer of a model is: its own folder, its run's, or its base model's."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return name
-    for place in (folder, folder.parent):
-        if (place / "tokenizer.json").is_file():
-            return str(place)
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        return str(json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or name)
-    return name
 
 
 def _short(name: str, models: list[str]) -> str:
