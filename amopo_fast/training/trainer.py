@@ -29,7 +29,13 @@ from amopo_fast.models.check import prepare_model
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.faster_layers import compile_layers
 from amopo_fast.models.loading import add_adapter
-from amopo_fast.models.saving import declare_dtype, in_dtype, prepare_generation, prepare_saving
+from amopo_fast.models.saving import (
+    check_tokenizer_reloads,
+    declare_dtype,
+    in_dtype,
+    prepare_generation,
+    prepare_saving,
+)
 from amopo_fast.models.scoring import backend_for, check_lengths, score_wrapped
 from amopo_fast.optim import backward_grad_norm, choose_optimizer
 from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, PlannedBatches, plan_epochs
@@ -100,6 +106,7 @@ class AMoPOTrainer(Trainer):
             for line in prepare_generation(model, recipe.end_token["id"]):
                 logger.warning(line)
             if processing_class is not None:
+                check_tokenizer_reloads(processing_class, model, (recipe.wording.score, recipe.wording.no_object))
                 processing_class = change_templates(processing_class, recipe.served)
         prepare_model(model)
         if args.compile_layers:
