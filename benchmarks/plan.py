@@ -49,7 +49,7 @@ def main() -> None:
             "unpadded_tokens": sum(plan.unshared_tokens for plan in plans),
             "computed_tokens": sum(plan.num_tokens for plan in plans),
         }
-        keys = sum(plan.kv_indices.shape[0] for plan in plans) / tokens["computed_tokens"]
+        keys = sum(plan.paths.kv_indices.shape[0] for plan in plans) / tokens["computed_tokens"]
         times = harness.measure({"plan": function}, [pairs], device="cpu", rounds=arguments.rounds, deadline=deadline)
         ratio = tokens["padded_tokens"] / tokens["computed_tokens"]
         report.add(

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import harness
-from amopo_fast.models.architecture import attention_needs, head_of
+from amopo_fast.models.architecture import attention_needs
 from amopo_fast.models.attention import is_switched
 from amopo_fast.models.attention_backends import FLASH, choose_backend
 from amopo_fast.models.check import prepare_model
@@ -143,8 +143,9 @@ class Step:
             groups = [self.pairs[i : i + setting.size] for i in range(0, len(self.pairs), setting.size)]
             return [Padded.of(group, self.device) for group in groups]
         sizes = PairSizes.of(self.pairs)
-        tokens = sizes.computed if self.technique.share else sizes.unshared
-        groups = best_fit(range(len(self.pairs)), tokens, setting.size)
+        if not self.technique.share:
+            sizes = replace(sizes, computed=sizes.unshared)
+        groups = best_fit(range(len(self.pairs)), sizes, setting.size)
         return [
             build_plan([self.pairs[i] for i in group], share=self.technique.share).to(self.device) for group in groups
         ]
@@ -233,7 +234,7 @@ def step_flop(model: nn.Module, batches: list[Padded | Plan], fused_head: bool) 
             n, length = batch.input_ids.shape
             keys, rows = n * length * (length + 1) / 2, n * length
         else:
-            q, k = (c.diff().double() for c in (batch.cu_seqlens_q, batch.cu_seqlens_k))
+            q, k = (c.diff().double() for c in (batch.paths.cu_seqlens_q, batch.paths.cu_seqlens_k))
             keys = float((q * (k - q) + q * (q + 1) / 2).sum())
             rows = batch.labels.shape[0] if fused_head else batch.num_tokens
         attention = 4 * config.hidden_size * keys * config.num_hidden_layers
@@ -346,7 +347,7 @@ def run_case(shape: str, data: str, arguments, report: harness.Report, deadline:
             attention = choose_attention(technique, model, device)
             step = Step(model, technique, pairs_of(order=technique.order, **limits), device)
             error = check(step)
-            if not error <= TOLERANCE[head_of(model).weight.dtype]:
+            if not error <= TOLERANCE[model.lm_head.weight.dtype]:
                 report.add(**row, status=f"wrong: log-probs differ by {error:.1e} from the padded way")
                 continue
             row |= {"pairs": len(step.pairs), "attention": attention, "without": ", ".join(without), "error": error}

@@ -36,10 +36,14 @@ def add_parser(commands) -> None:
 
 
 def _add_arguments(parser) -> None:
+    from amopo_fast.models.choice import LAYOUTS
+
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder or Hub name of a model or adapter, or a run")
     parser.add_argument("--checkpoints", action="store_true", help="every checkpoint of a run, and its final model")
     parser.add_argument("--output", help="folder for eval.json and eval.html (default: the first model's folder)")
     parser.add_argument("--tokens_per_row", type=int, default=8192, help="computed tokens of a packed row, at most")
+    parser.add_argument("--layout", choices=LAYOUTS, default="auto",
+                        help="shared prefixes, separate rows, or auto: the first that is exact")  # fmt: skip
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                         help="of the weights; auto: the model's own on a GPU, float32 on a CPU")  # fmt: skip
     parser.add_argument("--device", default=None, help="default: cuda where there is a GPU, else cpu")
@@ -84,7 +88,9 @@ def run(arguments) -> int:
                 dimensions=chosen.dimensions,
                 objective=AMoPO(trained.beta, trained.gamma),
                 tokens_per_row=options.tokens_per_row,
+                layout=options.layout,
             )
+            print(f"{name}: {scores.layout}", file=sys.stderr)
             result = summary(scores)
             result["step"] = step_of(name)
             if label in first and first[label].dimensions == scores.dimensions:

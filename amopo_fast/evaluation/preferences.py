@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from amopo_fast.models.check import prepare_model
+from amopo_fast.models.choice import choice_of
 from amopo_fast.models.scoring import check_lengths, score
 from amopo_fast.packing.plan import build_plan
 from amopo_fast.packing.schedule import PairSizes, best_fit
@@ -41,6 +42,7 @@ class Scores:
     lengths: np.ndarray  # (P, 2) int64, label tokens of the chosen and the rejected response
     probabilities: np.ndarray  # (K, 2, PROBABILITY_BINS) int64, response tokens by probability, chosen and rejected
     objective: Objective
+    layout: str  # in a line
 
     def column(self, name: str) -> np.ndarray:
         """(P, K) of one of the objective's columns."""
@@ -55,6 +57,7 @@ def score_pairs(
     dimensions: Sequence[str],
     objective: Objective | None = None,
     tokens_per_row: int = 8192,
+    layout: str = "auto",
     attention_backend: str = "auto",
     kernel_backend: str = "auto",
 ) -> Scores:
@@ -62,26 +65,29 @@ def score_pairs(
 
     Args:
         objective: its form for evaluation is computed; default: AMoPO with the published hyper-parameters.
-        tokens_per_row: computed tokens of a row, at most; a longer pair has a row to itself.
+        tokens_per_row: computed tokens of a call, at most; a longer pair has a call to itself.
+        layout: "auto", "shared" or "separate" (`models.check.choose_layout`).
 
     Raises:
-        ValueError: no pairs, or a model that cannot be packed.
+        ValueError: no pairs, or a model that cannot be scored in that layout.
     """
     if not len(pairs):
         raise ValueError("there are no pairs to evaluate")
     objective = (objective or AMoPO()).for_evaluation()
     check_lengths(model, pairs)
-    prepare_model(model)
+    prepare_model(model, layout)
+    choice = choice_of(model)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    rows = best_fit(range(len(pairs)), PairSizes.of(pairs).computed, tokens_per_row)
+    sizes = PairSizes.of(pairs, choice.layout)
+    rows = best_fit(range(len(pairs)), sizes, tokens_per_row)
     order = [index for row in rows for index in row]
     tables = []
     probabilities = np.zeros((len(dimensions), 2, PROBABILITY_BINS), dtype=np.int64)
     try:
         for row in rows:
-            plan = build_plan([pairs[index] for index in row]).to(device)
+            plan = build_plan([pairs[index] for index in row], choice.layout).to(device)
             stats = score(model, plan, attention_backend=attention_backend, backend=kernel_backend)
             tables.append(objective(stats, Batch(len(dimensions))).table().double().cpu().numpy())
             probabilities += _histogram(stats, len(dimensions))
@@ -90,7 +96,7 @@ def score_pairs(
     table = np.concatenate(tables)[np.argsort(order)]
     records = np.array([pair.record for pair in pairs])
     lengths = np.array([(len(pair.chosen), len(pair.rejected)) for pair in pairs])
-    return Scores(tuple(dimensions), records, table, lengths, probabilities, objective)
+    return Scores(tuple(dimensions), records, table, lengths, probabilities, objective, choice.describe(sizes.share))
 
 
 def _histogram(stats, num_dimensions: int) -> np.ndarray:

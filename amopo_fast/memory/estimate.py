@@ -102,12 +102,13 @@ class Setup:
 
 @dataclass(frozen=True)
 class Row:
-    """The packed row of the longest micro-batch."""
+    """The longest micro-batch: a packed row, or separate rows of one length."""
 
     tokens: int  # T, computed
     label_tokens: int  # N
     kv_tokens: int  # gathered keys: the sum of all paths' lengths
     sequence_tokens: int = 1024  # length of a sequence, for attention's FLOP
+    rows: int = 1  # more of the layout separate
 
 
 @dataclass(frozen=True)
@@ -199,8 +200,8 @@ def _body(
     shape: _Shape, row: Row, dtype: torch.dtype, checkpointing: bool, lora_rank: int | None, liger: bool
 ) -> BodyProfile:
     return profile_body(
-        shape.config, tokens=row.tokens, kv_tokens=row.kv_tokens, dtype=dtype, checkpointing=checkpointing,
-        lora_rank=lora_rank, liger=liger,
+        shape.config, tokens=row.tokens, rows=row.rows, kv_tokens=row.kv_tokens, dtype=dtype,
+        checkpointing=checkpointing, lora_rank=lora_rank, liger=liger,
     )  # fmt: skip
 
 

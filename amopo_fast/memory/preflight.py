@@ -16,12 +16,13 @@ class DoesNotFit(OptionError):
 
 
 def row_of(plan: Plan) -> Row:
-    return Row(plan.num_tokens, plan.labels.shape[0], plan.kv_indices.shape[0], plan.max_seqlen_k)
+    keys = plan.num_tokens if plan.paths is None else plan.paths.kv_indices.shape[0]
+    return Row(plan.num_tokens, plan.labels.shape[0], keys, plan.longest, plan.input_ids.shape[0])
 
 
 def longest_micro_batch(schedule: Schedule, sizes: PairSizes) -> MicroBatch:
     """The first epoch's micro-batch with the most computed tokens."""
-    return max(schedule.epochs[0], key=lambda batch: int(sizes.computed[list(batch.pairs)].sum()))
+    return max(schedule.epochs[0], key=lambda batch: sizes.tokens(batch.pairs))
 
 
 def require_fit(name: str, config: PretrainedConfig, row: Row, setup: Setup, free: int) -> Estimate:

@@ -103,8 +103,9 @@ class _Attention(torch.autograd.Function):
 
 
 def _attention(module, query, key, value, attention_mask, profile_kv_tokens=None, **kwargs):
-    rows = [x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value)]  # (T, heads, D)
-    return _Attention.apply(*rows, profile_kv_tokens)[None], None
+    # (R, heads, L, D) -> (R * L, heads, D)
+    rows = [x.transpose(1, 2).flatten(0, 1).to(value.dtype) for x in (query, key, value)]
+    return _Attention.apply(*rows, profile_kv_tokens).unflatten(0, (query.shape[0], query.shape[2])), None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -150,7 +151,9 @@ def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     return config
 
 
-def meta_model(config: PretrainedConfig, dtype: torch.dtype, lora_rank: int | None = None) -> nn.Module:
+def meta_model(
+    config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16, lora_rank: int | None = None
+) -> nn.Module:
     """A causal LM of `config` without memory; with an adapter over all linear layers if a rank is given."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
@@ -183,6 +186,7 @@ def profile_body(
     *,
     tokens: int,
     kv_tokens: int,
+    rows: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     checkpointing: bool = True,
     lora_rank: int | None = None,
@@ -192,7 +196,8 @@ def profile_body(
 
     Args:
         config: of a causal LM.
-        tokens: T of the row. kv_tokens: rows of the gathered keys, the sum of all paths' lengths.
+        tokens: T of the row. kv_tokens: rows of the gathered keys, the sum of all paths' lengths. rows: into which the
+            tokens are split, in the layout separate.
         dtype: of the weights; matmuls are in bfloat16 by autocast.
         checkpointing: of every layer.
         lora_rank: train only an adapter of this rank on all linear layers.
@@ -203,13 +208,14 @@ def profile_body(
     """
     layers = config.get_text_config().num_hidden_layers
     two, three = (
-        _run(_with_layers(config, n), tokens, kv_tokens, dtype, checkpointing, lora_rank, liger) for n in (2, 3)
+        _run(_with_layers(config, n), (rows, tokens // rows), kv_tokens, dtype, checkpointing, lora_rank, liger)
+        for n in (2, 3)
     )
     kept, forward, backward, flops = (a + (layers - 2) * (b - a) for a, b in zip(two, three, strict=True))
     return BodyProfile(kept, forward - kept, backward - kept, flops, three[0] - two[0])
 
 
-def _run(config, tokens, kv_tokens, dtype, checkpointing, lora_rank, liger) -> tuple[int, int, int, int]:
+def _run(config, shape, kv_tokens, dtype, checkpointing, lora_rank, liger) -> tuple[int, int, int, int]:
     """(bytes alive after the forward, peak of the forward, peak of the backward, FLOP)"""
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
@@ -225,7 +231,7 @@ def _run(config, tokens, kv_tokens, dtype, checkpointing, lora_rank, liger) -> t
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        ids = torch.zeros(1, tokens, dtype=torch.long)
+        ids = torch.zeros(shape, dtype=torch.long)
         with LiveBytes([*model.parameters(), *model.buffers()]) as live:
             with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
                 hidden = base.get_decoder()(

@@ -1,12 +1,12 @@
 """Attention over a packed row, plugged into transformers through its public attention interface.
 
 `switch_attention(model)` sets the model's implementation to "amopo_packed" (or "amopo_packed_eager", for a model that
-ran "eager"). Until a plan is active, that behaves as the implementation before. Under `packed_attention(plan)` each
-trie node's queries attend to the gathered keys and values of the path root..node, causal and aligned bottom-right.
-Nothing of size T x T is made.
+ran "eager"). Until a row is active, that behaves as the implementation before. Under `packed_row(paths)` each trie
+node's queries attend to the gathered keys and values of the path root..node, causal and aligned bottom-right. Nothing
+of size T x T is made.
 
-The plan's tensors travel as integer keyword arguments of `model(...)`: gradient checkpointing, PEFT and FSDP2 hand
-them to the attention function unchanged.
+The row travels as one keyword argument of `model(...)`: gradient checkpointing, PEFT and FSDP2 hand it to the attention
+function unchanged.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,35 +24,41 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from amopo_fast.models.attention_backends import attend
-from amopo_fast.packing.plan import Plan
+from amopo_fast.packing.plan import Paths
 from amopo_kernels import gather_rows
 
+KEYWORD = "packed_row"
 NAME = "amopo_packed"
 _EAGER = f"{NAME}_eager"
-_plan_active: ContextVar[bool] = ContextVar("amopo_packed_plan_active", default=False)
+# What models hand over that changes nothing in the attention of a row: positions are in the keys already.
+_WITHOUT_EFFECT = {"position_ids", "use_cache", "output_attentions", "output_hidden_states"}
+_row_active: ContextVar[bool] = ContextVar("amopo_packed_row_active", default=False)
+
+
+class PackedRow:
+    """A row on its way through a model. No dataclass: torch.compile would look into it and recompile for each row."""
+
+    def __init__(self, paths: Paths, backend: str):
+        self.paths, self.backend = paths, backend
 
 
 @contextmanager
-def packed_attention(plan: Plan, backend: str) -> Iterator[dict[str, torch.Tensor | int | str]]:
+def packed_row(paths: Paths, backend: str) -> Iterator[dict[str, Any]]:
     """While open, the mask is left out; yields the keyword arguments that `model(...)` must get."""
-    token = _plan_active.set(True)
+    token = _row_active.set(True)
     try:
-        yield {
-            "packed_cu_seqlens_q": plan.cu_seqlens_q,
-            "packed_cu_seqlens_k": plan.cu_seqlens_k,
-            "packed_kv_indices": plan.kv_indices,
-            "packed_kv_order": plan.kv_order,
-            "packed_kv_offsets": plan.kv_offsets,
-            "packed_max_seqlen_q": plan.max_seqlen_q,
-            "packed_max_seqlen_k": plan.max_seqlen_k,
-            "packed_backend": backend,
-        }
+        yield {"position_ids": paths.position_ids, KEYWORD: PackedRow(paths, backend)}
     finally:
-        _plan_active.reset(token)
+        _row_active.reset(token)
+
+
+def row_is_active() -> bool:
+    """Whether a packed row is going through a model."""
+    return _row_active.get()
 
 
 def switch_attention(model: nn.Module) -> None:
-    """Give a transformers model the packed implementation, in place, and keep how it runs without a plan.
+    """Give a transformers model the packed implementation, in place, and keep how it runs without a row.
 
     A model loaded with a flash implementation runs padded batches with "sdpa" (or "eager" where it has no SDPA) from
     here on; `model.set_attn_implementation` switches back.
@@ -67,37 +74,37 @@ def switch_attention(model: nn.Module) -> None:
 
 
 def is_switched(model: nn.Module) -> bool:
-    """Whether the model's attention takes plans."""
+    """Whether the model's attention takes packed rows."""
     return model.config.get_text_config()._attn_implementation in (NAME, _EAGER)
 
 
-# Runs outside compiled graphs: segment lengths are data, and a layer compiled around it is the same for every plan.
+# Runs outside compiled graphs: segment lengths are data, and a layer compiled around it is the same for every row.
 @torch.compiler.disable
-def _packed(module, query, key, value, scaling, dropout, sliding_window, softcap, s_aux, plan) -> torch.Tensor:
+def _packed(query, key, value, row: PackedRow, scaling, dropout, window, softcap, sinks) -> torch.Tensor:
     """query (1, H, T, D), key and value (1, Hkv, T, D) -> (1, T, H, Dv)."""
     if query.shape[0] != 1:
         raise ValueError(f"a packed row has batch size 1, got {query.shape[0]}")
+    paths = row.paths
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Under autocast RoPE and norms may hand over float32; the projections that made value say the dtype.
     dtype = value.dtype
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
-    if plan["packed_kv_indices"].shape[0] != q.shape[0]:  # otherwise nothing is shared: the row is its own keys
-        indices, order, offsets = (plan[f"packed_kv_{name}"] for name in ("indices", "order", "offsets"))
-        k, v = (gather_rows(x, indices, order, offsets, validate=False) for x in (k, v))
+    if paths.kv_indices.shape[0] != q.shape[0]:  # otherwise nothing is shared: the row is its own keys
+        k, v = (gather_rows(x, paths.kv_indices, paths.kv_order, paths.kv_offsets, validate=False) for x in (k, v))
     return attend(
-        plan["packed_backend"],
+        row.backend,
         q,
         k,
         v,
-        plan["packed_cu_seqlens_q"],
-        plan["packed_cu_seqlens_k"],
-        plan["packed_max_seqlen_q"],
-        plan["packed_max_seqlen_k"],
+        paths.cu_seqlens_q,
+        paths.cu_seqlens_k,
+        paths.max_seqlen_q,
+        paths.max_seqlen_k,
         scaling=scaling,
         dropout=dropout,
-        window=sliding_window,
+        window=window,
         softcap=softcap,
-        sinks=s_aux,
+        sinks=sinks,
     ).unsqueeze(0)
 
 
@@ -115,12 +122,18 @@ def _attention(
     s_aux=None,
     **kwargs,
 ):
-    plan = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("packed_")}
-    if plan:
-        return _packed(module, query, key, value, scaling, dropout, sliding_window, softcap, s_aux, plan), None
-    if _plan_active.get():
+    row = kwargs.pop(KEYWORD, None)
+    if row is not None:
+        unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _WITHOUT_EFFECT)
+        if attention_mask is not None or unknown:
+            raise ValueError(
+                f"{type(module).__name__} gives its attention {', '.join(unknown) or 'a mask'}, which packed attention "
+                "does not apply; train with --layout separate"
+            )
+        return _packed(query, key, value, row, scaling, dropout, sliding_window, softcap, s_aux), None
+    if row_is_active():
         raise RuntimeError(
-            f"{type(module).__name__} did not get the plan: its model does not hand keyword arguments to the "
+            f"{type(module).__name__} did not get the row: its model does not hand keyword arguments to the "
             "attention function, so a packed row would mix its sequences"
         )
     options = {"softcap": softcap, "s_aux": s_aux}  # not every eager function takes them
@@ -139,19 +152,19 @@ def _attention(
 
 
 def _packed_or_sdpa(module, query, key, value, attention_mask, **kwargs):
-    """transformers' attention interface; without a plan this is "sdpa"."""
+    """transformers' attention interface; without a row this is "sdpa"."""
     return _attention(module, query, key, value, attention_mask, sdpa_attention_forward, **kwargs)
 
 
 def _packed_or_eager(module, query, key, value, attention_mask, **kwargs):
-    """transformers' attention interface; without a plan this is the eager function of the model's own file."""
+    """transformers' attention interface; without a row this is the eager function of the model's own file."""
     eager = sys.modules[type(module).__module__].eager_attention_forward
     return _attention(module, query, key, value, attention_mask, eager, **kwargs)
 
 
 def _mask_or_sdpa(*args, **kwargs) -> torch.Tensor | None:
-    return None if _plan_active.get() else sdpa_mask(*args, **kwargs)
+    return None if _row_active.get() else sdpa_mask(*args, **kwargs)
 
 
 def _mask_or_eager(*args, **kwargs) -> torch.Tensor | None:
-    return None if _plan_active.get() else eager_mask(*args, **kwargs)
+    return None if _row_active.get() else eager_mask(*args, **kwargs)

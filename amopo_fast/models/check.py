@@ -1,151 +1,213 @@
-"""Which models can be packed: reasons to refuse one, and a check that runs the model's own architecture in miniature.
+"""Which layout trains a model exactly: a trial that runs the model's own architecture in miniature.
 
-Packing is exact if tokens of a row meet each other in the attention interface only, and there as the plan says. A model
-class promises neither, so `check_packing` tries it: the same class and configuration flags with small sizes and random
-weights, float32, on the CPU; a packed row against its sequences one by one, log-probs and all gradients. It takes about
-a tenth of a second and nothing of the model itself is touched.
+A shared row is exact if its tokens meet each other in the attention interface and in recurrent states only, and there
+as the plan says; padded rows, if a token sees nothing behind it. A model class promises neither, so `choose_layout`
+tries them: the same class and configuration flags with small sizes and random weights, in training mode, on the CPU, in
+float64; log-probs and all gradients against those of its sequences one by one. It takes a fraction of a second and
+nothing of the model itself is touched.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import nn
 
-from amopo_fast.models.architecture import UnsupportedModelError, causal_lm, refusal
-from amopo_fast.models.attention import switch_attention
-from amopo_fast.models.miniature import VOCABULARY, miniature
+from amopo_fast.models.architecture import UnsupportedModelError, causal_lm, decoder_of, refusal
+from amopo_fast.models.attention import is_switched, switch_attention
+from amopo_fast.models.choice import LAYOUTS, Choice
+from amopo_fast.models.double import Double
+from amopo_fast.models.head import check_head, head_errors, head_forms
+from amopo_fast.models.miniature import TOKENS, miniature
+from amopo_fast.models.recurrent import recurrent_classes, switch_recurrent
 from amopo_fast.models.scoring import score
-from amopo_fast.packing.plan import build_plan
+from amopo_fast.packing.plan import Layout, build_plan
 from amopo_fast.prompts.tokens import PairTokens
 
-_TOLERANCE = 1e-4  # relative; float32 rounding stays under 1e-5, a wrong key or position is above 1e-2
+_TOLERANCE = 1e-6  # relative; float64's rounding stays under 1e-9, a wrong key, state or position is above 1e-2
 
 
 def check_prompt_learning(model: nn.Module) -> None:
-    """Refuse PEFT methods that put virtual tokens before the prompt: a packed row has no place for them."""
+    """Refuse PEFT methods that put virtual tokens before the prompt: a plan has no place for them."""
     for config in getattr(model, "peft_config", {}).values():
         if config.is_prompt_learning:
             raise UnsupportedModelError(
-                f"PEFT's {config.peft_type.value} adds virtual tokens, which packed rows do not carry; use LoRA"
+                f"PEFT's {config.peft_type.value} adds virtual tokens, which plans do not carry; use LoRA"
             )
 
 
-def _check_pairs() -> list[PairTokens]:
-    """Two pairs, three dimensions: shared prompts and response prefixes, a branch inside the window, one token."""
-    rng = np.random.default_rng(0)
-
-    def draw(count: int) -> np.ndarray:
-        return rng.integers(1, VOCABULARY, count)
-
-    pairs = []
-    for record in range(2):
-        head, opening = draw(9), draw(6)
-        prompts = (head, np.concatenate([head, draw(11)]), np.concatenate([head[:5], draw(4)]))
-        chosen, rejected = np.concatenate([opening, draw(12)]), np.concatenate([opening, draw(3)])
-        pairs.append(PairTokens(record, prompts, chosen, rejected if record else opening[:1], False))
-    return pairs
-
-
-def _reinitialise(model: nn.Module) -> None:
-    """Weights large enough that attention is far from uniform: the usual 0.02 would hide a wrong key."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        scale = 1.0 if parameter.dim() < 2 else 1.5 / parameter.shape[-1] ** 0.5
-        noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
-        parameter.data = parameter.data + 0.1 * noise if parameter.dim() < 2 else scale * noise
-
-
-def prepare_model(model: nn.Module) -> nn.Module:
-    """Check that a causal LM can be packed and switch it to packed attention, in place.
+def prepare_model(model: nn.Module, layout: str = "auto") -> nn.Module:
+    """Find the layout that trains a causal LM exactly and make the model take it, in place: see `choice_of`.
 
     Padded batches and generate() of the same object keep running as before.
 
+    Args:
+        layout: "auto", or one of LAYOUTS to try no other.
+
     Raises:
-        UnsupportedModelError: `check_packing`.
+        UnsupportedModelError: `choose_layout`.
     """
     check_prompt_learning(model)
-    check_packing(causal_lm(model))
-    switch_attention(causal_lm(model))
+    base = causal_lm(model)
+    choice = choose_layout(base, layout)
+    check_head(base, choice.head)
+    if choice.layout is not Layout.SEPARATE:
+        switch_attention(base)
+        switch_recurrent(base, choice.recurrent)
+    base.amopo_choice = choice
     return model
 
 
-def check_packing(model: nn.Module) -> None:
-    """Refuse a causal LM that packed rows would train wrongly.
+def choose_layout(model: nn.Module, requested: str = "auto") -> Choice:
+    """The first layout that trains a causal LM exactly: shared, through states where it has any, then separate.
+
+    Args:
+        requested: one of LAYOUTS.
 
     Raises:
         UnsupportedModelError: with the reason: the configuration's own (`refusal`), a miniature that cannot be built or
-            run, or log-probs or gradients of the miniature that differ between a packed row and separate sequences.
+            run, attention that is not causal, or log-probs or gradients that differ from those of separate sequences.
+        ValueError: not a layout.
     """
-    name, config = type(model).__name__, model.config
-    reason = refusal(config)
+    if requested not in LAYOUTS:
+        raise ValueError(f"layout={requested!r}; choose one of {', '.join(LAYOUTS)}")
+    name = type(model).__name__
+    reason = refusal(model.config)
     if reason:
-        raise UnsupportedModelError(f"{name} cannot be packed: {reason}")
-    if not (hasattr(model, "_can_set_attn_implementation") and model._can_set_attn_implementation()):
-        raise UnsupportedModelError(
-            f"{name} cannot be packed: it does not use transformers' attention interface, so a packed row would mix "
-            "its sequences"
-        )
-    try:
-        tiny = miniature(model)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{name} cannot be packed: its architecture could not be tried in miniature "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    device = next(tiny.parameters()).device
+        raise UnsupportedModelError(f"{name} cannot be trained: {reason}")
+    with _alone():
+        torch.manual_seed(0)
+        trial = Trial(model)
+        reasons = []
+        for layout in [Layout.STATES if trial.recurrent else Layout.SHARED, Layout.SEPARATE]:
+            if requested not in ("auto", layout.value.split()[0]):
+                continue
+            try:
+                trial.check(layout)
+                head = None if trial.head is None else head_forms(model.config)[trial.head]
+                return Choice(layout, trial.recurrent, head, "; ".join(reasons))
+            except UnsupportedModelError as error:
+                reasons.append(str(error))
+    raise UnsupportedModelError(f"{name} cannot be trained: {'; '.join(reasons)}")
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One thread, as operations this small only wait for each other's; the run's random state and autocast stay."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # operations this small only wait for each other's threads
+    torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            _reinitialise(tiny)
-            _compare(tiny, name)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            yield
     finally:
         torch.set_num_threads(threads)
 
 
-def _compare(tiny: nn.Module, name: str) -> None:
-    pairs = _check_pairs()
-    device = next(tiny.parameters()).device
-    weights = torch.linspace(-1.0, 1.0, 5, device=device)
+def check_pairs() -> list[PairTokens]:
+    """Two pairs, three dimensions: shared prompts and response prefixes, a branch inside the window, one token."""
+    rng = np.random.default_rng(0)
 
-    def gradients(logps: torch.Tensor) -> dict[str, torch.Tensor]:
-        tiny.zero_grad()
-        (logps * weights[torch.arange(len(logps)) % 5]).sum().backward()
-        return {key: p.grad.clone() for key, p in tiny.named_parameters() if p.grad is not None}
+    def draw(count: int) -> np.ndarray:
+        return rng.integers(1, TOKENS, count)
 
-    try:
-        separate = []
-        for pair in pairs:
-            for prompt in pair.prompts:
+    head, opening = draw(9), draw(6)
+    prompts = (head, np.concatenate([head, draw(11)]), np.concatenate([head[:5], draw(4)]))
+    chosen, rejected = np.concatenate([opening, draw(12)]), np.concatenate([opening, draw(3)])
+    other = np.concatenate([head[:7], draw(5)])
+    return [
+        PairTokens(0, prompts, chosen, opening[:1], False),
+        PairTokens(1, (None, other, None), chosen[4:], rejected, False),
+    ]
+
+
+class Trial:
+    """A model's miniature, and the log-probs and gradients of its sequences one by one."""
+
+    def __init__(self, model: nn.Module):
+        self.pairs = check_pairs()
+        with Double():
+            try:
+                self.tiny = miniature(model)
+            except Exception as error:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} could not be tried in miniature ({type(error).__name__}: {error})"
+                ) from error
+            try:
+                with torch.no_grad():  # its modules get their weights
+                    self.tiny(input_ids=torch.arange(1, 8)[None], use_cache=False)
+                logps = self._separately()
+            except Exception as error:
+                raise UnsupportedModelError(
+                    f"the miniature does not run ({type(error).__name__}: {error})"
+                ) from error
+            self.logps, self.gradients = logps.detach(), self._gradients(logps)
+            self.recurrent = self._recurrent()
+            errors = head_errors(self.tiny)
+            best = None if errors is None else min(range(len(errors)), key=errors.__getitem__)
+            self.head = best if best is not None and errors[best] < _TOLERANCE else None
+
+    def _separately(self) -> torch.Tensor:
+        """(S,) sums of label log-probs from the model's own forward."""
+        result = []
+        for pair in self.pairs:
+            for prompt in filter(lambda prompt: prompt is not None, pair.prompts):
                 for response in (pair.chosen, pair.rejected):
-                    ids = torch.from_numpy(np.concatenate([prompt, response])).to(device)
-                    logits = tiny(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-                    separate.append(logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0].sum())
-        expected = torch.stack(separate)
-        expected_gradients = gradients(expected)
-        switch_attention(tiny)
-        plan = build_plan(pairs, min_node_tokens=3).to(device)
-        packed = score(tiny, plan, attention_backend="sdpa", backend="torch").logp_sum
-        packed_gradients = gradients(packed)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{name} cannot be packed: its miniature does not run packed ({type(error).__name__}: {error})"
-        ) from error
-    error = float(((packed - expected).abs() / expected.abs()).max().detach())
-    if not error < _TOLERANCE:
-        raise UnsupportedModelError(
-            f"{name} cannot be packed: in its miniature the log-probs of a packed row differ from those of separate "
-            f"sequences by {error:.1e}; something besides attention looks along the row, or the logits are not those "
-            "of lm_head"
-        )
-    # Some gradients are zero but for rounding (a key's bias), so a floor keeps their noise out.
-    floor = 1e-3 * max(value.norm() for value in expected_gradients.values())
-    for key, value in expected_gradients.items():
-        other = packed_gradients.get(key, torch.zeros_like(value))
-        error = float((other - value).norm() / value.norm().clamp(min=floor))
-        if not error < 10 * _TOLERANCE:
+                    ids = torch.from_numpy(np.concatenate([prompt, response]))
+                    logits = self.tiny(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+                    result.append(logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0].sum())
+        return torch.stack(result)
+
+    def _recurrent(self) -> frozenset[type[nn.Module]]:
+        ids = torch.from_numpy(np.concatenate([self.pairs[0].prompts[1], self.pairs[0].chosen]))[None]
+        try:
+            return recurrent_classes(decoder_of(self.tiny), ids)
+        except Exception as e:
+            self.spy = repr(e)
+            return frozenset()  # it has no cache of transformers', and so no state in one
+
+    def _gradients(self, logps: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.tiny.zero_grad()
+        weights = torch.linspace(-1.0, 1.0, 5)[torch.arange(len(logps)) % 5]
+        (logps * weights).sum().backward()
+        return {key: p.grad.clone() for key, p in self.tiny.named_parameters() if p.grad is not None}
+
+    def check(self, layout: Layout) -> None:
+        """Raises UnsupportedModelError where a layout differs from the sequences one by one."""
+        try:
+            if layout is not Layout.SEPARATE:
+                switch_attention(self.tiny)
+                switch_recurrent(self.tiny, self.recurrent)
+            head = None if self.head is None else head_forms(self.tiny.config)[self.head]
+            self.tiny.amopo_choice = Choice(layout, self.recurrent, head)
+            plan = build_plan(self.pairs, layout, min_node_tokens=3)
+            with Double():
+                logps = score(self.tiny, plan, attention_backend="sdpa", backend="torch").logp_sum
+                logps = logps[plan.cu_seqlens.diff() > 0]
+                gradients = self._gradients(logps)
+        except Exception as error:
             raise UnsupportedModelError(
-                f"{name} cannot be packed: in its miniature the gradient of {key} differs between a packed row and "
-                f"separate sequences by {error:.1e}"
+                f"its miniature does not run in the layout {layout.value} ({type(error).__name__}: {error})"
+            ) from error
+        finally:
+            if is_switched(self.tiny):
+                self.tiny.set_attn_implementation("eager")
+        error = float(((logps - self.logps).abs() / self.logps.abs()).max().detach())
+        if not error < _TOLERANCE:
+            raise UnsupportedModelError(
+                f"log-probs in the layout {layout.value} differ from those of separate sequences by {error:.1e} in its "
+                "miniature"
             )
+        # Some gradients are zero but for rounding (a key's bias), so a floor keeps their noise out.
+        floor = 1e-3 * max(value.norm() for value in self.gradients.values())
+        for key, value in self.gradients.items():
+            other = gradients.get(key, torch.zeros_like(value))
+            error = max(error, float((other - value).norm() / value.norm().clamp(min=floor)))
+            if not error < _TOLERANCE:
+                raise UnsupportedModelError(
+                    f"the gradient of {key} in the layout {layout.value} differs from that of separate sequences by "
+                    f"{error:.1e} in its miniature"
+                )
+        self.error = error

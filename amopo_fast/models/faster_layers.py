@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_liger_kernel_available
 
 from amopo_fast.errors import OptionError
+from amopo_fast.models.attention import KEYWORD
 
 # What transformers' `liger_kernel_config` passes to Liger; a model's patch takes those that it knows. Never its
 # cross-entropies: the head and the loss are amopo_kernels', and the fused one would replace the model's forward.
@@ -54,7 +55,7 @@ def _compiled_class(layer_class: type[nn.Module], backend: str) -> type[nn.Modul
 
     class Compiled(layer_class):
         def forward(self, *args, **kwargs):
-            packed = "packed_kv_indices" in kwargs
+            packed = KEYWORD in kwargs
             return (compiled if packed else layer_class.forward)(self, *args, **kwargs)
 
     Compiled.__name__, Compiled.__qualname__ = layer_class.__name__, layer_class.__qualname__  # FSDP wraps by name

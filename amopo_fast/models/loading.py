@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, set
 
 from amopo_fast import hub
 from amopo_fast.errors import OptionError
-from amopo_fast.models.architecture import head_of, set_layers
+from amopo_fast.models.architecture import set_layers
 from amopo_fast.models.saving import weights_digest
 from amopo_fast.prompts.recipe import Recipe, recipe_of
 from amopo_fast.prompts.tokenizer import load_tokenizer
@@ -137,16 +137,10 @@ def peft_config(config: ModelConfig) -> LoraConfig | None:
 
 
 def add_adapter(model: nn.Module, adapter: LoraConfig) -> nn.Module:
-    """Freeze a model under a new adapter, whose weights are float32.
-
-    Raises:
-        ValueError: an adapter on the head, which the kernels read as one matrix.
-    """
+    """Freeze a model under a new adapter, whose weights are float32."""
     from peft import get_peft_model
 
-    model = get_peft_model(model, adapter)
-    head_of(model)
-    return model
+    return get_peft_model(model, adapter)
 
 
 def tokenizer_folder(name: str) -> str:

@@ -1,53 +1,46 @@
-"""A model's own architecture in miniature: the same class and configuration flags, small sizes, float32, on the CPU."""
+"""A model's own architecture in miniature: the same class and configuration flags, small sizes, on the CPU.
+
+Only its text part gets weights: the towers beside it are built and never run.
+"""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
-VOCABULARY = 64
-_HEAD_DIM = 16
-_WINDOW = 12  # shorter than the sequences of the check, so that a window that is ignored shows
+from amopo_fast.models.architecture import decoder_of
+from amopo_fast.models.small_sizes import (
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    SIDE_SIZES,
+    SIZES,
+    TOKENS,
+    VOCABULARY,
+    WITHOUT_CHANCE,
+)
 
-# Sizes of the miniature by the configuration's names. Flags, activation functions and scalings stay as they are.
-_SIZES = {
-    "vocab_size": VOCABULARY,
-    "head_dim": _HEAD_DIM,
-    "global_head_dim": _HEAD_DIM,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 24,
-    "intermediate_size_mlp": 48,
-    "ffn_dim": 48,
-    "n_inner": 48,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "num_experts_per_token": 2,
-    "moe_topk": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "qk_head_dim": 24,
-    "v_head_dim": 16,
-    "sliding_window": _WINDOW,
-    "attn_logit_softcapping": 1.0,  # low enough to show where it is ignored
-}
-_SIDE_SIZES = {"num_hidden_layers": 1, "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+__all__ = ["TOKENS", "miniature", "tiny_config"]
+
+_MOST_LAYERS = 16  # of a miniature that does not build, or lacks a class, with fewer
+
+
+def _own(config: PretrainedConfig) -> dict[str, Any]:
+    """The configuration's fields, without those that differ by layer."""
+    return {name: value for name, value in vars(config).items() if not name.startswith("_")}
 
 
 def _per_layer(config: PretrainedConfig) -> Iterator[tuple[str, list]]:
     """Lists of the configuration with one entry per layer."""
-    for name, value in vars(config).items():
+    for name, value in _own(config).items():
         if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers:
             yield name, list(value)
 
@@ -55,7 +48,9 @@ def _per_layer(config: PretrainedConfig) -> Iterator[tuple[str, list]]:
 def _depth(config: PretrainedConfig) -> int:
     """The fewest leading layers among which every kind of layer occurs, and at least two."""
     depth = 2
-    for _, value in _per_layer(config):
+    overrides = config.to_dict().get("per_layer_config") or {}
+    differing = [int(layer) in map(int, overrides) for layer in range(config.num_hidden_layers)]
+    for value in (*(value for _, value in _per_layer(config)), differing):
         if all(isinstance(item, (str, int, bool)) for item in value) and len(set(value)) <= 4:
             depth = max(depth, *(value.index(kind) + 1 for kind in set(value)))
     first_dense = getattr(config, "first_k_dense_replace", None)
@@ -64,20 +59,25 @@ def _depth(config: PretrainedConfig) -> int:
     return min(depth, config.num_hidden_layers)
 
 
-def _tiny_rope(parameters: dict) -> dict:
-    """longrope's factors, one per pair of channels, cut to the small head."""
+def _tiny_rope(parameters: dict, head_dim: int) -> dict:
+    """Lists with one entry per pair of rotated channels, and sections of them, cut to the small head."""
     result = {}
+    pairs = int(head_dim * parameters.get("partial_rotary_factor", 1.0)) // 2
     for key, value in parameters.items():
         if isinstance(value, dict):
-            value = _tiny_rope(value)
+            value = _tiny_rope(value, head_dim)
         elif key in ("short_factor", "long_factor"):
-            value = list(value)[: _HEAD_DIM // 2]
+            value = list(value)[:pairs]
+        elif key == "mrope_section":
+            value = [pairs // len(value)] * (len(value) - 1)
+            value.append(pairs - sum(value))
         result[key] = value
-    if "long_factor" in result:
-        # One factor for each pair of rotated channels; a partially rotated head has fewer.
-        count = int(_HEAD_DIM * result.get("partial_rotary_factor", 1.0)) // 2
-        result["short_factor"], result["long_factor"] = result["short_factor"][:count], result["long_factor"][:count]
     return result
+
+
+def _scaled(small: int, value: int, whole: int) -> int:
+    """A layer's own size beside the small one of the other layers: as much larger or smaller as it is in the model."""
+    return max(1, round(small * value / whole)) if whole else small
 
 
 def tiny_config(config: PretrainedConfig, depth: int | None = None) -> PretrainedConfig:
@@ -85,58 +85,99 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
 
     depth: layers; default: the fewest among which every kind of layer occurs, and at least two.
     """
-    tiny = copy.deepcopy(config)
     text = config.get_text_config()
+    tiny = copy.deepcopy(config)
     if text is not config:
         for name in config.sub_configs:
             part = getattr(tiny, name)
             if getattr(config, name) is text:
                 setattr(tiny, name, tiny_config(text, depth))
             elif part is not None:
-                for size, value in _SIDE_SIZES.items():
-                    if hasattr(part, size):
+                for size, value in SIDE_SIZES.items():
+                    if isinstance(getattr(part, size, None), int):
                         setattr(part, size, value)
+        for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"):
+            _set_token(tiny, config, name)
         return tiny
     depth = _depth(config) if depth is None else depth
-    for name, values in _per_layer(config):
+    lists = dict(_per_layer(config))
+    overrides = config.to_dict().get("per_layer_config") or {}
+    if overrides:
+        tiny.per_layer_config = None
+        config = copy.deepcopy(config)
+        config.per_layer_config = None
+    for name, values in lists.items():
         setattr(tiny, name, values[:depth])
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    tiny.num_attention_heads = 4
-    if hasattr(tiny, "num_key_value_heads"):
-        tiny.num_key_value_heads = 4 if kv_heads == heads else 1 if kv_heads == 1 else 2
-    tiny.hidden_size = 4 * _HEAD_DIM
-    for name, value in _SIZES.items():
-        if isinstance(getattr(config, name, None), (int, float)):
-            setattr(tiny, name, value)
+    small: dict[str, Any] = {"num_attention_heads": HEADS, "hidden_size": HIDDEN, **SIZES}
+    small["num_key_value_heads"] = HEADS if kv_heads == heads else 1 if kv_heads == 1 else 2
+    for name, value in small.items():
+        if isinstance(getattr(config, name, None), (int, float)) and not isinstance(getattr(config, name), bool):
+            _set(tiny, name, value)
+    for name in ("attention_hidden_size", "lru_width"):
+        if isinstance(getattr(config, name, None), int):
+            _set(tiny, name, _scaled(HIDDEN, getattr(config, name), config.hidden_size))
     if getattr(config, "qk_rope_head_dim", None) and getattr(config, "head_dim", None) == config.qk_rope_head_dim:
         tiny.head_dim = tiny.qk_rope_head_dim  # multi-head latent attention: head_dim is the rotated part
-    tiny.num_hidden_layers = depth
+    _set(tiny, "num_hidden_layers", depth)
     if isinstance(getattr(config, "rope_parameters", None), dict):
-        tiny.rope_parameters = _tiny_rope(config.rope_parameters)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if isinstance(getattr(config, name, None), int):
-            setattr(tiny, name, 0)
-        elif isinstance(getattr(config, name, None), list):
-            setattr(tiny, name, [0])
+        rotated = getattr(tiny, "qk_rope_head_dim", None) or getattr(tiny, "head_dim", None) or HEAD_DIM
+        tiny.rope_parameters = _tiny_rope(config.rope_parameters, rotated)
+    for name in _own(config):
+        if any(word in name for word in WITHOUT_CHANCE) and isinstance(getattr(config, name), float):
+            _set(tiny, name, 0.0)
+        _set_token(tiny, config, name) if name.endswith("_token_id") else None
+    if overrides:
+        tiny.per_layer_config = {
+            int(layer): {
+                name: _scaled(getattr(tiny, name), value, getattr(config, name)) if type(value) is int else value
+                for name, value in own.items()
+            }
+            for layer, own in overrides.items()
+            if int(layer) < depth
+        }
     tiny.use_cache = False
-    tiny.dtype = torch.float32
+    tiny.dtype = None
     if hasattr(tiny, "quantization_config"):
         del tiny.quantization_config
     return tiny
 
 
+def _set(config: PretrainedConfig, name: str, value: Any) -> None:
+    """Set a field, unless it is computed from others."""
+    attribute = getattr(type(config), name, None)
+    if not isinstance(attribute, property) or attribute.fset is not None:
+        setattr(config, name, value)
+
+
+def _set_token(tiny: PretrainedConfig, config: PretrainedConfig, name: str) -> None:
+    value = vars(config).get(name)
+    if isinstance(value, int):
+        setattr(tiny, name, VOCABULARY if name == "vocab_size" else 0)
+    elif isinstance(value, list):
+        setattr(tiny, name, [0])
+
+
 def miniature(model: nn.Module) -> nn.Module:
-    """The miniature, deep enough to hold every class of module that the model holds."""
+    """The miniature, deep enough to hold every class of module that the model's text part holds.
+
+    Its weights have the default dtype and every Dropout is off; towers are not initialised.
+    """
     text = model.config.get_text_config()
     depth = _depth(text)
     while True:
-        tiny = _build(type(model), tiny_config(model.config, depth))
-        missing = _own_classes(model) - _own_classes(tiny)
-        if not missing:
-            return tiny
-        if depth == text.num_hidden_layers:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        deepest = depth >= min(text.num_hidden_layers, _MOST_LAYERS)
+        try:
+            tiny = _build(_unpatched(type(model)), tiny_config(model.config, depth))
+            missing = _own_classes(decoder_of(model)) - _own_classes(decoder_of(tiny))
+            if not missing:
+                return tiny
+            if deepest:
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        except Exception:
+            if deepest:
+                raise
         depth = min(2 * depth, text.num_hidden_layers)
 
 
@@ -147,23 +188,56 @@ def _own_classes(model: nn.Module) -> set[str]:
     return {name for name in names if getattr(getattr(file, name, None), "__module__", None) == file.__name__}
 
 
-def _check_device(model_class: type[nn.Module]) -> str:
-    """The CPU, unless Liger has patched the model's file (for the whole process): its kernels need CUDA."""
-    file = sys.modules[model_class.__module__]
-    patched = any(str(getattr(value, "__module__", "")).startswith("liger_kernel") for value in vars(file).values())
-    return "cuda" if patched else "cpu"
+def _unpatched(model_class: type[nn.Module]) -> type[nn.Module]:
+    """The class as its file says: Liger puts Triton functions into that module, for the whole process."""
+    module = sys.modules[model_class.__module__]
+    if not any(str(getattr(value, "__module__", "")).startswith("liger_kernel") for value in vars(module).values()):
+        return model_class
+    spec = importlib.util.spec_from_file_location(module.__name__, module.__file__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    return getattr(again, model_class.__name__)
 
 
 def _build(model_class: type[nn.Module], config: PretrainedConfig) -> nn.Module:
     # The separate sequences' truth: flash implementations need a GPU, some versions' "sdpa" ignores a softcap.
     config._attn_implementation = "eager"
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    device = _check_device(model_class)
-    try:
-        generators = [] if device == "cpu" else [torch.cuda.current_device()]
-        with torch.random.fork_rng(devices=generators), torch.device(device):
-            # The class itself, not from_config: that would shard the miniature under DeepSpeed.
-            return model_class(config).float().eval()
-    finally:
-        torch.set_default_dtype(previous)
+    config._experts_implementation = "eager"
+    with torch.device("cpu"), no_init_weights():
+        # The class itself, not from_config: that would shard the miniature under DeepSpeed.
+        tiny = model_class(config)
+    tiny.tie_weights()
+    for module in tiny.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    _initialise_when_called(tiny)
+    return tiny.train()
+
+
+def _initialise_when_called(model: nn.Module) -> None:
+    """Give modules their weights at their first call, so that a tower that is never run costs nothing."""
+    owners: dict[nn.Module, PreTrainedModel] = {}
+    for module in model.modules():  # parents first: the innermost model knows how to initialise a module
+        if isinstance(module, PreTrainedModel):
+            owners.update(dict.fromkeys(module.modules(), module))
+    done: set[nn.Module | nn.Parameter] = set()
+
+    @torch.no_grad()
+    def initialise(module: nn.Module, inputs: tuple) -> None:
+        # Some modules read the weights of their children and do not call them.
+        for each in (module, *(child for child in module.children() if not any(child.children()))):
+            own = set(each.parameters(recurse=False))
+            if each not in done and not (own and own <= done):  # not again: its own, or tied to another's
+                owners[each]._init_weights(each)
+                for parameter in own - done:
+                    _reinitialise(parameter)
+            done.update(own, [each])
+        hooks.pop(module).remove()
+
+    hooks = {module: module.register_forward_pre_hook(initialise) for module in model.modules()}
+
+
+def _reinitialise(parameter: torch.Tensor) -> None:
+    """Weights large enough that attention is far from uniform: the usual 0.02 would hide a wrong key."""
+    noise = torch.randn_like(parameter)
+    parameter.copy_(parameter + 0.1 * noise if parameter.dim() < 2 else 1.5 / parameter.shape[-1] ** 0.5 * noise)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 
 from amopo_fast.data.order import shuffled_order
 from amopo_fast.errors import DataError
-from amopo_fast.packing.plan import Plan, build_plan, pair_sizes
+from amopo_fast.packing.plan import Layout, Plan, build_plan, pair_sizes
 from amopo_fast.prompts.tokens import PairTokens
 
 
@@ -41,47 +41,71 @@ def _balanced(items: Sequence[int], tokens: np.ndarray, bins: int) -> list[list[
     return [groups[b] for b in order]
 
 
-def best_fit(items: Sequence[int], tokens: np.ndarray, budget: int, bins: int = 1) -> list[list[int]]:
-    """Split `items` into groups of at most `budget` tokens, heaviest item first, each into the fullest group that it
-    fits (best-fit decreasing); an item above the budget has a group of its own.
-
-    Groups are split further until there are `bins` of them or none has two items. The heaviest group comes first.
-    """
-    groups: list[list[int]] = []
-    room: list[int] = []
-    for item in sorted(items, key=lambda i: (-tokens[i], i)):
-        size = int(tokens[item])
-        fits = [g for g in range(len(groups)) if room[g] >= size]
-        if fits:
-            target = min(fits, key=lambda g: (room[g], g))
-        else:
-            target = len(groups)
-            groups.append([])
-            room.append(budget)
-        groups[target].append(item)
-        room[target] -= size
-    while len(groups) < bins:
-        several = [g for g in range(len(groups)) if len(groups[g]) > 1]
-        if not several:
-            break
-        heaviest = max(several, key=lambda g: (tokens[groups[g]].sum(), -g))
-        groups += _balanced(groups.pop(heaviest), tokens, 2)
-    return sorted(groups, key=lambda group: (-tokens[group].sum(), group))
-
-
 @dataclass(frozen=True)
 class PairSizes:
-    """Tokens of every pair of a data set, (pairs,) int64 each; see `Plan` for the words."""
+    """Tokens of every pair of a data set in a layout, (pairs,) int64 each; see `Plan` for the words."""
 
-    computed: np.ndarray  # in a row of its own, what is shared counted once
+    computed: np.ndarray  # in a plan of its own
     unshared: np.ndarray  # all its sequences one by one
     padded: np.ndarray  # its sequences padded to their longest
     labels: np.ndarray
     chosen: np.ndarray  # labels of chosen responses
+    longest: np.ndarray  # in the layout SEPARATE the length of its rows, elsewhere 0
 
     @classmethod
-    def of(cls, pairs: Sequence[PairTokens]) -> PairSizes:
-        return cls(*np.array([pair_sizes(pair) for pair in pairs], dtype=np.int64).reshape(-1, 5).T)
+    def of(cls, pairs: Sequence[PairTokens], layout: Layout = Layout.SHARED) -> PairSizes:
+        return cls(*np.array([pair_sizes(pair, layout) for pair in pairs], dtype=np.int64).reshape(-1, 6).T)
+
+    @property
+    def share(self) -> float:
+        """Computed per token of the separate sequences."""
+        return float(self.computed.sum() / self.unshared.sum())
+
+    def tokens(self, pairs: Sequence[int]) -> int:
+        """Computed tokens of a plan of these pairs, at most: what they share with each other is not counted."""
+        pairs = list(pairs)
+        if not self.longest[pairs[0]]:
+            return int(self.computed[pairs].sum())
+        return int((self.computed[pairs] // self.longest[pairs]).sum() * self.longest[pairs].max())
+
+
+def best_fit(items: Sequence[int], sizes: PairSizes, budget: int, bins: int = 1) -> list[list[int]]:
+    """Split `items` into groups of at most `budget` computed tokens, heaviest item first, each into the fullest group
+    that it fits (best-fit decreasing); an item above the budget has a group of its own.
+
+    In the layout SEPARATE items come by length, each into the group whose rows are the least longer: padding counts.
+    Groups are split further until there are `bins` of them or none has two items. The heaviest group comes first.
+    """
+    groups: list[list[int]] = []
+    used: list[int] = []
+    row: list[int] = []  # length of the group's rows, which is its first item's; 0 where it has none
+    for item in sorted(items, key=lambda i: (-sizes.longest[i], -sizes.computed[i], i)):
+        size, length = int(sizes.computed[item]), int(sizes.longest[item])
+        added = [size // length * each if length else size for each in row]
+        fits = [g for g in range(len(groups)) if used[g] + added[g] <= budget]
+        if fits:
+            target = min(fits, key=lambda g: (row[g], -used[g], g))
+            groups[target].append(item)
+            used[target] += added[target]
+        else:
+            groups.append([item])
+            used.append(size)
+            row.append(length)
+    while len(groups) < bins:
+        several = [g for g in range(len(groups)) if len(groups[g]) > 1]
+        if not several:
+            break
+        heaviest = max(several, key=lambda g: (sizes.tokens(groups[g]), -g))
+        groups += _halves(groups.pop(heaviest), sizes)
+    return sorted(groups, key=lambda group: (-sizes.tokens(group), group))
+
+
+def _halves(group: list[int], sizes: PairSizes) -> list[list[int]]:
+    """Two groups of about equal tokens; rows, which stand by length, are cut in two, so that padding does not grow."""
+    if not sizes.longest[group[0]]:
+        return _balanced(group, sizes.computed, 2)
+    cut = min(range(1, len(group)), key=lambda cut: max(sizes.tokens(group[:cut]), sizes.tokens(group[cut:])))
+    return [group[:cut], group[cut:]]
 
 
 @dataclass(frozen=True)
@@ -108,7 +132,7 @@ class Schedule:
         padded, unshared, computed, labels = (
             int(x.sum()) for x in (sizes.padded, sizes.unshared, sizes.computed, sizes.labels)
         )
-        rows = [[int(sizes.computed[list(batch.pairs)].sum()) for batch in epoch] for epoch in self.epochs]
+        rows = [[sizes.tokens(batch.pairs) for batch in epoch] for epoch in self.epochs]
         first = max(rows[0][: self.accumulation])
         mean = sum(map(sum, rows)) / sum(map(len, rows))
         steps = -(-len(rows[0]) // self.accumulation)
@@ -125,7 +149,7 @@ class Schedule:
 
 
 def plan_epochs(
-    tokens: Sequence[int],
+    sizes: PairSizes,
     *,
     pairs_per_step: int,
     tokens_per_micro_batch: int,
@@ -133,7 +157,6 @@ def plan_epochs(
     seed: int,
     world_size: int = 1,
     rank: int = 0,
-    chosen_tokens: Sequence[int] | None = None,
 ) -> Schedule:
     """Split every epoch into optimizer steps of `pairs_per_step` pairs and these into micro-batches.
 
@@ -143,28 +166,25 @@ def plan_epochs(
     micro-batches. In a step the longest micro-batch comes first, and the run begins with the step that holds the
     longest pair, whatever the budget: memory is known in the first minute.
 
-    Args:
-        tokens: computed tokens of each pair.
-        chosen_tokens: label tokens of each pair's chosen responses; default: not counted.
-
     Raises:
         ValueError: fewer pairs in a step than ranks, or no pairs.
     """
-    if not len(tokens):
+    pairs = len(sizes.computed)
+    if not pairs:
         raise ValueError("there are no pairs to train on")
     if pairs_per_step < world_size:
         raise ValueError(f"pairs_per_step={pairs_per_step} is less than the {world_size} ranks; raise pairs_per_step")
-    sizes = np.asarray(tokens, dtype=np.int64)
+    tokens = sizes.computed
     epochs_steps = []
     for epoch in range(epochs):
-        order = shuffled_order(len(sizes), seed, epoch)
+        order = shuffled_order(pairs, seed, epoch)
         steps = [order[i : i + pairs_per_step].tolist() for i in range(0, len(order), pairs_per_step)]
         if epoch == 0 and len(steps) > 1:
             # A short last step stays last: Trainer gives only the last one fewer micro-batches.
             full = len(steps) if len(steps[-1]) == pairs_per_step else len(steps) - 1
-            longest = max(range(full), key=lambda i: (sizes[steps[i]].max(), -i))
+            longest = max(range(full), key=lambda i: (tokens[steps[i]].max(), -i))
             steps[0], steps[longest] = steps[longest], steps[0]
-        epochs_steps.append([_balanced(step, sizes, min(world_size, len(step))) for step in steps])
+        epochs_steps.append([_balanced(step, tokens, min(world_size, len(step))) for step in steps])
 
     accumulation = max(
         len(best_fit(share, sizes, tokens_per_micro_batch))
@@ -177,13 +197,13 @@ def plan_epochs(
         batches: list[MicroBatch] = []
         for number, shares in enumerate(steps):
             count = sum(map(len, shares))
-            labels = 0 if chosen_tokens is None else int(np.asarray(chosen_tokens)[list(chain(*shares))].sum())
+            chosen = int(sizes.chosen[list(chain(*shares))].sum())
             last = number == len(steps) - 1
             slots = min(accumulation, max(map(len, shares))) if last else accumulation
             own = shares[rank] if rank < len(shares) else []
             groups = best_fit(own, sizes, tokens_per_micro_batch, slots)
-            batches += [MicroBatch(tuple(group), epoch, count, labels) for group in groups]
-            filler = MicroBatch((min(shares[0], key=lambda i: (sizes[i], i)),), epoch, count, labels, 0.0)
+            batches += [MicroBatch(tuple(group), epoch, count, chosen) for group in groups]
+            filler = MicroBatch((min(shares[0], key=lambda i: (tokens[i], i)),), epoch, count, chosen, 0.0)
             batches += [filler] * (slots - len(groups))
         result.append(batches)
     return Schedule(result, accumulation)
@@ -251,8 +271,8 @@ class Collator:
     reference_logps is (P * K * 2,) float32.
     """
 
-    def __init__(self, seed: int):
-        self.seed = seed
+    def __init__(self, seed: int, layout: Layout = Layout.SHARED):
+        self.seed, self.layout = seed, layout
 
     def __call__(self, items: list[Item] | list[PairTokens]) -> dict[str, Plan | torch.Tensor]:
         items = [item if isinstance(item, Item) else Item([item], None, None) for item in items]
@@ -269,7 +289,7 @@ class Collator:
         known = {"reference_logps": torch.from_numpy(np.concatenate(references)).flatten()} if references else {}
         return {
             **known,
-            "plan": build_plan(pairs),
+            "plan": build_plan(pairs, self.layout),
             "noise": torch.from_numpy(np.stack(drawn)),
             "num_pairs": torch.tensor(float(count)),
             "num_chosen_tokens": torch.tensor(float(labels)),

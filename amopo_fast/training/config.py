@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from amopo_fast.errors import OptionError
 from amopo_fast.models.attention_backends import BACKENDS as ATTENTION_BACKENDS
+from amopo_fast.models.choice import LAYOUTS
 from amopo_fast.models.faster_layers import liger_by_default, liger_config
 from amopo_fast.models.precision import WEIGHT_PRECISIONS, autocasts_by_default
 from amopo_fast.optim import IN_BACKWARD
@@ -25,6 +26,7 @@ CHOICES = {
     "optim_in_backward": (None, *IN_BACKWARD),
     "clip_in_backward": CLIPPING,
     "attention_backend": ("auto", *ATTENTION_BACKENDS),
+    "layout": LAYOUTS,
 }
 HYPER_PARAMETERS = ("beta", "gamma", "weighting", "compat", "sft_coef", "label_smoothing", "cpo_alpha")  # of objectives
 POSITIVE = ("tokens_per_micro_batch", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -82,6 +84,11 @@ class AMoPOConfig(TrainingArguments):
         default="auto",
         metadata={"help": "flash_attention_4, flash_attention_3, flash_attention_2, varlen (torch's), sdpa (one call "
                   "per segment, any device), or auto: the first of them that is installed and fits the model."},
+    )  # fmt: skip
+    layout: str = field(
+        default="auto",
+        metadata={"help": "shared: prefixes that sequences share are computed once; separate: each sequence is a "
+                  "padded row; auto: shared where a trial in miniature finds it exact for the model, else separate."},
     )  # fmt: skip
     use_liger_kernel: bool | None = field(
         default=None,

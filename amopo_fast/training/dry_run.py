@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from amopo_fast.memory.estimate import GIB, Estimate, Row, estimate
 from amopo_fast.memory.preflight import longest_micro_batch, row_of
 from amopo_fast.memory.profile import LiveBytes
+from amopo_fast.models.choice import choice_of
 from amopo_fast.packing.plan import build_plan
 from amopo_fast.packing.schedule import PairSizes, PlannedBatches, Schedule
 from amopo_fast.training.loading import setup_of
@@ -73,8 +74,9 @@ def dry_run(trainer: AMoPOTrainer) -> DryRun:
     args, model = trainer.args, trainer.model
     pairs = trainer.train_dataset.pairs
     schedule = trainer._batches.schedule
-    batch = longest_micro_batch(schedule, PairSizes.of(pairs))
-    row = row_of(build_plan([pairs[i] for i in batch.pairs]))
+    layout = choice_of(model).layout
+    batch = longest_micro_batch(schedule, PairSizes.of(pairs, layout))
+    row = row_of(build_plan([pairs[i] for i in batch.pairs], layout))
     micro_batches = schedule.accumulation
     trainer._batches = PlannedBatches(Schedule([[replace(batch, epoch=0)] * (2 * micro_batches)], micro_batches))
 

@@ -10,11 +10,13 @@ from torch import nn
 
 from amopo_fast.memory.estimate import GIB, Row, Setup, estimate
 from amopo_fast.memory.preflight import longest_micro_batch, require_fit, row_of
+from amopo_fast.memory.profile import meta_model
+from amopo_fast.models.check import choose_layout
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.loading import load_model, load_shape
 from amopo_fast.models.precision import weights_dtype
 from amopo_fast.optim.choose import IN_BACKWARD, STATES_OF_OPTIM
-from amopo_fast.packing.plan import build_plan
+from amopo_fast.packing.plan import Layout, build_plan
 from amopo_fast.packing.schedule import PairSizes, plan_epochs
 from amopo_fast.prompts.tokens import PairTokens
 
@@ -42,14 +44,14 @@ def setup_of(
     )  # fmt: skip
 
 
-def longest_row(pairs: Sequence[PairTokens], args: AMoPOConfig) -> tuple[Row, bool]:
+def longest_row(pairs: Sequence[PairTokens], args: AMoPOConfig, layout: Layout = Layout.SHARED) -> tuple[Row, bool]:
     """(the longest micro-batch of the run's first epoch, whether a step has several)."""
-    sizes = PairSizes.of(pairs)
+    sizes = PairSizes.of(pairs, layout)
     schedule = plan_epochs(
-        sizes.computed.tolist(), pairs_per_step=args.pairs_per_step, tokens_per_micro_batch=args.tokens_per_micro_batch,
+        sizes, pairs_per_step=args.pairs_per_step, tokens_per_micro_batch=args.tokens_per_micro_batch,
         epochs=1, seed=args.seed, world_size=args.world_size, rank=args.process_index,
     )  # fmt: skip
-    plan = build_plan([pairs[i] for i in longest_micro_batch(schedule, sizes).pairs])
+    plan = build_plan([pairs[i] for i in longest_micro_batch(schedule, sizes).pairs], layout)
     return row_of(plan), schedule.accumulation > 1
 
 
@@ -67,7 +69,9 @@ def load_for_training(
     """
     shape = load_shape(config)
     checks = args.device.type == "cuda" and bool(pairs) and args.deepspeed is None
-    row, accumulates = longest_row(pairs, args) if checks else (None, False)
+    row, accumulates = None, False
+    if checks:
+        row, accumulates = longest_row(pairs, args, choose_layout(meta_model(shape), args.layout).layout)
     free = torch.cuda.mem_get_info(args.device)[0] if checks else 0
 
     def setup(dtype: torch.dtype) -> Setup:

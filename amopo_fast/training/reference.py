@@ -80,7 +80,8 @@ class ReferenceLogps(TrainerCallback):
 
     def _compute(self, dataset: PairDataset, args) -> np.ndarray:
         pairs = dataset.pairs
-        rows = best_fit(range(len(pairs)), PairSizes.of(pairs).computed, args.tokens_per_micro_batch)
+        layout = self.trainer.data_collator.layout
+        rows = best_fit(range(len(pairs)), PairSizes.of(pairs, layout), args.tokens_per_micro_batch)
         dimensions = len(pairs[0].prompts)
         found = np.zeros((len(pairs), dimensions, 2), dtype=np.float32)
         model = self.trainer.model
@@ -93,7 +94,7 @@ class ReferenceLogps(TrainerCallback):
                 for turn in range(-(-len(rows) // args.world_size)):
                     number = turn * args.world_size + args.process_index
                     row = rows[min(number, len(rows) - 1)]
-                    stats = self.score(build_plan([pairs[index] for index in row]).to(args.device))
+                    stats = self.score(build_plan([pairs[index] for index in row], layout).to(args.device))
                     own[number] = stats.logp_sum.float().cpu().numpy().reshape(len(row), dimensions, 2)
         finally:
             model.train(was_training)

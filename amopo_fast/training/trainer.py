@@ -26,6 +26,7 @@ from transformers.trainer_utils import TrainOutput
 from amopo_fast.errors import CheckpointError, NumbersError
 from amopo_fast.models.activations import KeepLayers
 from amopo_fast.models.check import prepare_model
+from amopo_fast.models.choice import choice_of
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.faster_layers import compile_layers
 from amopo_fast.models.loading import add_adapter
@@ -108,7 +109,8 @@ class AMoPOTrainer(Trainer):
         if recipe is not None:
             self.recipe = describe_run(recipe, model, base, processing_class, self.objective)
             processing_class = prepare_serving(recipe, model, processing_class)
-        prepare_model(model)
+        prepare_model(model, args.layout)
+        choice = choice_of(model)
         if args.compile_layers:
             compile_layers(model)
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset or ()}
@@ -122,20 +124,20 @@ class AMoPOTrainer(Trainer):
         callbacks = list(callbacks or [])
         if train_dataset is not None:
             # A fractional last epoch ends by max_steps, so the plan covers it whole.
-            sizes = PairSizes.of(train_dataset)
+            sizes = PairSizes.of(train_dataset, choice.layout)
             schedule = plan_epochs(
-                sizes.computed,
+                sizes,
                 pairs_per_step=args.pairs_per_step,
                 tokens_per_micro_batch=args.tokens_per_micro_batch,
                 epochs=_epochs_to_plan(args, len(train_dataset)),
                 seed=args.seed,
                 world_size=args.world_size,
                 rank=args.process_index,
-                chosen_tokens=sizes.chosen,
             )
             self._batches = PlannedBatches(schedule)
             args.gradient_accumulation_steps = schedule.accumulation
-            callbacks.insert(0, _EpochOfPlan(self._batches, schedule.describe(sizes, args.tokens_per_micro_batch)))
+            lines = [schedule.describe(sizes, args.tokens_per_micro_batch), choice.describe(sizes.share)]
+            callbacks.insert(0, _EpochOfPlan(self._batches, "\n".join(lines)))
             if kwargs.get("optimizers", (None, None))[0] is None:
                 kwargs.setdefault("optimizer_cls_and_kwargs", choose_optimizer(args, model, schedule.accumulation))
         if args.keep_layers:
@@ -148,7 +150,7 @@ class AMoPOTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(args.seed),
+            data_collator=Collator(args.seed, choice.layout),
             train_dataset=None if train_dataset is None else PairDataset(train_dataset),
             eval_dataset=_datasets(eval_dataset),
             processing_class=processing_class,

@@ -92,7 +92,7 @@ def test_within_five_percent_of_a_real_step(checkpointing, in_backward, tied):
     plan = build_plan(pairs)
     config = Qwen2Config(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=6,
                          num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied)  # fmt: skip
-    row = Row(plan.num_tokens, plan.labels.shape[0], plan.kv_indices.shape[0], 130)
+    row = Row(plan.num_tokens, plan.labels.shape[0], plan.paths.kv_indices.shape[0], 130)
     setup = Setup(weights="fp32", checkpointing=checkpointing, in_backward=in_backward)
     measured = measured_peak(config, plan, checkpointing=checkpointing, in_backward=in_backward)
     assert estimate(config, row, setup).peak == pytest.approx(measured, rel=0.05)
@@ -104,7 +104,8 @@ def test_the_line_through_two_depths_goes_through_a_third():
     for checkpointing, dtype in ((True, torch.bfloat16), (False, torch.bfloat16), (True, torch.float32)):
         profile = profile_body(_with_layers(QWEN_32B, 7), tokens=256, kv_tokens=512, dtype=dtype,
                                checkpointing=checkpointing)  # fmt: skip
-        kept, forward, backward, flops = _run(_with_layers(QWEN_32B, 7), 256, 512, dtype, checkpointing, None, False)
+        seven = _with_layers(QWEN_32B, 7)
+        kept, forward, backward, flops = _run(seven, (1, 256), 512, dtype, checkpointing, None, False)
         assert (profile.kept, profile.forward, profile.backward, profile.flops) == (
             kept, forward - kept, backward - kept, flops)  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What cannot be packed is refused with the reason, and a wrong plan or gradient does not pass for a right one."""
+"""Every model gets a layout that is exact for it or a reason, and a wrong plan or gradient does not pass for right."""
 
 from dataclasses import replace
 
@@ -15,12 +15,12 @@ from packing_cases import (
 from transformers import (
     BartConfig,
     BartForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     BloomConfig,
-    BloomForCausalLM,
     Gemma3Config,
     Gemma3TextConfig,
     Lfm2Config,
-    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -33,12 +33,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from amopo_fast.models import attention
-from amopo_fast.models import check as models
 from amopo_fast.models.architecture import UnsupportedModelError, position_limit
-from amopo_fast.models.check import check_packing, prepare_model
+from amopo_fast.models.check import choose_layout, prepare_model
+from amopo_fast.models.choice import choice_of
 from amopo_fast.models.miniature import tiny_config
 from amopo_fast.models.scoring import check_lengths, score
-from amopo_fast.packing.plan import build_plan
+from amopo_fast.packing.plan import Layout, build_plan
 from amopo_fast.prompts.tokens import PairTokens
 from amopo_kernels.rows import gather
 
@@ -54,20 +54,39 @@ def on_meta(config, model_class=None):
 @pytest.mark.parametrize(
     "config, model_class, reason",
     [
-        (Qwen3NextConfig(), None, "layers of type linear_attention carry a state"),
-        (MambaConfig(num_hidden_layers=2), None, "layers of type linear_attention carry a state"),
-        (Lfm2Config(num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2), None, "layers of type conv"),
-        (T5Config(), T5ForConditionalGeneration, "encoder-decoder"),
-        (LlamaConfig(**SMALL, add_cross_attention=True), None, "cross attention"),
-        (Gemma3TextConfig(use_bidirectional_attention=True), None, "not causal"),
-        (BloomConfig(n_layer=2, hidden_size=64, n_head=4), BloomForCausalLM, "attention interface"),
-        (BartConfig(is_encoder_decoder=False), BartForCausalLM, "differ from those of separate sequences"),
-        (Llama4TextConfig(num_hidden_layers=4), None, "by their place in the row; set config.attn_temperature_tuning"),
+        (T5Config(), T5ForConditionalGeneration, "it is an encoder-decoder model"),
+        (BertConfig(num_hidden_layers=2), BertLMHeadModel, "layout separate differ from those of separate sequences"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), None, "layout separate differ"),
     ],
 )
 def test_refused_with_the_reason(config, model_class, reason):
     with pytest.raises(UnsupportedModelError, match=reason):
-        check_packing(on_meta(config, model_class))
+        choose_layout(on_meta(config, model_class))
+
+
+@pytest.mark.parametrize(
+    "config, model_class, layout, reason",
+    [
+        (LlamaConfig(num_hidden_layers=2), None, Layout.SHARED, ""),
+        (Qwen3NextConfig(num_hidden_layers=4), None, Layout.STATES, ""),
+        (Lfm2Config(num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2), None, Layout.STATES, ""),
+        (MambaConfig(num_hidden_layers=2), None, Layout.SEPARATE, "MambaMixer"),
+        (BloomConfig(n_layer=2, hidden_size=64, n_head=4), None, Layout.SEPARATE, "takes no packed rows"),
+        (BartConfig(is_encoder_decoder=False), BartForCausalLM, Layout.SEPARATE, "layout shared differ"),
+    ],
+)
+def test_the_first_exact_layout_is_chosen(config, model_class, layout, reason):
+    choice = choose_layout(on_meta(config, model_class))
+    assert choice.layout is layout and reason in choice.reason and bool(reason) == bool(choice.reason)
+
+
+def test_a_layout_that_is_asked_for_is_taken_or_refused():
+    mamba = on_meta(MambaConfig(num_hidden_layers=2))
+    with pytest.raises(UnsupportedModelError, match="MambaMixer did not get the row"):
+        choose_layout(mamba, "shared")
+    assert choose_layout(on_meta(LlamaConfig(num_hidden_layers=2)), "separate").layout is Layout.SEPARATE
+    with pytest.raises(ValueError, match="layout='padded'; choose one of auto, shared, separate"):
+        choose_layout(mamba, "padded")
 
 
 class ConvolvedMLP(LlamaMLP):
@@ -95,12 +114,13 @@ class ScaledLogits(LlamaForCausalLM):
 def test_the_miniature_finds_what_the_configuration_does_not_say(mlp, reason, monkeypatch):
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP", mlp)
     with pytest.raises(UnsupportedModelError, match=reason):
-        check_packing(LlamaForCausalLM(LlamaConfig(**SMALL)))
+        choose_layout(LlamaForCausalLM(LlamaConfig(**SMALL)), "shared")
 
 
-def test_logits_that_are_not_lm_heads_are_found():
-    with pytest.raises(UnsupportedModelError, match="the logits are not those of lm_head"):
-        check_packing(ScaledLogits(LlamaConfig(**SMALL)))
+def test_logits_that_are_not_lm_heads_are_the_models_own():
+    """Halved in forward, as no configuration says: its own head is used, and exact."""
+    choice = choose_layout(ScaledLogits(LlamaConfig(**SMALL)))
+    assert choice.layout is Layout.SHARED and choice.head is None
 
 
 def test_the_check_leaves_the_model_and_the_random_state_alone():
@@ -108,21 +128,15 @@ def test_the_check_leaves_the_model_and_the_random_state_alone():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config, state = model.config.to_dict(), torch.get_rng_state()
     with torch.no_grad():
-        check_packing(model)
+        choose_layout(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.config.to_dict() == config and torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters()) and torch.get_default_dtype() == torch.float32
 
 
-def test_llama_4_is_packed_up_to_its_chunk_without_temperature_tuning():
-    config = Llama4TextConfig(num_hidden_layers=4, attn_temperature_tuning=False)
-    check_packing(on_meta(config))
-    assert position_limit(config) == 8192
-
-
 def test_a_vision_language_model_is_tried_by_its_text():
     model = on_meta(Gemma3Config(vision_config={"num_hidden_layers": 2}))
-    check_packing(model)
+    assert choose_layout(model).layout is Layout.SHARED
     assert type(model).__name__ == "Gemma3ForConditionalGeneration"
 
 
@@ -167,18 +181,22 @@ def test_a_model_that_drops_the_plan_is_an_error_and_not_a_wrong_loss(monkeypatc
     original = type(model.model.layers[0].self_attn).forward
 
     def forward(self, *args, **kwargs):
-        return original(self, *args, **{k: v for k, v in kwargs.items() if not k.startswith("packed_")})
+        return original(self, *args, **{k: v for k, v in kwargs.items() if k != attention.KEYWORD})
 
     monkeypatch.setattr(type(model.model.layers[0].self_attn), "forward", forward)
-    with pytest.raises(RuntimeError, match="did not get the plan"):
+    with pytest.raises(RuntimeError, match="did not get the row"):
         score(model, build_plan(random_pairs(0, 1)))
 
 
 # Mutations: each must move the loss or a gradient far beyond the tolerance.
 
 
+def with_paths(plan, **changes):
+    return replace(plan, paths=replace(plan.paths, **changes))
+
+
 def wrong_positions(plan):
-    return replace(plan, position_ids=torch.arange(plan.num_tokens)[None])
+    return with_paths(plan, position_ids=torch.arange(plan.num_tokens)[None])
 
 
 def labels_one_row_early(plan):
@@ -187,14 +205,14 @@ def labels_one_row_early(plan):
 
 def sibling_keys(plan):
     """The last node sees one row of another branch in the place of one of its ancestors'."""
-    indices = plan.kv_indices.clone()
-    path = indices[plan.cu_seqlens_k[-2] : plan.cu_seqlens_k[-1]]
+    indices, ends = plan.paths.kv_indices.clone(), plan.paths.cu_seqlens_k
+    path = indices[ends[-2] : ends[-1]]
     path[0] = next(row for row in range(plan.num_tokens) if row not in path.tolist())
-    return replace(plan, kv_indices=indices)
+    return with_paths(plan, kv_indices=indices)
 
 
 def top_left_alignment(plan):
-    return replace(plan, position_ids=plan.position_ids.flip(-1))
+    return with_paths(plan, position_ids=plan.paths.position_ids.flip(-1))
 
 
 @pytest.mark.parametrize("mutation", [wrong_positions, labels_one_row_early, sibling_keys, top_left_alignment])
@@ -218,15 +236,15 @@ def test_a_dropped_branch_gradient_is_noticed(monkeypatch):
     assert got[0] == pytest.approx(expected("qwen3", 5, 2)[0], rel=1e-5)
     assert largest_error(got, expected("qwen3", 5, 2)) > 1e-3
     with pytest.raises(UnsupportedModelError, match="the gradient of"):
-        models.check_packing(model)
+        choose_layout(model, "shared")
 
 
 @pytest.mark.parametrize("family, option", [("gemma3", "window"), ("gemma2", "softcap"), ("gpt_oss", "sinks")])
 def test_an_option_that_is_ignored_is_noticed(monkeypatch, family, option):
     original = attention.attend
     monkeypatch.setattr(attention, "attend", lambda *args, **kwargs: original(*args, **{**kwargs, option: None}))
-    with pytest.raises(UnsupportedModelError, match="log-probs"):
-        prepare_model(tiny_model(family))
+    choice = choice_of(prepare_model(tiny_model(family)))
+    assert choice.layout is Layout.SEPARATE and "log-probs in the layout shared differ" in choice.reason
 
 
 def test_a_model_on_a_flash_implementation_is_checked_without_it():

@@ -9,24 +9,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packing_cases import random_pairs, sequences_of
 
-from amopo_fast.packing.plan import build_plan, pair_sizes
+from amopo_fast.packing.plan import Layout, build_plan, pair_sizes
+from amopo_fast.packing.states import STATE_MULTIPLE
 from amopo_fast.prompts.tokens import PairTokens
 from amopo_kernels import inverse_index
 
 
-def check_plan(plan, pairs):
-    """Follow every row's path: its tokens are the beginning of its sequence, its label the next token."""
+def paths_of(plan):
+    """{row of the hidden states: the rows that it may see, in order}"""
     path_of_row = {}
-    q, k = plan.cu_seqlens_q.tolist(), plan.cu_seqlens_k.tolist()
+    if plan.paths is None:
+        length = plan.input_ids.shape[1]
+        return {row: list(range(row - row % length, row + 1)) for row in range(plan.num_tokens)}
+    paths = plan.paths
+    q, k = paths.cu_seqlens_q.tolist(), paths.cu_seqlens_k.tolist()
     for b in range(len(q) - 1):
-        path = plan.kv_indices[k[b] : k[b + 1]].tolist()
+        path = paths.kv_indices[k[b] : k[b + 1]].tolist()
         own = list(range(q[b], q[b + 1]))
         assert own and path[-len(own) :] == own
         for i, row in enumerate(own):
             path_of_row[row] = path[: len(path) - len(own) + i + 1]
     assert sorted(path_of_row) == list(range(plan.num_tokens))
-    assert plan.max_seqlen_q == plan.cu_seqlens_q.diff().max() and plan.max_seqlen_k == plan.cu_seqlens_k.diff().max()
-    ids = plan.input_ids[0]
+    assert all(paths.position_ids[0, row] == len(path) - 1 for row, path in path_of_row.items())
+    assert paths.max_seqlen_q == paths.cu_seqlens_q.diff().max()
+    assert paths.max_seqlen_k == paths.cu_seqlens_k.diff().max()
+    order, offsets = inverse_index(paths.kv_indices, plan.num_tokens)
+    assert torch.equal(paths.kv_order, order) and torch.equal(paths.kv_offsets, offsets)
+    return path_of_row
+
+
+def check_plan(plan, pairs):
+    """Follow every row's path: its tokens are the beginning of its sequence, its label the next token."""
+    path_of_row = paths_of(plan)
+    ids = plan.input_ids.flatten()
     lengths = {}
     for index, item in enumerate(sequences_of(pairs)):
         rows = plan.label_rows[plan.cu_seqlens[index] : plan.cu_seqlens[index + 1]].tolist()
@@ -39,11 +54,11 @@ def check_plan(plan, pairs):
         assert labels.tolist() == sequence[prompt:].tolist()
         for position, row in zip(range(prompt - 1, len(sequence) - 1), rows, strict=True):
             assert ids[path_of_row[row]].tolist() == sequence[: position + 1].tolist()
-            assert plan.position_ids[0, row] == position
     assert plan.unshared_tokens == sum(map(sum, lengths.values()))
     assert plan.padded_tokens == sum(len(pair) * max(pair) for pair in lengths.values())
-    order, offsets = inverse_index(plan.kv_indices, plan.num_tokens)
-    assert torch.equal(plan.kv_order, order) and torch.equal(plan.kv_offsets, offsets)
+    longest = [len(sequence) - 1 for sequence, _ in filter(None, sequences_of(pairs))]
+    assert plan.longest == max(longest)
+    return longest
 
 
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=9).map(np.array)
@@ -54,40 +69,52 @@ tokens = st.lists(st.integers(0, 2), min_size=1, max_size=9).map(np.array)
     st.lists(st.tuples(tokens, tokens, tokens, tokens, st.booleans()), min_size=1, max_size=5),
     st.integers(1, 6),
     st.booleans(),
+    st.sampled_from(Layout),
 )
-def test_every_sequence_can_be_rebuilt(raw, min_node_tokens, share):
+def test_every_sequence_can_be_rebuilt(raw, min_node_tokens, share, layout):
     pairs = [
         PairTokens(i, (a, None if absent else b), chosen, rejected, False)
         for i, (a, b, chosen, rejected, absent) in enumerate(raw)
     ]
-    plan = build_plan(pairs, min_node_tokens=min_node_tokens, share=share)
-    check_plan(plan, pairs)
+    plan = build_plan(pairs, layout, min_node_tokens=min_node_tokens, share=share)
+    lengths = check_plan(plan, pairs)
     assert plan.records.tolist() == list(range(len(pairs))) and plan.num_dimensions == 2
-    if share and min_node_tokens == 1:
+    if layout is Layout.SEPARATE:
+        assert plan.input_ids.shape == (len(lengths), max(lengths))
+    elif not share:
+        assert plan.num_tokens == sum(lengths)
+    elif min_node_tokens == 1 and layout is Layout.SHARED:
         prefixes = {
             tuple(item[0][: n + 1]) for item in sequences_of(pairs) if item is not None for n in range(len(item[0]) - 1)
         }
         assert plan.num_tokens == len(prefixes)  # every distinct prefix once
-    if not share:
-        assert plan.num_tokens == plan.unshared_tokens - len([item for item in sequences_of(pairs) if item is not None])
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 5), st.booleans())
-def test_the_same_pairs_give_the_same_plan_and_a_pair_alone_is_counted_exactly(seed, count, absent):
+@given(st.integers(0, 10**6), st.integers(1, 5), st.booleans(), st.sampled_from(Layout))
+def test_the_same_pairs_give_the_same_plan_and_a_pair_alone_is_counted_exactly(seed, count, absent, layout):
     pairs = random_pairs(seed, count, absent=absent)
-    plan, again = build_plan(pairs), build_plan(pairs)
-    for field in dataclasses.fields(plan):
-        value = getattr(plan, field.name)
-        same = getattr(again, field.name)
-        assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
-    alone = [build_plan([pair]) for pair in pairs]
-    assert [pair_sizes(pair) for pair in pairs] == [
-        (p.num_tokens, p.unshared_tokens, p.padded_tokens, len(p.labels), int(p.cu_seqlens.diff()[::2].sum()))
+    plan = build_plan(pairs, layout)
+    assert_equal(plan, build_plan(pairs, layout))
+    alone = [build_plan([pair], layout) for pair in pairs]
+    assert [pair_sizes(pair, layout) for pair in pairs] == [
+        (p.num_tokens, p.unshared_tokens, p.padded_tokens, len(p.labels), int(p.cu_seqlens.diff()[::2].sum()),
+         p.longest if layout is Layout.SEPARATE else 0)
         for p in alone
-    ]
-    assert plan.num_tokens <= sum(p.num_tokens for p in alone)
+    ]  # fmt: skip
+    if layout is not Layout.SEPARATE:
+        assert plan.num_tokens <= sum(p.num_tokens for p in alone)
     assert plan.padded_tokens == sum(p.padded_tokens for p in alone)
+
+
+def assert_equal(plan, other):
+    """Every field, at any depth."""
+    for field in dataclasses.fields(plan):
+        value, same = getattr(plan, field.name), getattr(other, field.name)
+        if dataclasses.is_dataclass(value):
+            assert_equal(value, same)
+        else:
+            assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
 
 
 def pair(prompts, chosen, rejected):
@@ -136,12 +163,30 @@ def test_bad_pairs_are_named(pairs, message):
         build_plan(pairs)
 
 
-def test_pinning_and_moving_keep_everything():
-    plan = build_plan(random_pairs(0, 2))
-    moved = plan.to("cpu")
-    assert all(
-        torch.equal(getattr(moved, f.name), getattr(plan, f.name))
-        if isinstance(getattr(plan, f.name), torch.Tensor)
-        else getattr(moved, f.name) == getattr(plan, f.name)
-        for f in dataclasses.fields(plan)
-    )
+@pytest.mark.parametrize("layout", Layout)
+def test_moving_keeps_everything(layout):
+    plan = build_plan(random_pairs(0, 2), layout)
+    assert_equal(plan.to("cpu"), plan)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 5), st.booleans())
+def test_a_recurrence_over_the_batches_of_nodes_sees_every_path_and_no_padding(seed, count, share):
+    """A mixer whose state is the list of the rows that it has read, run as the plan says."""
+    pairs = random_pairs(seed, count, absent=True)
+    plan = build_plan(pairs, Layout.STATES, share=share)
+    states, kept, seen = plan.paths.states, {}, []
+    rows = states.rows.tolist()
+    for batch in states.batches:
+        parents = batch.parents or (None,) * len(batch.nodes)
+        for node, parent in zip(batch.nodes, parents, strict=True):
+            read, rows = rows[: batch.length], rows[batch.length :]
+            before = [] if parent is None else kept[parent]
+            seen += [before + read[: i + 1] for i in range(batch.length)]
+            if batch.keeps:
+                kept[node] = seen[-1]
+                assert batch.length % STATE_MULTIPLE == 0
+    assert not rows
+    assert {row: seen[place] for row, place in enumerate(states.places.tolist())} == paths_of(plan)
+    real = plan.num_tokens
+    assert real <= len(states.rows) <= 1.25 * real + 2 * sum(len(batch.nodes) for batch in states.batches)

@@ -5,8 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amopo_fast.packing.schedule import PairSizes, noise, plan_epochs
+from amopo_fast.packing.plan import Layout, build_plan
+from amopo_fast.packing.schedule import PairSizes, best_fit, noise, plan_epochs
 from amopo_fast.prompts.tokens import PairTokens
+
+
+def sizes_of(tokens, longest=None):
+    tokens = np.asarray(tokens)
+    longest = np.zeros_like(tokens) if longest is None else np.asarray(longest)
+    return PairSizes(tokens, tokens, tokens, tokens, tokens, longest)
 
 
 def test_noise_is_standard_normal_and_depends_on_each_key():
@@ -25,11 +32,13 @@ def test_noise_is_standard_normal_and_depends_on_each_key():
 def test_every_pair_once_an_epoch_in_steps_of_the_same_pairs_on_any_split(tokens, pairs_per_step, world, budget):
     pairs_per_step = max(pairs_per_step, world)
     plans = [
-        plan_epochs(tokens, pairs_per_step=pairs_per_step, tokens_per_micro_batch=budget, epochs=2, seed=3,
+        plan_epochs(sizes_of(tokens), pairs_per_step=pairs_per_step, tokens_per_micro_batch=budget, epochs=2, seed=3,
                     world_size=world, rank=rank)
         for rank in range(world)
     ]  # fmt: skip
-    alone = plan_epochs(tokens, pairs_per_step=pairs_per_step, tokens_per_micro_batch=10**9, epochs=2, seed=3)
+    alone = plan_epochs(
+        sizes_of(tokens), pairs_per_step=pairs_per_step, tokens_per_micro_batch=10**9, epochs=2, seed=3
+    )
     for epoch in range(2):
         assert len({len(plan.epochs[epoch]) for plan in plans}) == 1
         steps = [
@@ -57,12 +66,12 @@ def test_every_pair_once_an_epoch_in_steps_of_the_same_pairs_on_any_split(tokens
 
 def test_fewer_pairs_than_ranks_is_refused():
     with pytest.raises(ValueError, match="pairs_per_step=1 is less than the 2 ranks"):
-        plan_epochs([5, 5], pairs_per_step=1, tokens_per_micro_batch=10, epochs=1, seed=0, world_size=2)
+        plan_epochs(sizes_of([5, 5]), pairs_per_step=1, tokens_per_micro_batch=10, epochs=1, seed=0, world_size=2)
 
 
 def plan(tokens, budget, pairs_per_step=8, **options):
     fixed = dict(epochs=2, seed=0, pairs_per_step=pairs_per_step, tokens_per_micro_batch=budget)
-    return plan_epochs(tokens, **fixed, **options)
+    return plan_epochs(sizes_of(tokens), **fixed, **options)
 
 
 def test_micro_batches_are_packed_best_fit():
@@ -119,3 +128,32 @@ def test_the_description_counts_what_the_data_costs():
         "the first one 156",
         "1 pairs are longer than tokens_per_micro_batch=100: each is a micro-batch alone",
     ]
+
+
+def unlike_pairs(seed, count):
+    rng = np.random.default_rng(seed)
+    return [
+        PairTokens(i, tuple(rng.integers(1, 99, n) if k else None for k, n in enumerate(rng.integers(1, 300, 3))),
+                   rng.integers(1, 99, rng.integers(1, 200)), rng.integers(1, 99, rng.integers(1, 200)), False)
+        for i in range(count)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("budget, bins", [(1, 1), (4000, 1), (4000, 30), (10**6, 3)])
+def test_padding_counts_where_each_sequence_is_a_row(budget, bins):
+    pairs = unlike_pairs(budget, 40)
+    sizes = PairSizes.of(pairs, Layout.SEPARATE)
+    groups = best_fit(range(len(pairs)), sizes, budget, bins)
+    assert sorted(i for group in groups for i in group) == list(range(len(pairs))) and len(groups) >= bins
+    plans = [build_plan([pairs[i] for i in group], Layout.SEPARATE) for group in groups]
+    for group, plan in zip(groups, plans, strict=True):
+        assert plan.num_tokens == sizes.tokens(group)  # exactly
+        assert plan.num_tokens <= budget or len(group) == 1
+    assert [plan.num_tokens for plan in plans] == sorted((plan.num_tokens for plan in plans), reverse=True)
+
+
+def test_rows_of_about_one_length_stand_together():
+    sizes = sizes_of([100, 20, 90, 18, 96, 22], longest=[50, 10, 45, 9, 48, 11])  # two rows each
+    assert best_fit(range(6), sizes, 310) == [[0, 4, 2], [5, 1, 3]]
+    # By tokens alone 100, 96, 90 and 22 would come together, in 8 rows of 50.
+    assert best_fit(range(6), sizes, 10**6, 2) == [[0, 4, 2], [5, 1, 3]]

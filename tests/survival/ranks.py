@@ -138,7 +138,7 @@ def group_like_accelerate(model):
 
 
 def step_batches(pairs, world, rank, steps):
-    schedule = plan_epochs(PairSizes.of(pairs).computed, pairs_per_step=4, tokens_per_micro_batch=10**6,
+    schedule = plan_epochs(PairSizes.of(pairs), pairs_per_step=4, tokens_per_micro_batch=10**6,
                            epochs=1, seed=0, world_size=world, rank=rank)  # fmt: skip
     dataset, collate = PairDataset(pairs), Collator(0)
     return [collate([dataset[batch]]) for batch in schedule.epochs[0][:steps]]

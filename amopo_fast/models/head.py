@@ -1,0 +1,181 @@
+"""From hidden states to log-probs: the output head of a causal LM as amopo_kernels takes it, or the model's own.
+
+Most heads are softcap(x W^T + b) with a scale before or after the cap. Which scales of its configuration a class
+applies, and where, differs: so the model's own forward is asked, with random hidden states in the body's place
+(`head_errors`), which costs one product with the head. What is no such head (a transform before it, a scale per token)
+is computed by the model's own forward, in slices of the label rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from amopo_fast.models.architecture import UnsupportedModelError, decoder_of
+
+OWN_HEAD_ROWS = 1024  # label rows whose logits the model's own head holds at a time
+
+_SCALES = ("logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_mup_width_multiplier")
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_SPREAD = 20.0  # standard deviation of the logits that are compared: a softcap of 30 shows
+
+
+@dataclass(frozen=True)
+class HeadForm:
+    """How logits come from x W^T + b, as amopo_kernels has it: capped, then divided by the temperature."""
+
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def logits(self, raw: torch.Tensor) -> torch.Tensor:
+        if self.softcap is not None:
+            raw = self.softcap * torch.tanh(raw / self.softcap)
+        return raw / self.temperature
+
+
+class _Body(BaseModelOutputWithPast):
+    """A body's output that has whatever a model looks for in it: None."""
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def call_as_forward(called: nn.Module, module: nn.Module, function: Callable, *arguments, **options):
+    """`called(*arguments)` with `module.forward` being `function`, for this one call."""
+    own_forward = vars(module).get("forward")
+
+    def restore() -> None:
+        if own_forward is None:
+            vars(module).pop("forward", None)
+        else:
+            module.forward = own_forward
+
+    def forward(*arguments, **options):
+        restore()
+        return function(*arguments, **options)
+
+    module.forward = forward
+    try:
+        return called(*arguments, **options)
+    finally:
+        restore()
+
+
+def own_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """(N, V) logits of the causal LM's own forward, with hidden (N, H) in the place of its body's output."""
+    body = _Body(last_hidden_state=hidden[None])
+    input_ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    # forward, not a call: hooks around the model run once, and this is inside of them
+    output = call_as_forward(model.forward, decoder_of(model), lambda *args, **kwargs: body,
+                             input_ids=input_ids, use_cache=False)  # fmt: skip
+    return output.logits[0]
+
+
+def own_logps(model: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(N,) float32 (float64 for float64) log-probs of labels (N,), OWN_HEAD_ROWS rows of logits in memory at a time."""
+
+    def logps(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = own_logits(model, rows)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+    if len(hidden) <= OWN_HEAD_ROWS:
+        return logps(hidden, labels)
+    slices = zip(hidden.split(OWN_HEAD_ROWS), labels.split(OWN_HEAD_ROWS), strict=True)
+    return torch.cat([checkpoint(logps, *part, use_reentrant=False) for part in slices])
+
+
+def head_forms(config: PretrainedConfig) -> list[HeadForm]:
+    """What a head may be by the scales that its configuration names; as many, in one order, for every size."""
+    text = config.get_text_config()
+    scales = [value for name in _SCALES if (value := getattr(text, name, None))]
+    if getattr(text, "dim_model_base", None):  # MiniCPM scales the hidden states before the head
+        scales.append(text.hidden_size / text.dim_model_base)
+    powers = itertools.product((0, -1, 1), repeat=len(scales))
+    factors = [math.prod(s**p for s, p in zip(scales, power, strict=True)) for power in powers]
+    caps = [float(value) for name in _SOFTCAPS if (value := getattr(text, name, None))]
+    capped = [HeadForm(c, 1 / factor) for cap in caps for factor in factors for c in (cap, cap / factor)]
+    return [*capped, *(HeadForm(None, 1 / factor) for factor in factors)]
+
+
+@torch.no_grad()
+def head_errors(model: nn.Module) -> list[float] | None:
+    """Relative error of each of `head_forms` against the logits of the model's own forward; None for another head.
+
+    Raises:
+        UnsupportedModelError: it has no output embeddings, or its forward does not run over given hidden states.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModelError("it has no output embeddings; AMoPO trains causal language models")
+    weight = next(head.parameters())
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, model.config.get_text_config().hidden_size, generator=generator, dtype=torch.float32)
+    hidden = hidden.to(weight)
+    try:
+        spread = own_logits(model, hidden).double().std()
+        hidden = hidden * (_SPREAD / spread.clamp(min=1e-6)).to(hidden)
+        own = own_logits(model, hidden).double()
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"its forward does not run over given hidden states ({type(error).__name__}: {error})"
+        ) from error
+    if plain_class(head) is not nn.Linear or weight.shape[1] != hidden.shape[1]:
+        return None
+    raw = nn.functional.linear(hidden, *head_of(model)).double()
+    if raw.shape != own.shape:
+        return None
+    return [float((form.logits(raw) - own).abs().mean() / own.abs().mean()) for form in head_forms(model.config)]
+
+
+def check_head(model: nn.Module, form: HeadForm | None) -> None:
+    """Compare a form with the head of a real model, which a miniature cannot speak for; None: its own, never wrong.
+
+    Raises:
+        ValueError: an adapter or quantisation on lm_head. UnsupportedModelError: they differ by more than the weights'
+            dtype rounds.
+    """
+    head = model.get_output_embeddings()
+    if form is None:
+        return
+    if plain_class(head) is not nn.Linear:
+        raise ValueError(
+            f"lm_head is a {type(head).__name__}, not nn.Linear: adapters and quantisation on lm_head are not "
+            "supported; leave lm_head out of target_modules (and in llm_int8_skip_modules), or merge it first"
+        )
+    if head.weight.is_meta or not head.weight.numel():  # not here yet, or partitioned
+        return
+    errors = head_errors(model)
+    error = math.inf if errors is None else errors[head_forms(model.config).index(form)]
+    if not error < 4 * torch.finfo(head.weight.dtype).eps:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be trained: the logits of its own forward differ by {error:.1e} from "
+            f"those of its lm_head with softcap {form.softcap} and temperature {form.temperature:g}"
+        )
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class; FSDP2 replaces it by a subclass of FSDPModule and it."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def head_of(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight (V, H), bias (V,) or None) of a causal LM's plain head, inside of its call, where they are gathered."""
+    head = model.get_output_embeddings()
+    return _tokens(model.config, head.weight), None if head.bias is None else _tokens(model.config, head.bias)
+
+
+def _tokens(config: PretrainedConfig, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of a head that are tokens: some vocabularies are padded, and their models cut the logits."""
+    return rows[: getattr(config.get_text_config(), "unpadded_vocab_size", None)]
