@@ -119,7 +119,7 @@ def check_pairs() -> list[PairTokens]:
     other = np.concatenate([head[:7], draw(5)])
     return [
         PairTokens(0, prompts, chosen, opening[:1], False),
-        PairTokens(1, (None, other, None), chosen[4:], rejected, False),
+        PairTokens(1, (None, other, None), chosen[3:], rejected, False),
     ]
 
 
@@ -135,37 +135,41 @@ class Trial:
                 raise UnsupportedModelError(
                     f"{type(model).__name__} could not be tried in miniature ({type(error).__name__}: {error})"
                 ) from error
+            self.recurrent = self._recurrent()
             try:
-                with torch.no_grad():  # its modules get their weights
-                    self.tiny(input_ids=torch.arange(1, 8)[None], use_cache=False)
                 logps = self._separately()
             except Exception as error:
                 raise UnsupportedModelError(
                     f"the miniature does not run ({type(error).__name__}: {error})"
                 ) from error
             self.logps, self.gradients = logps.detach(), self._gradients(logps)
-            self.recurrent = self._recurrent()
             errors = head_errors(self.tiny)
             best = None if errors is None else min(range(len(errors)), key=errors.__getitem__)
             self.head = best if best is not None and errors[best] < _TOLERANCE else None
 
     def _separately(self) -> torch.Tensor:
-        """(S,) sums of label log-probs from the model's own forward."""
-        result = []
-        for pair in self.pairs:
-            for prompt in filter(lambda prompt: prompt is not None, pair.prompts):
-                for response in (pair.chosen, pair.rejected):
-                    ids = torch.from_numpy(np.concatenate([prompt, response]))
-                    logits = self.tiny(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
-                    result.append(logits.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0].sum())
-        return torch.stack(result)
+        """(S,) sums of label log-probs from the model's own forward, sequences of one length in a batch."""
+        sequences = [
+            (len(prompt), torch.from_numpy(np.concatenate([prompt, response])))
+            for pair in self.pairs
+            for prompt in pair.prompts
+            if prompt is not None
+            for response in (pair.chosen, pair.rejected)
+        ]
+        result: dict[int, torch.Tensor] = {}
+        for length in {len(ids) for _, ids in sequences}:
+            batch = [number for number, (_, ids) in enumerate(sequences) if len(ids) == length]
+            ids = torch.stack([sequences[number][1] for number in batch])
+            logits = self.tiny(input_ids=ids, use_cache=False).logits[:, :-1]
+            logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+            result.update({number: logps[row, sequences[number][0] - 1 :].sum() for row, number in enumerate(batch)})
+        return torch.stack([result[number] for number in range(len(sequences))])
 
     def _recurrent(self) -> frozenset[type[nn.Module]]:
         ids = torch.from_numpy(np.concatenate([self.pairs[0].prompts[1], self.pairs[0].chosen]))[None]
         try:
             return recurrent_classes(decoder_of(self.tiny), ids)
-        except Exception as e:
-            self.spy = repr(e)
+        except Exception:
             return frozenset()  # it has no cache of transformers', and so no state in one
 
     def _gradients(self, logps: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -100,6 +100,9 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
             _set_token(tiny, config, name)
         return tiny
     depth = _depth(config) if depth is None else depth
+    if getattr(config, "num_kv_shared_layers", 0):  # the last layers take keys and values of the ones before
+        depth = min(2 * depth, config.num_hidden_layers)
+        tiny.num_kv_shared_layers = depth // 2
     lists = dict(_per_layer(config))
     overrides = config.to_dict().get("per_layer_config") or {}
     if overrides:

@@ -12,6 +12,7 @@ TOKENS = VOCABULARY - 5  # of a padded vocabulary
 HEADS, HEAD_DIM = 4, 16
 HIDDEN = HEADS * HEAD_DIM
 _INNER = 2 * HIDDEN  # of state-space layers: heads times channels
+_STATE_HEADS = 2  # some models loop over them in Python
 _WINDOW = 12
 
 _WIDTHS = {
@@ -105,13 +106,13 @@ _STATES = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "linear_head_dim": 16,
-    "mamba_n_heads": 8,
-    "mamba_num_heads": 8,
-    "n_mamba_heads": 8,
-    "num_heads": 8,
-    "mamba_d_head": _INNER // 8,
-    "mamba_head_dim": _INNER // 8,
-    "mamba_headdim": _INNER // 8,
+    "mamba_n_heads": _STATE_HEADS,
+    "mamba_num_heads": _STATE_HEADS,
+    "n_mamba_heads": _STATE_HEADS,
+    "num_heads": _INNER // HEAD_DIM,
+    "mamba_d_head": _INNER // _STATE_HEADS,
+    "mamba_head_dim": _INNER // _STATE_HEADS,
+    "mamba_headdim": _INNER // _STATE_HEADS,
     "mamba_d_ssm": _INNER,
     "mamba_n_groups": 2,
     "mamba_ngroups": 2,
