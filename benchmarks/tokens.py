@@ -1,8 +1,8 @@
 """From a file of pairs to token ids, on one core: what reading, rendering and tokenising take.
 
 Pairs are the demo's sentences drawn anew: a prompt of 60 to 120 words and answers of 40 to 160, four dimensions (six
-renderings of the chat template and six texts to tokenise a pair). Two kinds of tokenizer: a byte-level BPE under ChatML,
-whose answers may be tokenised by themselves, and one in the manner of Llama-2, whose answers may not. Rows give
+renderings of the chat template and six texts to tokenise a pair). Two kinds of tokenizer: a byte-level BPE under
+ChatML, whose answers may be tokenised by themselves, and one in the manner of Llama-2, whose answers may not. Rows give
 milliseconds for all pairs and, as `ms_per_pair`, for one. `PYTHONPATH=OTHER:OTHER/kernels` measures another checkout.
 """
 
@@ -70,9 +70,7 @@ def write_pairs(path: Path, lines: list[str], count: int) -> None:
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
             scores = dict.fromkeys(DIMENSIONS[1:], 4)
-            sides = {
-                side: {"response": texts(lines, rng, 40, 160), **scores} for side in ("chosen", "rejected")
-            }
+            sides = {side: {"response": texts(lines, rng, 40, 160), **scores} for side in ("chosen", "rejected")}
             file.write(json.dumps({"prompt": texts(lines, rng, 60, 120), **sides}) + "\n")
 
 
@@ -107,12 +105,11 @@ def main() -> None:
         )  # fmt: skip
         for name, tokenizer in tokenizers.items():
             pairs = load_data(config, tokenizer, seed=0).train
-            lengths = [
-                (sum(map(len, pair.prompts)), len(pair.chosen) + len(pair.rejected)) for pair in pairs
-            ]
+            lengths = [(sum(map(len, pair.prompts)), len(pair.chosen) + len(pair.rejected)) for pair in pairs]
             prompt, response = (int(sum(column)) for column in zip(*lengths, strict=True))
             report.add(case="load", variant=name, status="ok", pairs=count, prompt_tokens=prompt,
-                       response_tokens=response, ms_per_pair=times[name]["min_cpu_ms"] / count, **times[name])  # fmt: skip
+                       response_tokens=response, ms_per_pair=times[name]["min_cpu_ms"] / count,
+                       **times[name])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 
 from amopo_fast.data.config import DataConfig
 from amopo_fast.data.order import shuffled_order
+from amopo_fast.data.pair import template_kwargs
 from amopo_fast.data.pairs import (
     DEFAULT_SCORE_RANGE,
     PARTS,
@@ -22,6 +23,7 @@ from amopo_fast.data.pairs import (
     no_usable_record,
     number_of,
 )
+from amopo_fast.data.sources.candidate import Dropped
 from amopo_fast.data.sources.formats import OpenSource, open_source
 from amopo_fast.data.sources.spec import Source, parse_sources
 from amopo_fast.errors import DataError
@@ -66,6 +68,7 @@ class Data:
     counts: dict[str, Counts]
     score_range: tuple[float, float]
     shared_prompts: int = 0  # prompts of evaluation sets that training has too
+    template_date: str | None = None  # ISO date that the chat template was shown; None where it reads no clock
 
     @property
     def eval_dataset(self) -> Sequence[PairTokens] | dict[str, Sequence[PairTokens]] | None:
@@ -117,7 +120,7 @@ def load_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | 
         if not len(evals[""]):
             raise ValueError(f"eval_share={config.eval_share} holds out no prompt of this data; raise it")
     train = parts[0].pairs if len(parts) == 1 and parts[0].weight == 1 else Mixture(parts, seed)
-    return Data(train, evals, loader.counts, score_range, shared)
+    return Data(train, evals, loader.counts, score_range, shared, loader.builder.template_date)
 
 
 def load_eval_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | None = None) -> Data:
@@ -133,7 +136,7 @@ def load_eval_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Pa
     score_range = common_score_range(config, list(opened.values()))
     loader = _Loader(config, tokenizer, score_range, seed, None if folder is None else Path(folder))
     evals = {name: loader.load(source, 0.0)[0] for name, source in opened.items()}
-    return Data([], evals, loader.counts, score_range)
+    return Data([], evals, loader.counts, score_range, template_date=loader.builder.template_date)
 
 
 def common_score_range(config: DataConfig, opened: Sequence[OpenSource]) -> tuple[float, float]:
@@ -177,6 +180,10 @@ def prompt_builder(config: DataConfig, tokenizer, score_range: tuple[float, floa
         order=config.prompt_order,
         max_length=config.max_length,
         template=config.prompt_template,
+        reasoning=config.reasoning,
+        chat_template_kwargs=template_kwargs(config.chat_template_kwargs),
+        template_date=config.template_date,
+        truncated_responses=config.truncated_responses,
     )
 
 
@@ -231,6 +238,9 @@ class _Loader:
                 if isinstance(tokens, DataError):
                     bad(tokens)
                     continue
+                if isinstance(tokens, Dropped):
+                    counts.dropped[tokens.reason] += 1
+                    continue
                 tokens = replace(tokens, record=number_of(pair))
                 counts.truncated += tokens.truncated
                 if is_held_out(pair, eval_share, self.seed):
@@ -260,7 +270,9 @@ class _Loader:
 
 def prompt_key(pair: Pair) -> bytes:
     """16 bytes that are equal for equal prompts."""
-    return hashlib.blake2b(json.dumps(pair.messages).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    messages = [[message.role, message.content, *filter(None, [message.fields])] for message in pair.messages]
+    content = [*messages, *filter(None, [pair.tools, pair.chat_template_kwargs])]
+    return hashlib.blake2b(json.dumps(content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def is_held_out(pair: Pair, share: float, seed: int) -> bool:

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.rule import Rule
-from rich.table import Table
 from rich.text import Text
 
 from amopo_fast.data.pairs import DEFAULT_SCORE_RANGE, NO_OBJECT, Pair, Reading, iter_records, no_usable_record
+from amopo_fast.data.sources.candidate import Dropped
 from amopo_fast.data.sources.formats import OpenSource, open_source
 from amopo_fast.data.sources.spec import Source, parse_sources
 from amopo_fast.errors import DataError
 from amopo_fast.prompts.builder import PromptBuilder
+from amopo_fast.prompts.tables import NumbersTable
 
 if TYPE_CHECKING:  # it imports transformers, which takes seconds
     from amopo_fast.data.config import DataConfig
@@ -96,6 +96,7 @@ class ValidationReport:
     lengths: dict[str, Distribution] = field(default_factory=dict)
     max_length: int | None = None
     truncated: int | None = None  # pairs longer than max_length, which training would shorten
+    notes: dict[str, int] = field(default_factory=dict)  # pairs by what is done to them (PromptBuilder.notes)
 
     @property
     def ok(self) -> bool:
@@ -117,6 +118,8 @@ class ValidationReport:
             yield self._lengths()
             if self.truncated is not None:
                 yield Text(f"{self.truncated} of {self.pairs} pairs are longer than {self.max_length} tokens", "yellow")
+            for note, count in self.notes.items():
+                yield Text(f"{count} pairs: {note}", "yellow")
             yield Text(
                 f"{self.repeated_prompts} repeated prompts, {self.repeated_pairs} repeated pairs, "
                 f"{self.contradictions} pairs that contradict an earlier one"
@@ -124,14 +127,15 @@ class ValidationReport:
         if self.ok:
             yield Text("no bad records", "green")
             return
-        yield _table("Bad records by kind", ["kind", "records"], [[k, str(n)] for k, n in self.bad_by_kind.items()])
+        kinds = [[kind, str(count)] for kind, count in self.bad_by_kind.items()]
+        yield NumbersTable("Bad records by kind", ["kind", "records"], kinds)
         for message in self.errors:
             yield Text(message, "red")
         rest = sum(self.bad_by_kind.values()) - len(self.errors)
         if rest:
             yield Text(f"and {rest} more", "red")
 
-    def _scores(self) -> Table:
+    def _scores(self) -> NumbersTable:
         values = sorted({score for d in self.dimensions.values() for score in (*d.chosen, *d.rejected)})
         rows = []
         for name, d in self.dimensions.items():
@@ -142,17 +146,17 @@ class ValidationReport:
                     cells = [_span(scores)]
                 rows.append([name if side == "chosen" else "", side, *cells])
         columns = [f"{value:g}" for value in values] if len(values) <= _SCORE_COLUMNS else ["scores"]
-        return _table("Pairs by score", ["dimension", "side", *columns], rows)
+        return NumbersTable("Pairs by score", ["dimension", "side", *columns], rows, keys=2)
 
-    def _preferences(self) -> Table:
+    def _preferences(self) -> NumbersTable:
         rows = [
             [name, *(str(count) for count in (d.chosen_higher, d.ties, d.reversals, d.absent))]
             for name, d in self.dimensions.items()
         ]
         columns = ["dimension", "chosen higher", "ties", "reversals", "absent"]
-        return _table("Pairs by preference", columns, rows)
+        return NumbersTable("Pairs by preference", columns, rows)
 
-    def _lengths(self) -> Table:
+    def _lengths(self) -> NumbersTable:
         rows = []
         for name, d in self.lengths.items():
             top = max(d.counts)
@@ -160,7 +164,7 @@ class ValidationReport:
             numbers = [d.min, *d.percentiles.values(), d.max, d.mean]
             rows.append([name, *(f"{number:.0f}" for number in numbers), bars])
         columns = ["part", "min", *(f"p{share}" for share in PERCENTILES), "max", "mean", "min to max"]
-        return _table(f"Lengths in {self.unit}", columns, rows)
+        return NumbersTable(f"Lengths in {self.unit}", columns, rows)
 
 
 @dataclass(frozen=True)
@@ -276,10 +280,11 @@ def _validate(
         errors.append(error)
     if not pairs and not errors:
         errors.append(no_usable_record(str(opened.source), [], dropped))
-    prompts |= {pair.messages for pair in pairs}
+    prompts |= {pair.prompt for pair in pairs}
     lengths, truncated, max_length = None, None, None
+    notes: Counter[str] = Counter()
     if builder is not None:
-        pairs, lengths, unusable = _token_lengths(pairs, builder)
+        pairs, lengths, unusable = _token_lengths(pairs, builder, dropped, notes)
         errors = sorted([*errors, *unusable], key=lambda error: -1 if error.record is None else error.record)
         max_length = builder.max_length
         truncated = sum(length > max_length for length in lengths["sequence"])
@@ -302,26 +307,32 @@ def _validate(
         lengths={name: Distribution.of(values) for name, values in lengths.items()} if pairs else {},
         max_length=max_length,
         truncated=truncated,
+        notes=dict(notes),
     )
 
 
 def _token_lengths(
-    pairs: Sequence[Pair], builder: PromptBuilder
+    pairs: Sequence[Pair], builder: PromptBuilder, dropped: Counter[str], notes: Counter[str]
 ) -> tuple[list[Pair], dict[str, list[int]], list[DataError]]:
+    """The pairs that can be used, their lengths, and the others' errors; counts what is left out and what is done."""
     usable, errors = [], []
     lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": [], "sequence": []}
-    for pair, tokens in zip(pairs, builder.unlimited().iter_tokens(pairs), strict=True):
-        if not isinstance(tokens, DataError):
-            prompt = max(len(ids) for ids in tokens.prompts if ids is not None)
-            sequence = prompt + max(len(tokens.chosen), len(tokens.rejected))
-            if sequence > builder.max_length:
-                tokens = next(builder.iter_tokens([pair]))  # whether it still can be used once it is shortened
-        if isinstance(tokens, DataError):
-            errors.append(tokens)
+    for pair, found in zip(pairs, builder.iter_lengths(pairs), strict=True):
+        if isinstance(found, DataError):
+            errors.append(found)
             continue
+        sequence = found[0] + max(found[1:])
+        if sequence > builder.max_length:
+            shortened = next(builder.iter_tokens([pair]))  # whether it still can be used
+            if isinstance(shortened, DataError):
+                errors.append(shortened)
+                continue
+            if isinstance(shortened, Dropped):
+                dropped[shortened.reason] += 1
+                continue
         usable.append(pair)
-        numbers = (prompt, len(tokens.chosen), len(tokens.rejected), sequence)
-        for values, number in zip(lengths.values(), numbers, strict=True):
+        notes.update(builder.notes(pair))
+        for values, number in zip(lengths.values(), (*found, sequence), strict=True):
             values.append(number)
     return usable, lengths, errors
 
@@ -356,22 +367,13 @@ def _repetitions(pairs: Sequence[Pair]) -> tuple[int, int, int]:
     prompts, whole = set(), set()
     repeated_prompts = repeated_pairs = contradictions = 0
     for pair in pairs:
-        repeated_prompts += pair.messages in prompts
-        repeated_pairs += (pair.messages, pair.chosen, pair.rejected) in whole
-        contradictions += (pair.messages, pair.rejected, pair.chosen) in whole
-        prompts.add(pair.messages)
-        whole.add((pair.messages, pair.chosen, pair.rejected))
+        chosen, rejected = (pair.chosen, pair.chosen_fields), (pair.rejected, pair.rejected_fields)
+        repeated_prompts += pair.prompt in prompts
+        repeated_pairs += (pair.prompt, chosen, rejected) in whole
+        contradictions += (pair.prompt, rejected, chosen) in whole
+        prompts.add(pair.prompt)
+        whole.add((pair.prompt, chosen, rejected))
     return repeated_prompts, repeated_pairs, contradictions
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        numbers = all(row[index].isdigit() or not row[index] for row in rows) and index
-        table.add_column(column, justify="right" if numbers else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
 
 
 def _span(scores: dict[float, int]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from amopo_fast.data.sources.amopo_json import as_object
-from amopo_fast.data.sources.candidate import MISSING, Candidate, Dropped, RawRecord
+from amopo_fast.data.sources.candidate import MISSING, Candidate, Dropped, RawRecord, extras_of
 from amopo_fast.data.sources.ranking import rank, ranked_pairs
 from amopo_fast.data.sources.spec import Source
 from amopo_fast.errors import DataError, shown
@@ -80,6 +80,7 @@ def _candidates(raw: RawRecord, source: Source, dimensions: Sequence[str]) -> It
                 **{f"rejected.{a}": f"completions[{rejected}].annotations.{a}.Rating" for a in ASPECTS},
             },
             part=part,
+            extras=extras_of(value),
         )
 
 
