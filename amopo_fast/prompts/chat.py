@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.meta
+import jinja2.sandbox
 
 from amopo_fast.prompts.template_probe import check_template
 
@@ -68,32 +69,24 @@ class ChatTemplate:
         self._sources = [self._source(tools) for tools in (None, [{"type": "function"}])]
         self.source = self._sources[0]
         self.kwargs = dict(kwargs or {})
-        self.variables = frozenset().union(*(variables_of(source) for source in self._sources))
+        # Before anything else is done with it: to compile a template is to compute its constants.
+        special = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        exchange = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there."}]
+        for source in dict.fromkeys(self._sources):
+            check_template(source, {**special, **self.kwargs, "messages": exchange, "add_generation_prompt": False})
+        self.variables = frozenset().union(*map(variables_of, self._sources))
         self.date = None
         if _CLOCK in self.variables:
             self.date = date or datetime.date.today().isoformat()
             self._sources = [frozen_clock(self.date) + source for source in self._sources]
         for name in self.kwargs:
-            self.check_variable(name)
-        check_template(
-            self._sources[0],
-            {
-                **{name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)},
-                **self.kwargs,
-                "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there."}],
-                "add_generation_prompt": False,
-            },
-        )
+            if name not in self.variables:
+                raise ValueError(f"chat_template_kwargs: the chat template has no variable {name!r}; leave it out")
 
     def _source(self, tools: list | None) -> str:
         if self._tokenizer.chat_template is None:
             return fallback_template(self._tokenizer)
         return self._tokenizer.get_chat_template(None, tools)
-
-    def check_variable(self, name: str) -> None:
-        """Raises ValueError where the template has no variable `name`, so that setting it would do nothing."""
-        if name not in self.variables:
-            raise ValueError(f"the chat template has no variable {name!r}; leave it out of chat_template_kwargs")
 
     def render(
         self,
@@ -137,7 +130,7 @@ def with_reasoning_names(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def variables_of(source: str) -> set[str]:
     """Names that a template reads and does not set. Raises ValueError where it is no Jinja."""
-    environment = jinja2.Environment(extensions=[_Generation, jinja2.ext.loopcontrols])
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(extensions=[_Generation, jinja2.ext.loopcontrols])
     try:
         return jinja2.meta.find_undeclared_variables(environment.parse(source))
     except (jinja2.TemplateError, RecursionError) as error:

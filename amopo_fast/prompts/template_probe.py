@@ -24,18 +24,19 @@ LENGTH = 1 << 20  # characters of a rendering of a few words; the longest defaul
 _WALL_SECONDS = 60  # of a machine that is busy
 
 # As transformers sets it up: what a template does with memory and time does not depend on the filters' details.
-_CHILD = f"""
+_CHILD = """
 import json, sys
+given = json.load(sys.stdin)
 try:
     import resource
-    resource.setrlimit(resource.RLIMIT_AS, ({MEMORY_BYTES}, {MEMORY_BYTES}))
-    resource.setrlimit(resource.RLIMIT_CPU, ({CPU_SECONDS}, {CPU_SECONDS}))
+    resource.setrlimit(resource.RLIMIT_AS, (given["memory"], given["memory"]))
+    resource.setrlimit(resource.RLIMIT_CPU, (given["seconds"], given["seconds"]))
 except (ImportError, ValueError):
     pass  # the parent's own limit on the time remains
 import jinja2, jinja2.ext, jinja2.sandbox
 
 class Generation(jinja2.ext.Extension):
-    tags = {{"generation"}}
+    tags = {"generation"}
 
     def parse(self, parser):
         line = next(parser.stream).lineno
@@ -48,17 +49,16 @@ class Generation(jinja2.ext.Extension):
 def refuse(message):
     raise jinja2.TemplateError(message)
 
-given = json.load(sys.stdin)
 environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
 )
 environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False)
-environment.globals |= {{"raise_exception": refuse, "strftime_now": lambda format: format}}
+environment.globals |= {"raise_exception": refuse, "strftime_now": lambda format: format}
 length = 0
 try:
     for part in environment.from_string(given["source"]).generate(**given["values"]):
         length += len(part)
-        if length > {LENGTH}:
+        if length > given["length"]:
             break
 except MemoryError:
     length = -1
@@ -69,14 +69,14 @@ print(length)
 
 
 def check_template(source: str, values: dict) -> None:
-    """Raises ValueError where rendering `source` with `values` (JSON) takes too much time or memory, or makes a text of
-    more than `LENGTH` characters."""
-    _check(source, json.dumps(values))
+    """Raises ValueError where rendering `source` with `values` (JSON) takes more than `CPU_SECONDS` or `MEMORY_BYTES`,
+    or makes a text of more than `LENGTH` characters."""
+    limits = {"seconds": CPU_SECONDS, "memory": MEMORY_BYTES, "length": LENGTH}
+    _check(json.dumps({"source": source, "values": values, **limits}))
 
 
 @functools.lru_cache(maxsize=64)
-def _check(source: str, values: str) -> None:
-    text = json.dumps({"source": source, "values": json.loads(values)})
+def _check(text: str) -> None:
     found = f"more than {CPU_SECONDS} s of computing time"
     try:
         # In jinja2's own folder the child finds it however this process did.

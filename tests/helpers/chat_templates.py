@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_LAST_QUESTION = (
+    "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}"
+    "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+)
 LLAMA2 = (
     "{% if messages[0].role == 'system' %}{% set lead = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
     "{% set turns = messages[1:] %}{% else %}{% set lead = '' %}{% set turns = messages %}{% endif %}"
@@ -23,10 +27,10 @@ MISTRAL1 = (
 )
 MISTRAL3 = (
     "{{ bos_token }}{% set lead = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
-    "{% set turns = messages[1:] if lead else messages %}"
-    "{% for m in turns %}{% if m.role == 'user' %}"
-    "{% if tools and loop.last %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
-    "[INST] {{ (lead if loop.last else '') + m.content }}[/INST]"
+    "{% set turns = messages[1:] if lead else messages %}" + _LAST_QUESTION
+    + "{% for m in turns %}{% if m.role == 'user' %}"
+    "{% if tools and m == messages[ns.last] %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+    "[INST] {{ (lead if m == messages[ns.last] else '') + m.content }}[/INST]"
     "{% elif m.tool_calls %}[TOOL_CALLS] {{ m.tool_calls | tojson }}{{ eos_token }}"
     "{% elif m.role == 'tool' %}[TOOL_RESULTS] {{ m.content }}[/TOOL_RESULTS]"
     "{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
@@ -78,10 +82,6 @@ QWEN25 = (
     "{%- elif not (m.role == 'system' and loop.first) %}{{- '<|im_start|>' + m.role + '\n' + m.content }}"
     + _CALLS + "{{- '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-)
-_LAST_QUESTION = (
-    "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}"
-    "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
 )
 _SPLIT = (
     "{%- set text = m.content %}{%- set why = m.reasoning_content or '' %}{%- if not why and '</think>' in text %}"
@@ -146,8 +146,9 @@ GPT_OSS = (
     "{{- '<|start|>system<|message|>Today: ' + strftime_now('%Y-%m-%d') + '\nReasoning: '"
     " + (reasoning_effort or 'medium') + '\n<|end|>' }}"
     "{%- if messages[0].role in ('system', 'developer') or tools %}"
-    "{{- '<|start|>developer<|message|># Instructions\n\n' + (messages[0].content if messages[0].role in ('system', 'developer') else '') +"
-    " ('\n# Tools\n' + (tools | tojson) if tools else '') + '<|end|>' }}{%- endif %}" + _LAST_QUESTION
+    "{{- '<|start|>developer<|message|># Instructions\n\n'"
+    " + (messages[0].content if messages[0].role in ('system', 'developer') else '')"
+    " + ('\n# Tools\n' + (tools | tojson) if tools else '') + '<|end|>' }}{%- endif %}" + _LAST_QUESTION
     + "{%- for m in messages %}{%- if m.role == 'user' %}{{- '<|start|>user<|message|>' + m.content + '<|end|>' }}"
     "{%- elif m.role == 'tool' %}{{- '<|start|>functions to=assistant<|channel|>commentary<|message|>' + m.content"
     " + '<|end|>' }}{%- elif m.role == 'assistant' %}"

@@ -46,8 +46,8 @@ class Candidate:
 
     `prompt` is a string or a list of {"role", "content"}, a response a string or the assistant's message; the scores
     are by dimension, of any type. `names` says how the source spells a part ("chosen" -> "chosen.response"), so that
-    errors name the field that the user sees. `part` tells apart the pairs that one record holds, `extras` is what `extras_of`
-    finds in it.
+    errors name the field that the user sees. `part` tells apart the pairs that one record holds, `extras` is what
+    `extras_of` finds in it.
     """
 
     record: int
