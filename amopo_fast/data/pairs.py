@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -37,6 +37,7 @@ __all__ = [
     "Reading",
     "Records",
     "check_dimensions",
+    "check_known",
     "iter_records",
     "last_user",
     "make_pair",
@@ -127,22 +128,29 @@ def read_records(source: str | Path | Source, reading: Reading) -> Records:
 _LOOKED_AHEAD = 1000  # records; a shorter source is known whole before its first record is judged
 
 
-def iter_records(opened: OpenSource, reading: Reading) -> Iterator[Pair | DataError | Dropped]:
+def iter_records(
+    opened: OpenSource, reading: Reading, *, one_of_several: bool = False
+) -> Iterator[Pair | DataError | Dropped]:
     """The pairs of a source one at a time; a DataError or Dropped in the place of a record that makes none.
 
     Scores are validated in the source's own range and mapped from it to `reading.score_range`.
 
+    Args:
+        one_of_several: of a run's sources: where missing scores are absent, another one may have a dimension that this
+            one has not; `check_known` tells once all are read.
+
     Raises DataError where the source breaks off or no record has one of the dimensions.
     """
+    alone = not (one_of_several and reading.missing_scores == "absent")
     candidates = opened.candidates(reading.dimensions)
     head = list(islice(candidates, _LOOKED_AHEAD))
     seen: set[str] = set()
     whole = 0
-    if len(head) < _LOOKED_AHEAD:
+    if len(head) < _LOOKED_AHEAD and alone:
         found = [item for item in head if isinstance(item, Candidate)]
         names = {name for item in found for name, score in item.chosen_scores.items() if score is not None}
         if found:
-            _check_known(reading, names, opened)
+            check_known(reading, names | opened.score_names, str(opened.source))
     for item in chain(head, candidates):
         if isinstance(item, Candidate):
             whole += 1
@@ -153,8 +161,9 @@ def iter_records(opened: OpenSource, reading: Reading) -> Iterator[Pair | DataEr
                 yield error
         else:
             yield item
-    if whole:
-        _check_known(reading, seen, opened)
+    opened.score_names |= seen
+    if whole and alone:
+        check_known(reading, opened.score_names, str(opened.source))
 
 
 def _pair(candidate: Candidate, opened: OpenSource, reading: Reading) -> Pair | Dropped:
@@ -182,14 +191,14 @@ def _mapped(scores: dict[str, float], own: tuple[float, float], to: tuple[float,
     return {name: round(to[0] + (score - own[0]) * scale, 4) for name, score in scores.items()}
 
 
-def _check_known(reading: Reading, seen: set[str], opened: OpenSource) -> None:
-    """A dimension that no record has is a misspelt name, not a thousand bad records."""
+def check_known(reading: Reading, known: Set[str], source: str) -> None:
+    """Raises DataError for a dimension that is none of the known scores: a misspelt name, not a thousand bad records."""
     for name in reading.dimensions:
-        if name != NO_OBJECT and name not in seen | opened.score_names:
+        if name != NO_OBJECT and name not in known:
             raise DataError(
                 "unknown dimension",
-                f"no record has a score '{name}'; scores found: {', '.join(sorted(opened.score_names)) or 'none'}",
+                f"no record has a score '{name}'; scores found: {', '.join(sorted(known)) or 'none'}",
                 "set dimensions to names that the data has",
-                source=str(opened.source),
+                source=source,
                 field=name,
             )

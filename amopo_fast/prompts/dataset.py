@@ -19,6 +19,7 @@ from amopo_fast.data.pairs import (
     PARTS,
     Pair,
     Reading,
+    check_known,
     iter_records,
     no_usable_record,
     number_of,
@@ -99,7 +100,7 @@ def load_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | 
         raise ValueError("eval_share holds out a part of train_data: leave it out where there is eval_data")
     opened = [open_source(source) for source in [*sources, *eval_sources.values()]]
     score_range = common_score_range(config, opened)
-    loader = _Loader(config, tokenizer, score_range, seed, None if folder is None else Path(folder))
+    loader = _Loader(config, tokenizer, score_range, seed, folder, one_of_several=len(opened) > 1)
     parts, held_out = [], []
     for source in opened[: len(sources)]:
         train, evaluation = loader.load(source, config.eval_share)
@@ -107,6 +108,7 @@ def load_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | 
         held_out.append(_Part(evaluation, 1.0, loader.last_record))
     if not any(len(part.pairs) for part in parts):
         raise ValueError("no pair is left to train on")
+    loader.check_known(opened[: len(sources)])
     evals: dict[str, Sequence[PairTokens]] = {}
     train_prompts = loader.prompts
     shared = 0
@@ -134,8 +136,9 @@ def load_eval_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Pa
         return replace(load_data(config, tokenizer, seed=seed, folder=folder), train=[])
     opened = {name: open_source(source) for name, source in named_sources(parse_sources(config.eval_data)).items()}
     score_range = common_score_range(config, list(opened.values()))
-    loader = _Loader(config, tokenizer, score_range, seed, None if folder is None else Path(folder))
+    loader = _Loader(config, tokenizer, score_range, seed, folder, one_of_several=len(opened) > 1)
     evals = {name: loader.load(source, 0.0)[0] for name, source in opened.items()}
+    loader.check_known(list(opened.values()))
     return Data([], evals, loader.counts, score_range, template_date=loader.builder.template_date)
 
 
@@ -188,8 +191,18 @@ def prompt_builder(config: DataConfig, tokenizer, score_range: tuple[float, floa
 
 
 class _Loader:
-    def __init__(self, config: DataConfig, tokenizer, score_range: tuple[float, float], seed: int, folder: Path | None):
-        self.config, self.seed, self.folder = config, seed, folder
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer,
+        score_range: tuple[float, float],
+        seed: int,
+        folder: str | Path | None,
+        *,
+        one_of_several: bool,
+    ):
+        self.config, self.seed, self.folder = config, seed, None if folder is None else Path(folder)
+        self.one_of_several = one_of_several
         self.reading = Reading(config.dimensions, score_range, config.missing_scores, config.tied_dimensions)
         self.builder = prompt_builder(config, tokenizer, score_range)
         self.counts: dict[str, Counts] = {}
@@ -197,6 +210,12 @@ class _Loader:
         self.last_record = 0  # number of records of the source that was loaded last
         if config.streaming and folder is None:
             raise ValueError("streaming needs a folder for the token files")
+
+    def check_known(self, opened: Sequence[OpenSource]) -> None:
+        """Raises DataError for a dimension that none of the sources, which are read, has."""
+        if self.one_of_several:
+            known = set().union(*(source.score_names for source in opened))
+            check_known(self.reading, known, ", ".join(str(source.source) for source in opened))
 
     def load(
         self, opened: OpenSource, eval_share: float
@@ -253,7 +272,7 @@ class _Loader:
                     yield tokens
             batch.clear()
 
-        for item in iter_records(opened, self.reading):
+        for item in iter_records(opened, self.reading, one_of_several=self.one_of_several):
             if isinstance(item, Pair):
                 self.last_record = max(self.last_record, item.record + 1)
                 batch.append(item)

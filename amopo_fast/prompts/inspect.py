@@ -18,7 +18,15 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.rule import Rule
 from rich.text import Text
 
-from amopo_fast.data.pairs import DEFAULT_SCORE_RANGE, NO_OBJECT, Pair, Reading, iter_records, no_usable_record
+from amopo_fast.data.pairs import (
+    DEFAULT_SCORE_RANGE,
+    NO_OBJECT,
+    Pair,
+    Reading,
+    check_known,
+    iter_records,
+    no_usable_record,
+)
 from amopo_fast.data.sources.candidate import Dropped
 from amopo_fast.data.sources.formats import OpenSource, open_source
 from amopo_fast.data.sources.spec import Source, parse_sources
@@ -224,10 +232,17 @@ def validate_data(config: DataConfig, tokenizer=None) -> DataReport:
     by_source = {each.source: each for each in opened}
     prompts: list[set[tuple]] = [set(), set()]
     reports: list[list[ValidationReport]] = [[], []]
+    several = len(sources[0]) + len(sources[1]) > 1
     for side, own in enumerate(sources):
         for source in own:
-            report = failed.get(source) or _validate(by_source[source], reading, builder, prompts[side])
+            report = failed.get(source) or _validate(by_source[source], reading, builder, prompts[side], several)
             reports[side].append(report)
+    try:
+        if opened and several and not failed:
+            known = set().union(*(each.score_names for each in opened))
+            check_known(reading, known, ", ".join(str(each.source) for each in opened))
+    except DataError as error:
+        errors.append(str(error))
     return DataReport(reports[0], reports[1], len(prompts[0] & prompts[1]), errors)
 
 
@@ -260,7 +275,11 @@ def _failed(source: Source, error: DataError) -> ValidationReport:
 
 
 def _validate(
-    opened: OpenSource, reading: Reading, builder: PromptBuilder | None, prompts: set[tuple]
+    opened: OpenSource,
+    reading: Reading,
+    builder: PromptBuilder | None,
+    prompts: set[tuple],
+    one_of_several: bool = False,
 ) -> ValidationReport:
     """Adds the source's prompts to `prompts`."""
     pairs: list[Pair] = []
@@ -268,7 +287,7 @@ def _validate(
     dropped: Counter[str] = Counter()
     seen: set[int] = set()
     try:
-        for item in iter_records(opened, reading):
+        for item in iter_records(opened, reading, one_of_several=one_of_several):
             if isinstance(item, Pair):
                 pairs.append(item)
             elif isinstance(item, DataError):
