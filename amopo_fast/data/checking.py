@@ -68,10 +68,8 @@ class _Check:
         self.candidate, self.source = candidate, source
 
     def error(self, kind: str, part: str, found: str, remedy: str) -> DataError:
-        name = self.candidate.names.get(part, part)
-        return DataError(
-            kind, found, remedy, source=self.source, record=self.candidate.record, line=self.candidate.line, field=name
-        )
+        record, line, name = self.candidate.place(part)
+        return DataError(kind, found, remedy, source=self.source, record=record, line=line, field=name)
 
     def text(self, value: Any, part: str, remedy: str, may_be_empty: bool = False) -> str:
         if value is MISSING or value is None:
@@ -168,7 +166,7 @@ class _Check:
         calls = '"tool_calls"' in fields
         if calls and (content is MISSING or content is None):
             return ""
-        if isinstance(content, list) and all(_is_text(item) for item in content):  # OpenAI's parts of a message
+        if content and isinstance(content, list) and all(map(_is_text, content)):  # OpenAI's parts of a message
             content = "".join(item["text"] for item in content)
         return self.text(content, part if part_of_side else f"{part}.content", remedy, may_be_empty or calls)
 
@@ -185,7 +183,9 @@ class _Check:
             fields["tool_calls"] = self._tool_calls(calls, f"{part}.tool_calls")
         else:
             fields.pop("tool_calls", None)
-        return self._dumped(fields, part) if fields else ""
+        for name, value in fields.items():
+            self._dumped(value, f"{part}.{name}")
+        return json.dumps(fields, ensure_ascii=False) if fields else ""
 
     def _tool_calls(self, calls: Any, part: str) -> list[dict]:
         remedy = 'write a list of {"type": "function", "function": {"name": ..., "arguments": {...}}}'
@@ -194,12 +194,14 @@ class _Check:
         result = []
         for index, call in enumerate(calls):
             function = call.get("function", call) if isinstance(call, Mapping) else None
-            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            name = function.get("name") if isinstance(function, Mapping) else None
+            if not isinstance(name, str) or not name.strip():
                 raise self.error("wrong type", f"{part}[{index}]", shown(call), remedy)
             function = dict(function)
             # The API writes the arguments as JSON text, which servers parse before they render.
             if isinstance(function.get("arguments"), str):
-                arguments = self._json(function["arguments"], f"{part}[{index}].arguments")
+                inside = ".function" if "function" in call else ""
+                arguments = self._json(function["arguments"], f"{part}[{index}]{inside}.arguments")
                 if isinstance(arguments, Mapping):
                     function["arguments"] = arguments
             result.append({**call, "function": function} if "function" in call else function)

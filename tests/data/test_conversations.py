@@ -186,7 +186,7 @@ def test_what_cannot_be_used_is_named(tmp_path, extra, message):
 def test_calls_that_are_none_are_named(tmp_path):
     for calls in ("find", [{"function": {}}], [3], {"name": "find"}):
         answer = {**ELBE, "tool_calls": calls}
-        with pytest.raises(DataError, match=r"field 'chosen.tool_calls(\[0\])?': (wrong type|invalid JSON)"):
+        with pytest.raises(DataError, match=r"field 'chosen\[0\].tool_calls(\[0\])?': (wrong type|invalid JSON)"):
             read_one(tmp_path, {"prompt": [USER], "chosen": [answer], "rejected": [NONE], **SCORES})
 
 

@@ -94,7 +94,15 @@ def _pair(responses: list[RawRecord], source: Source, dimensions: Sequence[str])
             rejected=rejected.get("response", MISSING),
             chosen_scores={name: chosen[name] for name in dimensions if name in chosen},
             rejected_scores={name: rejected[name] for name in dimensions if name in rejected},
-            names={"chosen": "response", "rejected": "response"},
+            names={
+                "chosen": "response",
+                "rejected": "response",
+                **{f"{side}.{name}": name for side in ("chosen", "rejected") for name in dimensions},
+            },
+            records={
+                "chosen": (responses[better].record, responses[better].line),
+                "rejected": (responses[worse].record, responses[worse].line),
+            },
             extras=extras_of(chosen),
         )
     return Dropped(first.record, f"a tie in {by}")

@@ -39,7 +39,7 @@ def candidates(
 
 def _candidate(raw: RawRecord, source: str, dimensions: Sequence[str]) -> Candidate:
     value = as_object(raw, source, "write an object with the keys conversations, chosen and rejected")
-    sides, scores, names = [], [], {"prompt": "conversations"}
+    sides, scores, names = [], [], {"prompt": "conversations", ".role": "from", ".content": "value"}
     for side in _SIDES:
         own = value.get(side, MISSING)
         if not isinstance(own, dict):

@@ -46,6 +46,11 @@ def _candidate(raw: RawRecord, source: str, dimensions: Sequence[str]) -> Candid
     prompt = value.get("prompt", MISSING)
     sides = [value.get(side, MISSING) for side in _SIDES]
     if any(isinstance(side, list) for side in sides):
+        implicit = prompt is MISSING or prompt is None
+        for name, side in zip(_SIDES, sides, strict=True):
+            last = f"{name}[{len(side) - 1 if isinstance(side, list) else 0}]"
+            names |= {f"{name}.{part}": f"{last}.{part}" for part in ("tool_calls", "reasoning_content")}
+            names |= {name: f"{last}.content", "prompt": "chosen" if implicit else "prompt"}
         prompt, sides = _conversations(prompt, sides, raw, source)
     return Candidate(
         raw.record, prompt, sides[0], sides[1], scores[0], scores[1], raw.line, names, extras=extras_of(value)
@@ -59,7 +64,8 @@ def scores_of(value: dict[str, Any], side: str, dimensions: Sequence[str]) -> tu
         column, score = _score(value, name, side)
         if column:
             found[name] = score
-        names[f"{side}.{name}"] = column or f"{name}_{side}"
+        listed = isinstance(value.get(f"{side}_scores"), dict)
+        names[f"{side}.{name}"] = column or (f"{side}_scores.{name}" if listed else f"{name}_{side}")
     return found, names
 
 
@@ -82,18 +88,19 @@ def _conversations(prompt: Any, sides: list[Any], raw: RawRecord, source: str) -
     def error(kind: str, found: str, remedy: str, field: str) -> DataError:
         return DataError(kind, found, remedy, source=source, record=raw.record, line=raw.line, field=field)
 
-    responses, before = [], []
-    for name, side in zip(_SIDES, sides, strict=True):
-        last = side[-1] if isinstance(side, list) and side else None
-        if not isinstance(last, dict) or last.get("role") != "assistant":
-            raise error(
-                "wrong type" if not isinstance(side, list) else "wrong order",
-                shown(last if isinstance(side, list) else side),
-                "write both sides as strings, or both as lists of messages whose last is the assistant's",
-                name,
-            )
-        responses.append(last)
-        before.append(side[:-1])
+    responses = [side[-1] if isinstance(side, list) and side else None for side in sides]
+    bad = [index for index, last in enumerate(responses) if _role(last) != "assistant"]
+    if bad:
+        # A list that is no conversation says more than a text beside one.
+        index = next((index for index in bad if isinstance(sides[index], list)), bad[0])
+        listed = isinstance(sides[index], list)
+        raise error(
+            "wrong order" if listed else "wrong type",
+            shown(responses[index] if listed else sides[index]),
+            "write both sides as strings, or both as lists of messages whose last is the assistant's",
+            _SIDES[index],
+        )
+    before = [side[:-1] for side in sides]
     if not _same(before[0], before[1]):
         raise error(
             "different conversations",

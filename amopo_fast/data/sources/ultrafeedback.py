@@ -57,9 +57,10 @@ def _candidates(raw: RawRecord, source: Source, dimensions: Sequence[str]) -> It
     scores = [_ratings(item) for item in completions]
     known = [name for name in dimensions if name in ASPECTS] or ASPECTS
     ranks = [rank({**_numbers(item), **rated}, by, known) for item, rated in zip(completions, scores, strict=True)]
-    if all(number is None for number in ranks):
+    unranked = next((index for index, number in enumerate(ranks) if number is None), None)
+    if unranked is not None:
         remedy = "add the score, or name another with the source's rank_by, as rank_by=mean"
-        raise error("missing field", MISSING, remedy, f"completions[0].{by}")
+        raise error("missing field", MISSING, remedy, f"completions[{unranked}].{by}")
     found = list(ranked_pairs(ranks, source.pairs))
     if not found:
         yield Dropped(raw.record, f"a tie in {by}")
