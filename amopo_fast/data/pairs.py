@@ -192,7 +192,7 @@ def _mapped(scores: dict[str, float], own: tuple[float, float], to: tuple[float,
 
 
 def check_known(reading: Reading, known: Set[str], source: str) -> None:
-    """Raises DataError for a dimension that is none of the known scores: a misspelt name, not a thousand bad records."""
+    """Raises DataError for a dimension that is none of the known scores: one misspelt name, not a thousand records."""
     for name in reading.dimensions:
         if name != NO_OBJECT and name not in known:
             raise DataError(

@@ -220,25 +220,25 @@ class PromptBuilder:
         return count(max(texts.present, key=len)), count(texts.chosen), count(texts.rejected)
 
     def _batch(self, batch: Sequence[Pair]) -> Iterator[PairTokens | DataError | Dropped]:
-        rendered: list[tuple[Texts, tuple[bool, bool]] | DataError] = []
+        rendered: list[tuple[Pair, tuple[bool, bool], Texts] | DataError] = []
         for pair in batch:
             try:
                 shorter, cut = self._limits.pre_cut(pair)
-                rendered.append((self._renderer.texts(shorter), cut))
+                rendered.append((shorter, cut, self._renderer.texts(shorter)))
             except DataError as error:
                 rendered.append(error)
-        texts = [item[0] for item in rendered if not isinstance(item, DataError)]
+        texts = [item[-1] for item in rendered if not isinstance(item, DataError)]
         self.encoder.tail_ids([text.tail for text in texts])
         ids = iter(
             self.encoder.encode(
                 [part for text in texts for part in (*text.present, text.tail + text.chosen, text.tail + text.rejected)]
             )
         )
-        for pair, item in zip(batch, rendered, strict=True):
+        for item in rendered:
             if isinstance(item, DataError):
                 yield item
                 continue
-            text, cut = item
+            pair, cut, text = item
             prompts = tuple(None if prompt is None else next(ids) for prompt in text.prompts)
             behind = next(ids), next(ids)
             try:

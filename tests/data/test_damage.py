@@ -1,4 +1,4 @@
-"""A good file of every format, one field damaged at a time: an error names the record and the field as the file spells it.
+"""A good file of every format, one field damaged at a time: an error names record and field as the file spells it.
 
 The table of what was damaged and what was found stands in docs/data.md.
 """
@@ -89,7 +89,8 @@ GOOD = {
         HELPSTEER, r"response|helpfulness|correctness",
     ),
     "helpsteer2_preference": (
-        [{"prompt": "Who?", "response_1": "A.", "response_2": "B.", "preference_strength": 2}] * 3, ("no_object",), r".*"
+        [{"prompt": "Who?", "response_1": "A.", "response_2": "B.", "preference_strength": 2}] * 3, ("no_object",),
+        r".*",
     ),
     "ultrafeedback": (
         [{"instruction": "Who?", "completions": [rating("A.", 8.0, "4"), rating("B.", 2.0, "1")]}] * 3,
@@ -131,8 +132,10 @@ def original(record, path):
 
 
 # May be left out, null, or empty: the record means the same without it.
-OPTIONAL = re.compile(r"system|history|tools|chat_template_kwargs|.*\.(tool_calls|arguments|arguments\.a|type)|(prompt|history).*content"
-                      r"|history\.0\.1|chosen\.4\.content")  # fmt: skip
+OPTIONAL = re.compile(
+    r"system|history|tools|chat_template_kwargs|.*\.(tool_calls|arguments|arguments\.a|type)"
+    r"|(prompt|history).*content|history\.0\.1|chosen\.4\.content"
+)
 MEANT = ("preference_strength", 3)  # much better
 EMPTY = (None, DELETED, "", " \n", [])
 
@@ -154,8 +157,8 @@ def names_the_place(error, path, index):
 
 
 def outcome(name, folder, path, index, kind):
-    """What becomes of one damage: "named", or of one that leaves a good record "kept", "optional" or "counted"; else what
-    is wrong."""
+    """What becomes of one damage: "named", or of one that leaves a good record "kept", "optional" or "counted"; else
+    what is wrong."""
     records, dimensions, _ = GOOD[name]
     damage = DAMAGE[kind]
     content = [damaged(record, path, damage) if i == index else record for i, record in enumerate(records)]

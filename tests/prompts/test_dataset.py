@@ -167,7 +167,7 @@ def test_one_of_several_sets_may_lack_a_dimension_but_not_all(tmp_path, tokenize
     data = load_data(DataConfig(**options, dimensions=["no_object", "helpfulness", "honesty"]), tokenizer, seed=0)
     present = [[prompt is not None for prompt in pair.prompts] for pair in data.train]
     assert present == [[True, True, False]] * 4 + [[True, False, True]]
-    with pytest.raises(DataError, match=r"A.json, .*other.jsonl, field 'honest': unknown dimension: .*helpfulness, hon"):
+    with pytest.raises(DataError, match=r"A.json, .*other.jsonl, field .honest.: unknown dimension: .*helpf"):
         load_data(DataConfig(**options, dimensions=["no_object", "honest"]), tokenizer, seed=0)
     # What only the evaluation data has cannot be trained on.
     options = {"train_data": [own], "eval_data": [str(other)], "missing_scores": "absent"}
@@ -212,8 +212,8 @@ def test_options_of_the_template_that_cannot_be(options, message):
 def test_responses_that_do_not_fit_are_dropped_on_request_and_counted(tmp_path, tokenizer):
     path = tmp_path / "A.jsonl"
     rows = [
-        {"prompt": f"{i}?", "chosen": f"Answer {i} " * (200 if i % 2 else 1), "rejected": "No.", "helpfulness_chosen": 4,
-         "helpfulness_rejected": 2} for i in range(6)
+        {"prompt": f"{i}?", "chosen": f"Answer {i} " * (200 if i % 2 else 1), "rejected": "No.",
+         "helpfulness_chosen": 4, "helpfulness_rejected": 2} for i in range(6)
     ]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"train_data": [str(path)], "dimensions": DIMENSIONS, "max_length": 300}

@@ -45,8 +45,8 @@ class Candidate:
     """Parts of one pair as the source holds them; `data.pairs.make_pair` validates every one of them.
 
     `prompt` is a string or a list of {"role", "content"}, a response a string or the assistant's message; the scores
-    are by dimension, of any type. `part` tells apart the pairs that one record holds, `extras` is what `extras_of` finds
-    in it. Errors name the place that the user sees: `names` says how the source spells a part ("chosen" ->
+    are by dimension, of any type. `part` tells apart the pairs that one record holds, `extras` is what `extras_of`
+    finds in it. Errors name the place that the user sees: `names` says how the source spells a part ("chosen" ->
     "chosen.response") or its beginning ("prompt" -> "conversations"), `records` where a side's own record and line are.
     """
 

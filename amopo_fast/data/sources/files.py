@@ -7,7 +7,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -56,7 +56,8 @@ def file_records(path: str | Path) -> Iterator[RawRecord | DataError]:
         if suffix == ".parquet":
             yield from _parquet(path, source)
             return
-        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+        opened: BinaryIO = gzip.open(path, "rb") if packed else path.open("rb")
+        with opened as file:
             if suffix in LINE_SUFFIXES:
                 yield from _lines(file, source)
             elif suffix == ".csv":
