@@ -15,7 +15,11 @@ class UnsupportedModelError(ValueError):
 
 def refusal(config: PretrainedConfig) -> str | None:
     """Why a configuration cannot be trained, as far as it says so itself."""
-    if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
+    try:
+        text = config.get_text_config()
+    except ValueError as error:
+        return f"its text model is not one ({error})"
+    if config.is_encoder_decoder or text.is_encoder_decoder:
         return "it is an encoder-decoder model; AMoPO trains decoder-only causal language models"
     return None
 
@@ -108,6 +112,13 @@ def attention_needs(model: nn.Module, device: torch.device) -> AttentionNeeds:
 def causal_lm(model: nn.Module) -> nn.Module:
     """The transformers causal LM inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def language_model_of(model: nn.Module) -> nn.Module:
+    """What reads and predicts text: the causal LM itself, or the one inside a multimodal class that holds a whole one."""
+    outer = causal_lm(model)
+    inner = (child for child in outer.children() if isinstance(child, PreTrainedModel))
+    return next((child for child in inner if type(child).__name__.endswith("ForCausalLM")), outer)
 
 
 def set_layers(config: PretrainedConfig, layers: int) -> None:

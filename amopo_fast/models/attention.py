@@ -108,6 +108,18 @@ def _packed(query, key, value, row: PackedRow, scaling, dropout, window, softcap
     ).unsqueeze(0)
 
 
+def _tempered(module: nn.Module, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Llama 4 scales queries without RoPE by their place in the row: taken back, and done by positions (1, T)."""
+    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+        return query
+
+    def scale(places: torch.Tensor) -> torch.Tensor:
+        return torch.log1p(torch.floor((places.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+
+    places = torch.arange(positions.shape[1], device=positions.device)
+    return query * (scale(positions[0]) / scale(places)).to(query.dtype)[:, None]
+
+
 def _attention(
     module,
     query,
@@ -130,6 +142,7 @@ def _attention(
                 f"{type(module).__name__} gives its attention {', '.join(unknown) or 'a mask'}, which packed attention "
                 "does not apply; train with --layout separate"
             )
+        query = _tempered(module, query, row.paths.position_ids)
         return _packed(query, key, value, row, scaling, dropout, sliding_window, softcap, s_aux), None
     if row_is_active():
         raise RuntimeError(

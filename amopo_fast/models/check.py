@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from amopo_fast.models.architecture import UnsupportedModelError, causal_lm, decoder_of, refusal
+from amopo_fast.models.architecture import UnsupportedModelError, decoder_of, language_model_of, refusal
 from amopo_fast.models.attention import is_switched, switch_attention
 from amopo_fast.models.choice import LAYOUTS, Choice
 from amopo_fast.models.double import Double
-from amopo_fast.models.head import check_head, head_errors, head_forms
+from amopo_fast.models.head import check_head, head_errors, head_forms, text_only
 from amopo_fast.models.miniature import TOKENS, miniature
 from amopo_fast.models.recurrent import recurrent_classes, switch_recurrent
 from amopo_fast.models.scoring import score
@@ -51,7 +51,7 @@ def prepare_model(model: nn.Module, layout: str = "auto") -> nn.Module:
         UnsupportedModelError: `choose_layout`.
     """
     check_prompt_learning(model)
-    base = causal_lm(model)
+    base = language_model_of(model)
     choice = choose_layout(base, layout)
     check_head(base, choice.head)
     if choice.layout is not Layout.SEPARATE:
@@ -74,6 +74,7 @@ def choose_layout(model: nn.Module, requested: str = "auto") -> Choice:
     """
     if requested not in LAYOUTS:
         raise ValueError(f"layout={requested!r}; choose one of {', '.join(LAYOUTS)}")
+    model = language_model_of(model)
     name = type(model).__name__
     reason = refusal(model.config)
     if reason:
@@ -114,6 +115,7 @@ def check_pairs() -> list[PairTokens]:
         return rng.integers(1, TOKENS, count)
 
     head, opening = draw(9), draw(6)
+    # Sequences of four lengths in all: those of one length are a batch of the trial's truth.
     prompts = (head, np.concatenate([head, draw(11)]), np.concatenate([head[:5], draw(4)]))
     chosen, rejected = np.concatenate([opening, draw(12)]), np.concatenate([opening, draw(3)])
     other = np.concatenate([head[:7], draw(5)])
@@ -160,7 +162,7 @@ class Trial:
         for length in {len(ids) for _, ids in sequences}:
             batch = [number for number, (_, ids) in enumerate(sequences) if len(ids) == length]
             ids = torch.stack([sequences[number][1] for number in batch])
-            logits = self.tiny(input_ids=ids, use_cache=False).logits[:, :-1]
+            logits = self.tiny(input_ids=ids, use_cache=False, **text_only(self.tiny, ids)).logits[:, :-1]
             logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
             result.update({number: logps[row, sequences[number][0] - 1 :].sum() for row, number in enumerate(batch)})
         return torch.stack([result[number] for number in range(len(sequences))])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from amopo_fast.models.architecture import causal_lm
+from amopo_fast.models.architecture import language_model_of
 from amopo_fast.models.head import HeadForm
 from amopo_fast.packing.plan import Layout
 
@@ -40,7 +40,7 @@ def choice_of(model: nn.Module) -> Choice:
     Raises:
         ValueError: the model was not prepared.
     """
-    choice = getattr(causal_lm(model), "amopo_choice", None)
+    choice = getattr(language_model_of(model), "amopo_choice", None)
     if choice is None:
         raise ValueError(f"{type(model).__name__} was not tried: call prepare_model(model) first")
     return choice

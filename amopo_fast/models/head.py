@@ -8,6 +8,7 @@ is computed by the model's own forward, in slices of the label rows.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -72,13 +73,19 @@ def call_as_forward(called: nn.Module, module: nn.Module, function: Callable, *a
         restore()
 
 
+def text_only(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a multimodal class wants to be told, beside ids (B, T), of tokens that are all text."""
+    name = "mm_token_type_ids"
+    return {name: torch.zeros_like(ids)} if name in inspect.signature(model.forward).parameters else {}
+
+
 def own_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """(N, V) logits of the causal LM's own forward, with hidden (N, H) in the place of its body's output."""
     body = _Body(last_hidden_state=hidden[None])
     input_ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
     # forward, not a call: hooks around the model run once, and this is inside of them
     output = call_as_forward(model.forward, decoder_of(model), lambda *args, **kwargs: body,
-                             input_ids=input_ids, use_cache=False)  # fmt: skip
+                             input_ids=input_ids, use_cache=False, **text_only(model, input_ids))  # fmt: skip
     return output.logits[0]
 
 

@@ -5,6 +5,7 @@ Only its text part gets weights: the towers beside it are built and never run.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import sys
@@ -69,10 +70,14 @@ def _tiny_rope(parameters: dict, head_dim: int) -> dict:
         elif key in ("short_factor", "long_factor"):
             value = list(value)[:pairs]
         elif key == "mrope_section":
-            value = [pairs // len(value)] * (len(value) - 1)
-            value.append(pairs - sum(value))
+            value = _sections(len(value), pairs)
         result[key] = value
     return result
+
+
+def _sections(count: int, pairs: int) -> list[int]:
+    """Pairs of rotated channels, divided among kinds of positions."""
+    return [pairs // count] * (count - 1) + [pairs - pairs // count * (count - 1)]
 
 
 def _scaled(small: int, value: int, whole: int) -> int:
@@ -110,7 +115,8 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
         config = copy.deepcopy(config)
         config.per_layer_config = None
     for name, values in lists.items():
-        setattr(tiny, name, values[:depth])
+        sizes = SIZES.get(name) and max(values)
+        setattr(tiny, name, [_scaled(SIZES[name], v, sizes) if sizes else v for v in values[:depth]])
     heads = getattr(config, "num_attention_heads", None)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     small: dict[str, Any] = {"num_attention_heads": HEADS, "hidden_size": HIDDEN, **SIZES}
@@ -121,11 +127,12 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
     for name in ("attention_hidden_size", "lru_width"):
         if isinstance(getattr(config, name, None), int):
             _set(tiny, name, _scaled(HIDDEN, getattr(config, name), config.hidden_size))
-    if getattr(config, "qk_rope_head_dim", None) and getattr(config, "head_dim", None) == config.qk_rope_head_dim:
-        tiny.head_dim = tiny.qk_rope_head_dim  # multi-head latent attention: head_dim is the rotated part
+    if getattr(config, "qk_rope_head_dim", None) and isinstance(vars(config).get("head_dim"), int):
+        # Multi-head latent attention: head_dim is the rotated part, or the whole of which a part is rotated.
+        tiny.head_dim = _scaled(tiny.qk_rope_head_dim, config.head_dim, config.qk_rope_head_dim)
     _set(tiny, "num_hidden_layers", depth)
     if isinstance(getattr(config, "rope_parameters", None), dict):
-        rotated = getattr(tiny, "qk_rope_head_dim", None) or getattr(tiny, "head_dim", None) or HEAD_DIM
+        rotated = getattr(tiny, "head_dim", None) or getattr(tiny, "qk_rope_head_dim", None) or HEAD_DIM
         tiny.rope_parameters = _tiny_rope(config.rope_parameters, rotated)
     for name in _own(config):
         if any(word in name for word in WITHOUT_CHANCE) and isinstance(getattr(config, name), float):
@@ -151,7 +158,8 @@ def _set(config: PretrainedConfig, name: str, value: Any) -> None:
     """Set a field, unless it is computed from others."""
     attribute = getattr(type(config), name, None)
     if not isinstance(attribute, property) or attribute.fset is not None:
-        setattr(config, name, value)
+        with contextlib.suppress(NotImplementedError):  # a setter that says to set the fields it stands for
+            setattr(config, name, value)
 
 
 def _set_token(tiny: PretrainedConfig, config: PretrainedConfig, name: str) -> None:
@@ -213,6 +221,8 @@ def _build(model_class: type[nn.Module], config: PretrainedConfig) -> nn.Module:
     for module in tiny.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if hasattr(module, "mrope_section") and hasattr(module, "inv_freq"):  # a default where the config has none
+            module.mrope_section = _sections(len(module.mrope_section), len(module.inv_freq))
     _initialise_when_called(tiny)
     return tiny.train()
 

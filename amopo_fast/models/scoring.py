@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import amopo_kernels
-from amopo_fast.models.architecture import BEYOND_LIMIT, attention_needs, causal_lm, decoder_of, position_limit
+from amopo_fast.models.architecture import BEYOND_LIMIT, attention_needs, decoder_of, language_model_of, position_limit
 from amopo_fast.models.attention import is_switched, packed_row
 from amopo_fast.models.attention_backends import choose_backend
 from amopo_fast.models.choice import choice_of
@@ -29,7 +29,7 @@ def check_lengths(model: nn.Module, pairs: Iterable[PairTokens]) -> None:
     Raises:
         ValueError: names the record.
     """
-    limit = position_limit(causal_lm(model).config)
+    limit = position_limit(language_model_of(model).config)
     if limit is None:
         return
     for pair in pairs:
@@ -46,7 +46,7 @@ def backend_for(model: nn.Module, device: torch.device, requested: str = "auto")
     Raises:
         ValueError: `choose_backend`.
     """
-    model = causal_lm(model)
+    model = language_model_of(model)
     if choice_of(model).layout is Layout.SEPARATE:
         return str(model.config.get_text_config()._attn_implementation)
     return choose_backend(requested, attention_needs(model, device))
@@ -54,7 +54,7 @@ def backend_for(model: nn.Module, device: torch.device, requested: str = "auto")
 
 def hidden_states(model: nn.Module, plan: Plan, attention_backend: str = "auto") -> torch.Tensor:
     """(R * L, H) last hidden states of a plan's rows, after the final norm. Arguments and errors as `score`."""
-    language_model = causal_lm(model)
+    language_model = language_model_of(model)
     limit = position_limit(language_model.config)
     if limit is not None and plan.longest > limit:
         raise ValueError(f"a sequence of {plan.longest} tokens is beyond {limit} positions, {BEYOND_LIMIT}")
@@ -92,7 +92,7 @@ def score(model: nn.Module, plan: Plan, *, attention_backend: str = "auto", **he
             backend cannot be used.
     """
     hidden = hidden_states(model, plan, attention_backend).index_select(0, plan.label_rows)
-    language_model = causal_lm(model)
+    language_model = language_model_of(model)
     form = choice_of(model).head
     if form is None:
         return amopo_kernels.sequence_stats(own_logps(language_model, hidden, plan.labels), plan.cu_seqlens)

@@ -23,6 +23,7 @@ _WIDTHS = {
     "hidden_size_per_layer_input": 8,
     "word_embed_proj_dim": HIDDEN,
     "embedding_size": HIDDEN,
+    "embedding_dim": HIDDEN,
     "input_embedding_size": HIDDEN,
     "output_embedding_size": HIDDEN,
     "d_model": HIDDEN,
@@ -166,6 +167,7 @@ SIDE_SIZES = {
     "hidden_size": 32,
     "intermediate_size": 32,
     "num_attention_heads": 2,
+    "num_heads": 2,
     "vocab_size": VOCABULARY,
 }
 

@@ -1,0 +1,90 @@
+"""Which layout every model type of transformers takes, and how long the check is: docs/models.md is made of its report.
+
+A row a type of both mappings: the layout that the trial in miniature chose, the share of the separate sequences' tokens
+that is computed in it (of the trial's pairs), the largest relative error of log-probs and gradients in float64, seconds,
+and whether `amopo-fast estimate` predicts its memory. A type that does not build without a package that is not here, or
+is refused, says so in `reason`.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Any
+
+import torch
+import transformers
+
+import harness
+from amopo_fast.memory.estimate import GIB, Row, Setup, estimate
+from amopo_fast.models.architecture import UnsupportedModelError, language_model_of
+from amopo_fast.models.check import Trial, check_pairs, choose_layout
+from amopo_fast.packing.schedule import PairSizes
+from model_types import KINDS, empty_model, type_names
+
+SMOKE = ("llama", "qwen3_5", "bert", "gemma3")
+ROW = Row(tokens=4096, label_tokens=2048, kv_tokens=8192)
+
+
+def try_type(kind: str, name: str, estimates: bool) -> dict[str, Any]:
+    """The row of one type."""
+    row: dict[str, Any] = {"kind": kind, "case": name, "status": "ok", "layout": "refused"}
+    try:
+        model = empty_model(kind, name)
+    except Exception as error:
+        return row | {"layout": "does not build", "reason": _short(error)}
+    row["class"] = type(model).__name__
+    begin, wall = time.process_time(), time.perf_counter()
+    try:
+        choice = choose_layout(model)
+    except UnsupportedModelError as error:
+        return row | {"reason": _short(error)}
+    row["cpu_ms"], elapsed = 1e3 * (time.process_time() - begin), 1e3 * (time.perf_counter() - wall)
+    row |= dict.fromkeys(("p20_ms", "median_ms", "p80_ms"), elapsed)  # one run: a sweep of hundreds
+    torch.manual_seed(0)
+    trial = Trial(language_model_of(model))
+    trial.check(choice.layout)
+    row |= {
+        "layout": choice.layout.value,
+        "states": sorted(each.__name__ for each in choice.recurrent),
+        "share": PairSizes.of(check_pairs(), choice.layout).share,
+        "error": trial.error,
+        "head": "own" if choice.head is None else "fused",
+        "reason": choice.reason,
+    }
+    if estimates:
+        row["estimate"] = _estimate(model.config)
+    return row
+
+
+def _estimate(config) -> float | str:
+    try:
+        return estimate(config, ROW, Setup()).needed / GIB
+    except Exception as error:
+        return _short(error)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400].removeprefix("UnsupportedModelError: ")
+
+
+def main() -> None:
+    parser = harness.parser(__doc__.splitlines()[0])
+    parser.add_argument("--estimates", action="store_true", help="predict the memory of each type too")
+    parser.add_argument("--part", default="0/1", help="N/M: of M processes' shares the one of this process")
+    parser.add_argument("--only", nargs="*", help="types, of all")
+    arguments = parser.parse_args()
+    arguments.device = "cpu"
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    report = harness.Report("models", arguments)
+    part, parts = map(int, arguments.part.split("/"))
+    only = SMOKE if arguments.smoke else arguments.only
+    names = [(kind, name) for kind in KINDS for name in type_names(kind) if not only or name in only]
+    for kind, name in names[part::parts]:
+        report.add(**try_type(kind, name, arguments.estimates))
+
+
+if __name__ == "__main__":
+    main()
