@@ -13,6 +13,7 @@ the allocator's fragmentation.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -21,7 +22,10 @@ from transformers import PretrainedConfig
 
 from amopo_fast.errors import OptionError
 from amopo_fast.memory.profile import BodyProfile, meta_model, profile_body
+from amopo_fast.models.architecture import decoder_of, language_model_of, layer_configs
+from amopo_fast.models.check import choose_layout
 from amopo_fast.optim.states import moment_bytes
+from amopo_fast.packing.plan import Layout
 
 GIB = 2**30
 RESERVE = 4 * GIB
@@ -32,6 +36,7 @@ NESTED_QUANTISED_BYTES = 0.5 + (1 + 4 / 256) / 64  # scales in 8 bits, in blocks
 # Assumed, and printed as such: no run of this project has been timed on a GPU yet. 0.4 of the dense peak is what
 # well-tuned trainers report for dense models of this size.
 EFFICIENCY = 0.40
+_LOOP_TOKENS = 32  # of a sequence, that a model whose layers loop over tokens is run with
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,8 @@ class _Shape:
 @functools.lru_cache(maxsize=8)
 def _parameters_of(shape: _Shape, lora_rank: int | None) -> tuple[_Parameter, ...]:
     model = meta_model(shape.config, torch.bfloat16, lora_rank)
-    base = model if lora_rank is None else model.get_base_model()
+    base = language_model_of(model)
+    in_text = {id(parameter) for parameter in decoder_of(base).parameters()}
     head, embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head}
     result = []
@@ -167,7 +173,7 @@ def _parameters_of(shape: _Shape, lora_rank: int | None) -> tuple[_Parameter, ..
             place = "head"
         elif parameter is embedding:
             place = "embedding"
-        elif ".layers." in name or ".h." in name:
+        elif id(parameter) in in_text and (".layers." in name or ".h." in name):
             place = "layer"
         result.append(_Parameter(parameter.numel(), parameter.requires_grad, place, id(parameter) in linear))
     return tuple(result)
@@ -199,10 +205,19 @@ def gradient_bytes(setup: Setup) -> int:
 def _body(
     shape: _Shape, row: Row, dtype: torch.dtype, checkpointing: bool, lora_rank: int | None, liger: bool
 ) -> BodyProfile:
-    return profile_body(
-        shape.config, tokens=row.tokens, rows=row.rows, kv_tokens=row.kv_tokens, dtype=dtype,
+    choice = choose_layout(meta_model(shape.config))
+    separate = choice.layout is Layout.SEPARATE
+    rows = max(row.rows, row.tokens // row.sequence_tokens) if separate else 1
+    tokens, times = row.tokens, 1
+    if separate and (choice.recurrent or not hasattr(shape.config.get_text_config(), "num_attention_heads")):
+        # Loops over a sequence's tokens in Python: bytes and FLOP grow with its length, and so does the time.
+        times = max(1, tokens // rows // _LOOP_TOKENS)
+        tokens //= times
+    body = profile_body(
+        shape.config, tokens=tokens, rows=rows, separate=separate, kv_tokens=row.kv_tokens, dtype=dtype,
         checkpointing=checkpointing, lora_rank=lora_rank, liger=liger,
     )  # fmt: skip
+    return BodyProfile(*(times * value for value in dataclasses.astuple(body)))
 
 
 def body_of(config: PretrainedConfig, row: Row, setup: Setup, checkpointing: bool) -> BodyProfile:
@@ -301,9 +316,11 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
 
 def _attention_flops(text: PretrainedConfig, row: Row, setup: Setup) -> int:
     """Causal: a query sees half of its sequence. Forward 4 per query, key and channel, backward 2.5 times that."""
-    channels = text.num_attention_heads * (
-        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    )
+    channels = 0.0  # of a layer, on average
+    for layer in (configs := layer_configs(text)):
+        heads = getattr(layer, "num_attention_heads", None) or 0
+        width = getattr(layer, "head_dim", None) or layer.hidden_size // max(heads, 1)
+        channels += heads * width / len(configs)
     recomputed = (text.num_hidden_layers - setup.keep_layers) / text.num_hidden_layers if setup.checkpointing else 0
     forward = 4 * row.tokens * (row.sequence_tokens / 2) * channels * text.num_hidden_layers
     return int(forward * (1 + 2.5 + recomputed))

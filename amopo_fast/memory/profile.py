@@ -1,8 +1,8 @@
 """Activation memory and FLOP of a model's training step, from its configuration alone, by running it on fake tensors.
 
-A model of the same shape with two and with three layers goes through forward and backward in FakeTensorMode: every
+A model of the same shape with few layers, and with a period of its kinds of layers more, goes through forward and backward in FakeTensorMode: every
 operation that transformers would run is run, no byte is allocated. A dispatch mode counts the storages that are alive.
-Both numbers grow by a constant per layer, so the rest is a straight line. What kernels replace on a GPU is replaced by
+Both numbers grow by a constant per period, so the rest is a straight line. What kernels replace on a GPU is replaced by
 functions that allocate and keep the same: variable-length attention, and with `liger` its RMSNorm and SwiGLU. The head
 is not run (estimate.py adds it).
 """
@@ -23,11 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.moe import ExpertsInterface
 
-from amopo_fast.models.architecture import set_layers
+from amopo_fast.models.architecture import decoder_of, language_model_of
+from amopo_fast.models.depth import period_of, set_layers
+from amopo_fast.models.text_part import auto_class, freeze_beside_text, not_adapted
 
-ATTENTION = "amopo_profile"
+ATTENTION = EXPERTS = "amopo_profile"
 LORA_MODULES = "all-linear"
 
 
@@ -80,14 +83,14 @@ class BodyProfile:
 class _Attention(torch.autograd.Function):
     """Allocates and keeps what packed variable-length attention does; computes nothing.
 
-    query (T, Hq, D), key and value (T, Hkv, D), gathered to `kv_tokens` rows.
+    query (T, Hq, D), key (T, Hkv, D) and value (T, Hkv, Dv), gathered to `kv_tokens` rows.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, kv_tokens):
         key_rows = key.new_empty(kv_tokens, *key.shape[1:])
         value_rows = value.new_empty(kv_tokens, *value.shape[1:])
-        out = torch.empty_like(query)
+        out = query.new_empty(*query.shape[:2], value.shape[2])
         lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
         ctx.save_for_backward(query, key_rows, value_rows, out, lse)
         ctx.rows = key.shape[0]
@@ -106,6 +109,34 @@ def _attention(module, query, key, value, attention_mask, profile_kv_tokens=None
     # (R, heads, L, D) -> (R * L, heads, D)
     rows = [x.transpose(1, 2).flatten(0, 1).to(value.dtype) for x in (query, key, value)]
     return _Attention.apply(*rows, profile_kv_tokens).unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+def _use_packed(model: nn.Module, kv_tokens: int) -> dict[str, int]:
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+    model.set_attn_implementation(ATTENTION)
+    return {"profile_kv_tokens": kv_tokens}
+
+
+def _experts(self, hidden_states, top_k_index, top_k_weights):
+    """Rows sorted by expert and multiplied in groups: the same sizes and FLOP with one expert's weights for all.
+
+    transformers' grouped product, which autocast leaves alone, does not take every dtype and width on fake tensors.
+    """
+    chosen, count = top_k_index.shape[-1], hidden_states.shape[0]
+    order = torch.sort(top_k_index.reshape(-1)).indices
+    rows = hidden_states[order // chosen]
+
+    def linear(rows: torch.Tensor, name: str) -> torch.Tensor:
+        weight = getattr(self, name)[0]
+        with torch.autocast("cpu", enabled=False):
+            out = rows.to(weight.dtype) @ (weight if self.is_transposed else weight.T)
+        return out + getattr(self, f"{name}_bias")[0] if self.has_bias else out
+
+    inner = linear(rows, "gate_up_proj" if self.has_gate else "up_proj")
+    inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+    out = linear(inner, "down_proj") * top_k_weights.reshape(-1)[order, None]
+    return out[torch.argsort(order)].view(count, chosen, -1).sum(1).to(hidden_states.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -145,25 +176,24 @@ def _use_liger(model: nn.Module) -> None:
             )
 
 
-def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    config = copy.deepcopy(config)
-    set_layers(config, layers)
-    return config
-
-
 def meta_model(
     config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16, lora_rank: int | None = None
 ) -> nn.Module:
     """A causal LM of `config` without memory; with an adapter over all linear layers if a rank is given."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
         if lora_rank is not None:
             from peft import LoraConfig, get_peft_model
 
-            adapter = LoraConfig(r=lora_rank, target_modules=LORA_MODULES, task_type="CAUSAL_LM")
+            adapter = LoraConfig(r=lora_rank, target_modules=LORA_MODULES, exclude_modules=not_adapted(model),
+                                 task_type="CAUSAL_LM")  # fmt: skip
             model = get_peft_model(model, adapter)
+    freeze_beside_text(model)
     return model
+
+
+ExpertsInterface.register(EXPERTS, _experts)
 
 
 def _make_fake(model: nn.Module) -> None:
@@ -187,6 +217,7 @@ def profile_body(
     tokens: int,
     kv_tokens: int,
     rows: int = 1,
+    separate: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     checkpointing: bool = True,
     lora_rank: int | None = None,
@@ -196,33 +227,43 @@ def profile_body(
 
     Args:
         config: of a causal LM.
-        tokens: T of the row. kv_tokens: rows of the gathered keys, the sum of all paths' lengths. rows: into which the
-            tokens are split, in the layout separate.
+        tokens: T of the row. kv_tokens: rows of the gathered keys, the sum of all paths' lengths.
+        separate: the layout separate, whose attention is the model's own; rows: into which the tokens are split there.
         dtype: of the weights; matmuls are in bfloat16 by autocast.
-        checkpointing: of every layer.
+        checkpointing: of every layer, where the model can.
         lora_rank: train only an adapter of this rank on all linear layers.
         liger: with liger-kernel's RMSNorm and SwiGLU.
 
     Raises:
-        ValueError: a configuration that AutoModelForCausalLM does not build.
+        ValueError: a configuration that transformers does not build.
     """
-    layers = config.get_text_config().num_hidden_layers
-    two, three = (
-        _run(_with_layers(config, n), (rows, tokens // rows), kv_tokens, dtype, checkpointing, lora_rank, liger)
-        for n in (2, 3)
-    )
-    kept, forward, backward, flops = (a + (layers - 2) * (b - a) for a, b in zip(two, three, strict=True))
-    return BodyProfile(kept, forward - kept, backward - kept, flops, three[0] - two[0])
+    text = config.get_text_config()
+    layers = text.num_hidden_layers
+    first, period = period_of(text)
+
+    def run(depth: int) -> tuple[int, int, int, int]:
+        changed = copy.deepcopy(config)
+        if depth != layers:
+            set_layers(changed, depth)
+        shape = (rows, tokens // rows)
+        return _run(changed, shape, None if separate else kv_tokens, dtype, checkpointing, lora_rank, liger)
+
+    low = first + period * max(1, -(-(2 - first) // max(period, 1)))  # two layers at least
+    if not period or low + period > layers:  # nothing repeats: all of them
+        kept, forward, backward, flops = run(layers)
+        return BodyProfile(kept, forward - kept, backward - kept, flops, kept // layers)
+    one, two = run(low), run(low + period)
+    kept, forward, backward, flops = (a + (layers - low) * (b - a) // period for a, b in zip(one, two, strict=True))
+    return BodyProfile(kept, forward - kept, backward - kept, flops, (two[0] - one[0]) // period)
 
 
 def _run(config, shape, kv_tokens, dtype, checkpointing, lora_rank, liger) -> tuple[int, int, int, int]:
     """(bytes alive after the forward, peak of the forward, peak of the backward, FLOP)"""
-    AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
     model = meta_model(config, dtype, lora_rank).train()
-    base = model if lora_rank is None else model.get_base_model()
-    base.set_attn_implementation(ATTENTION)
-    if checkpointing:
+    base = language_model_of(model)
+    options = _use_packed(base, kv_tokens) if kv_tokens is not None else {}
+    base.set_experts_implementation(EXPERTS)
+    if checkpointing and base.supports_gradient_checkpointing:
         (getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable)()
     if liger:
         _use_liger(base)
@@ -232,11 +273,11 @@ def _run(config, shape, kv_tokens, dtype, checkpointing, lora_rank, liger) -> tu
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         ids = torch.zeros(shape, dtype=torch.long)
+        if options:
+            options["position_ids"] = ids
         with LiveBytes([*model.parameters(), *model.buffers()]) as live:
             with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-                hidden = base.get_decoder()(
-                    input_ids=ids, position_ids=ids, use_cache=False, profile_kv_tokens=kv_tokens
-                ).last_hidden_state
+                hidden = decoder_of(base)(input_ids=ids, use_cache=False, **options).last_hidden_state
             kept, forward = live.live, live.peak
             live.peak = kept
             hidden.backward(torch.ones_like(hidden))

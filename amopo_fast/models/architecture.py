@@ -119,11 +119,3 @@ def language_model_of(model: nn.Module) -> nn.Module:
     outer = causal_lm(model)
     inner = (child for child in outer.children() if isinstance(child, PreTrainedModel))
     return next((child for child in inner if type(child).__name__.endswith("ForCausalLM")), outer)
-
-
-def set_layers(config: PretrainedConfig, layers: int) -> None:
-    """Give a configuration another depth, in place: the number and the list of one type per layer agree."""
-    text = config.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = (text.layer_types * layers)[:layers]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from amopo_fast.models.head import check_head, head_errors, head_forms, text_onl
 from amopo_fast.models.miniature import TOKENS, miniature
 from amopo_fast.models.recurrent import recurrent_classes, switch_recurrent
 from amopo_fast.models.scoring import score
+from amopo_fast.models.text_part import freeze_beside_text
 from amopo_fast.packing.plan import Layout, build_plan
 from amopo_fast.prompts.tokens import PairTokens
 
@@ -42,7 +44,8 @@ def check_prompt_learning(model: nn.Module) -> None:
 def prepare_model(model: nn.Module, layout: str = "auto") -> nn.Module:
     """Find the layout that trains a causal LM exactly and make the model take it, in place: see `choice_of`.
 
-    Padded batches and generate() of the same object keep running as before.
+    Padded batches and generate() of the same object keep running as before. Of a multimodal class the text part is
+    trained: the rest is frozen.
 
     Args:
         layout: "auto", or one of LAYOUTS to try no other.
@@ -57,7 +60,7 @@ def prepare_model(model: nn.Module, layout: str = "auto") -> nn.Module:
     if choice.layout is not Layout.SEPARATE:
         switch_attention(base)
         switch_recurrent(base, choice.recurrent)
-    base.amopo_choice = choice
+    base.amopo_choice = replace(choice, frozen=freeze_beside_text(model))
     return model
 
 

@@ -21,9 +21,10 @@ class Choice:
     recurrent: frozenset[type[nn.Module]]  # classes that carry a state along a sequence
     head: HeadForm | None  # None: logits are computed by the model's own forward
     reason: str = ""
+    frozen: str = ""  # what is not trained because a text never reaches it, in words
 
     def describe(self, share: float) -> str:
-        """In a line; `share` of the separate sequences' tokens is computed."""
+        """In a line, or two; `share` of the separate sequences' tokens is computed."""
         how = {
             Layout.SHARED: "shared, every prefix once",
             Layout.STATES: f"shared, every prefix once, through the states of "
@@ -31,7 +32,8 @@ class Choice:
             Layout.SEPARATE: "separate, each sequence a padded row",
         }[self.layout]
         why = f"; {self.reason}" if self.reason else ""
-        return f"layout: {how}: {share:.0%} of the separate sequences' tokens computed{why}"
+        frozen = f"\nnot trained, as text alone is: {self.frozen}" if self.frozen else ""
+        return f"layout: {how}: {share:.0%} of the separate sequences' tokens computed{why}{frozen}"
 
 
 def choice_of(model: nn.Module) -> Choice:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, set_seed
+from transformers import AutoConfig, PretrainedConfig, set_seed
 
 from amopo_fast import hub
 from amopo_fast.errors import OptionError
-from amopo_fast.models.architecture import set_layers
+from amopo_fast.models.depth import set_layers
 from amopo_fast.models.saving import weights_digest
+from amopo_fast.models.text_part import auto_class, not_adapted
 from amopo_fast.prompts.recipe import Recipe, recipe_of
 from amopo_fast.prompts.tokenizer import load_tokenizer
 
@@ -68,11 +69,12 @@ def load_shape(config: ModelConfig) -> PretrainedConfig:
     hub.prefer_cache_if_unreachable(config.model_name_or_path)
     shape = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=False)
     if config.config_overrides:
+        before = shape.get_text_config().num_hidden_layers
         try:
             shape.update_from_string(config.config_overrides)
         except ValueError as error:
             raise OptionError(f"config_overrides: {error}; write NAME=NUMBER,... of the model's config.json") from None
-        set_layers(shape, shape.get_text_config().num_hidden_layers)
+        set_layers(shape, shape.get_text_config().num_hidden_layers, before)
     return shape
 
 
@@ -91,10 +93,10 @@ def load_model(config: ModelConfig, args: TrainingArguments, dtype: torch.dtype)
         shape = load_shape(config)
         set_seed(args.seed)
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False)
-    load_shape(config)  # refuses overrides
+            return auto_class(shape).from_config(shape, dtype=dtype, trust_remote_code=False)
+    shape = load_shape(config)  # refuses overrides
     placement = {"device_map": {"": device}} if device.type != "cpu" or quantisation is not None else {}
-    return AutoModelForCausalLM.from_pretrained(
+    return auto_class(shape).from_pretrained(
         config.model_name_or_path,
         dtype=dtype,
         use_safetensors=True,
@@ -102,6 +104,12 @@ def load_model(config: ModelConfig, args: TrainingArguments, dtype: torch.dtype)
         trust_remote_code=False,
         **placement,
     )
+
+
+def load_published(name: str, dtype: Any) -> nn.Module:
+    """A checkpoint as the class that its configuration names, on the CPU."""
+    shape = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return auto_class(shape).from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
 
 
 def quantisation_config(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -137,8 +145,10 @@ def peft_config(config: ModelConfig) -> LoraConfig | None:
 
 
 def add_adapter(model: nn.Module, adapter: LoraConfig) -> nn.Module:
-    """Freeze a model under a new adapter, whose weights are float32."""
+    """Freeze a model under a new adapter, whose weights are float32, of its text part alone."""
     from peft import get_peft_model
+
+    adapter.exclude_modules = adapter.exclude_modules or not_adapted(model)
 
     return get_peft_model(model, adapter)
 
@@ -187,7 +197,7 @@ def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device |
     kind: Any = dtype if dtype != "auto" else ("float32" if torch.device(device).type == "cpu" else "auto")
 
     def load(folder: str) -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=kind, trust_remote_code=False)
+        return load_published(folder, kind)
 
     hub.prefer_cache_if_unreachable(name)
     with model_errors(name):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from amopo_fast import hub
-from amopo_fast.models.loading import check_base, model_errors
+from amopo_fast.models.loading import check_base, load_published, model_errors
 from amopo_fast.models.saving import SHARD_SIZE, prepare_generation
+from amopo_fast.models.text_part import copy_processor
 from amopo_fast.prompts.recipe import Recipe
 from amopo_fast.prompts.template import change_templates
 from amopo_fast.prompts.tokenizer import load_tokenizer
@@ -50,7 +50,7 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, *, base: str | No
     hub.prefer_cache_if_unreachable(base)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     with model_errors(base):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=kind, use_safetensors=True, trust_remote_code=False)
+        model = load_published(base, kind)
     if recipe is not None:
         check_base(model, recipe, base)
     if _changes_a_tied_weight(model, adapter):
@@ -68,9 +68,10 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, *, base: str | No
         tokenizer = change_templates(tokenizer, recipe.served)
     merged.save_pretrained(output, max_shard_size=SHARD_SIZE)
     tokenizer.save_pretrained(output)
+    copy_processor(base, output)
     if recipe is not None:
         recipe.write(output)
-    written = AutoModelForCausalLM.from_pretrained(output, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    written = load_published(str(output), "auto")
     difference = float((_logps(written, ids) - before).abs().mean())
     if not difference <= _rounding(written.dtype):
         raise ValueError(

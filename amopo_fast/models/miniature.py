@@ -5,11 +5,9 @@ Only its text part gets weights: the towers beside it are built and never run.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from amopo_fast.models.architecture import decoder_of
+from amopo_fast.models.depth import lists_per_layer, overrides_of, own_fields, set_field
 from amopo_fast.models.small_sizes import (
     HEAD_DIM,
     HEADS,
@@ -34,24 +33,12 @@ __all__ = ["TOKENS", "miniature", "tiny_config"]
 _MOST_LAYERS = 16  # of a miniature that does not build, or lacks a class, with fewer
 
 
-def _own(config: PretrainedConfig) -> dict[str, Any]:
-    """The configuration's fields, without those that differ by layer."""
-    return {name: value for name, value in vars(config).items() if not name.startswith("_")}
-
-
-def _per_layer(config: PretrainedConfig) -> Iterator[tuple[str, list]]:
-    """Lists of the configuration with one entry per layer."""
-    for name, value in _own(config).items():
-        if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers:
-            yield name, list(value)
-
-
 def _depth(config: PretrainedConfig) -> int:
     """The fewest leading layers among which every kind of layer occurs, and at least two."""
     depth = 2
-    overrides = config.to_dict().get("per_layer_config") or {}
-    differing = [int(layer) in map(int, overrides) for layer in range(config.num_hidden_layers)]
-    for value in (*(value for _, value in _per_layer(config)), differing):
+    overrides = overrides_of(config)
+    differing = [layer in overrides for layer in range(config.num_hidden_layers)]
+    for value in (*(value for _, value in lists_per_layer(config)), differing):
         if all(isinstance(item, (str, int, bool)) for item in value) and len(set(value)) <= 4:
             depth = max(depth, *(value.index(kind) + 1 for kind in set(value)))
     first_dense = getattr(config, "first_k_dense_replace", None)
@@ -108,8 +95,8 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
     if getattr(config, "num_kv_shared_layers", 0):  # the last layers take keys and values of the ones before
         depth = min(2 * depth, config.num_hidden_layers)
         tiny.num_kv_shared_layers = depth // 2
-    lists = dict(_per_layer(config))
-    overrides = config.to_dict().get("per_layer_config") or {}
+    lists = dict(lists_per_layer(config))
+    overrides = overrides_of(config)
     if overrides:
         tiny.per_layer_config = None
         config = copy.deepcopy(config)
@@ -123,43 +110,35 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
     small["num_key_value_heads"] = HEADS if kv_heads == heads else 1 if kv_heads == 1 else 2
     for name, value in small.items():
         if isinstance(getattr(config, name, None), (int, float)) and not isinstance(getattr(config, name), bool):
-            _set(tiny, name, value)
+            set_field(tiny, name, value)
     for name in ("attention_hidden_size", "lru_width"):
         if isinstance(getattr(config, name, None), int):
-            _set(tiny, name, _scaled(HIDDEN, getattr(config, name), config.hidden_size))
+            set_field(tiny, name, _scaled(HIDDEN, getattr(config, name), config.hidden_size))
     if getattr(config, "qk_rope_head_dim", None) and isinstance(vars(config).get("head_dim"), int):
         # Multi-head latent attention: head_dim is the rotated part, or the whole of which a part is rotated.
         tiny.head_dim = _scaled(tiny.qk_rope_head_dim, config.head_dim, config.qk_rope_head_dim)
-    _set(tiny, "num_hidden_layers", depth)
+    set_field(tiny, "num_hidden_layers", depth)
     if isinstance(getattr(config, "rope_parameters", None), dict):
         rotated = getattr(tiny, "head_dim", None) or getattr(tiny, "qk_rope_head_dim", None) or HEAD_DIM
         tiny.rope_parameters = _tiny_rope(config.rope_parameters, rotated)
-    for name in _own(config):
+    for name in own_fields(config):
         if any(word in name for word in WITHOUT_CHANCE) and isinstance(getattr(config, name), float):
-            _set(tiny, name, 0.0)
+            set_field(tiny, name, 0.0)
         _set_token(tiny, config, name) if name.endswith("_token_id") else None
     if overrides:
         tiny.per_layer_config = {
-            int(layer): {
+            layer: {
                 name: _scaled(getattr(tiny, name), value, getattr(config, name)) if type(value) is int else value
                 for name, value in own.items()
             }
             for layer, own in overrides.items()
-            if int(layer) < depth
+            if layer < depth
         }
     tiny.use_cache = False
     tiny.dtype = None
     if hasattr(tiny, "quantization_config"):
         del tiny.quantization_config
     return tiny
-
-
-def _set(config: PretrainedConfig, name: str, value: Any) -> None:
-    """Set a field, unless it is computed from others."""
-    attribute = getattr(type(config), name, None)
-    if not isinstance(attribute, property) or attribute.fset is not None:
-        with contextlib.suppress(NotImplementedError):  # a setter that says to set the fields it stands for
-            setattr(config, name, value)
 
 
 def _set_token(tiny: PretrainedConfig, config: PretrainedConfig, name: str) -> None:
@@ -243,6 +222,7 @@ def _initialise_when_called(model: nn.Module) -> None:
             if each not in done and not (own and own <= done):  # not again: its own, or tied to another's
                 owners[each]._init_weights(each)
                 for parameter in own - done:
+                    parameter.copy_(parameter.nan_to_num(0.0, 0.0, 0.0).clamp(-100, 100))  # _init_weights forgets some
                     _reinitialise(parameter)
             done.update(own, [each])
         hooks.pop(module).remove()

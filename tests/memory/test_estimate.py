@@ -1,5 +1,6 @@
 """The estimate against real models, a real step's measured memory, and the arithmetic of the 32B table."""
 
+import copy
 import dataclasses
 import json
 
@@ -13,6 +14,7 @@ from amopo_fast.memory.advice import OPTIMIZERS, first_remedy
 from amopo_fast.memory.estimate import GIB, GPUS, Row, Setup, estimate, parameters_of, parse_gpu, tokens_per_second
 from amopo_fast.memory.profile import LiveBytes, profile_body
 from amopo_fast.models.check import prepare_model
+from amopo_fast.models.depth import set_layers
 from amopo_fast.models.scoring import score
 from amopo_fast.optim import AdamW
 from amopo_fast.packing.plan import build_plan
@@ -99,12 +101,17 @@ def test_within_five_percent_of_a_real_step(checkpointing, in_backward, tied):
 
 
 def test_the_line_through_two_depths_goes_through_a_third():
-    from amopo_fast.memory.profile import _run, _with_layers
+    from amopo_fast.memory.profile import _run
+
+    def seven_layers():
+        config = copy.deepcopy(QWEN_32B)
+        set_layers(config, 7)
+        return config
 
     for checkpointing, dtype in ((True, torch.bfloat16), (False, torch.bfloat16), (True, torch.float32)):
-        profile = profile_body(_with_layers(QWEN_32B, 7), tokens=256, kv_tokens=512, dtype=dtype,
+        profile = profile_body(seven_layers(), tokens=256, kv_tokens=512, dtype=dtype,
                                checkpointing=checkpointing)  # fmt: skip
-        seven = _with_layers(QWEN_32B, 7)
+        seven = seven_layers()
         kept, forward, backward, flops = _run(seven, (1, 256), 512, dtype, checkpointing, None, False)
         assert (profile.kept, profile.forward, profile.backward, profile.flops) == (
             kept, forward - kept, backward - kept, flops)  # fmt: skip

@@ -1,0 +1,67 @@
+"""The text part of a multimodal class: which class holds it, and what lies beside it and is not trained."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
+
+from amopo_fast.models.architecture import causal_lm, decoder_of, language_model_of
+
+# What a multimodal checkpoint holds beside weights, configuration and tokenizer.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """What builds the class that a checkpoint was published as: AutoModelForCausalLM would leave the towers of some
+    multimodal ones out, and knows others not at all."""
+    multimodal = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    published = getattr(multimodal, "__name__", "") in (config.architectures or ())
+    only = multimodal is not None and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if published or only else AutoModelForCausalLM
+
+
+def beside_text(model: nn.Module) -> list[str]:
+    """Names of the outermost modules that a text never reaches: towers and projectors. [] of a plain causal LM."""
+    outer, inner = causal_lm(model), language_model_of(model)
+    if outer is inner and outer.config.get_text_config() is outer.config:
+        return []
+    parts = [inner] if inner is not outer else [decoder_of(inner), inner.get_output_embeddings()]
+    inside = {id(module) for part in parts for module in part.modules()}
+    around = {id(module) for module in outer.modules() if any(id(child) in inside for child in module.modules())}
+    return [
+        name
+        for name, module in outer.named_modules()
+        if id(module) not in around and id(outer.get_submodule(name.rpartition(".")[0])) in around - inside
+    ]
+
+
+def freeze_beside_text(model: nn.Module) -> str:
+    """Freeze what a text never reaches, an adapter's part of it too; what it is, in words, "" for nothing."""
+    outer = causal_lm(model)
+    names = beside_text(model)
+    parameters = [parameter for name in names for parameter in outer.get_submodule(name).parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    count = sum(parameter.numel() for parameter in parameters)
+    return f"{', '.join(names)} ({count:,} parameters)" if count else ""
+
+
+def not_adapted(model: nn.Module) -> str | None:
+    """PEFT's `exclude_modules` for a model: all modules beside its text part; None: there are none."""
+    names = beside_text(model)
+    return rf"({'|'.join(map(re.escape, names))})(\..*)?" if names else None
+
+
+def copy_processor(source: str | Path, folder: str | Path) -> None:
+    """Copy the files of a multimodal checkpoint's processor, where it is a folder and has them."""
+    for name in PROCESSOR_FILES:
+        if (Path(source) / name).is_file() and not (Path(folder) / name).exists():
+            shutil.copyfile(Path(source) / name, Path(folder) / name)
