@@ -47,13 +47,15 @@ def _add_arguments(parser) -> None:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                         help="of the weights; auto: the model's own on a GPU, float32 on a CPU")  # fmt: skip
     parser.add_argument("--device", default=None, help="default: cuda where there is a GPU, else cpu")
+    parser.add_argument("--per_pair", metavar="FILE.jsonl",
+                        help="write a line a pair: log-probs, margin and weight by dimension")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the JSON instead of a table")
 
 
 def run(arguments) -> int:
     from amopo_fast.cli.options import RUN_CLASSES, parse_options
     from amopo_fast.data.config import DataConfig
-    from amopo_fast.evaluation.preferences import difference, score_pairs, summary
+    from amopo_fast.evaluation.preferences import difference, per_pair, score_pairs, summary
     from amopo_fast.models.loading import load_trained, tokenizer_folder
     from amopo_fast.prompts.dataset import load_eval_data
     from amopo_fast.prompts.recipe import as_trained, recipe_of
@@ -69,6 +71,7 @@ def run(arguments) -> int:
     shared = next((recipe for recipe in recipes if recipe is not None), None)
     sets: dict[str, dict[str, dict[str, Any]]] = {}
     first = {}
+    lines: list[str] = []
     for name, own in zip(models, recipes, strict=True):
         recipe = own or shared
         chosen, wording, trained = config, None, objective
@@ -91,6 +94,10 @@ def run(arguments) -> int:
                 layout=options.layout,
             )
             print(f"{name}: {scores.layout}", file=sys.stderr)
+            if options.per_pair:
+                place = {"model": name} if len(models) > 1 else {}
+                place |= {"set": label} if len(data.evals) > 1 else {}
+                lines.extend(json.dumps({**place, **line}) for line in per_pair(scores))
             result = summary(scores)
             result["step"] = step_of(name)
             if label in first and first[label].dimensions == scores.dimensions:
@@ -98,6 +105,8 @@ def run(arguments) -> int:
             first.setdefault(label, scores)
             sets.setdefault(label, {})[_short(name, models)] = result
         del model
+    if options.per_pair:
+        Path(options.per_pair).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     folder = Path(options.output or (options.models[0] if Path(options.models[0]).is_dir() else "amopo-eval"))
     text = json.dumps({label or "eval": found for label, found in sets.items()}, indent=1, default=str)
     _write(folder, sets, text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ class Scores:
     probabilities: np.ndarray  # (K, 2, PROBABILITY_BINS) int64, response tokens by probability, chosen and rejected
     objective: Objective
     layout: str  # in a line
+    logp_sums: np.ndarray  # (P, K, 2) float64, sums of the label log-probs, chosen and rejected; 0 where absent
 
     def column(self, name: str) -> np.ndarray:
         """(P, K) of one of the objective's columns."""
@@ -83,20 +84,46 @@ def score_pairs(
     sizes = PairSizes.of(pairs, choice.layout)
     rows = best_fit(range(len(pairs)), sizes, tokens_per_row)
     order = [index for row in rows for index in row]
-    tables = []
+    tables, sums = [], []
     probabilities = np.zeros((len(dimensions), 2, PROBABILITY_BINS), dtype=np.int64)
     try:
         for row in rows:
             plan = build_plan([pairs[index] for index in row], choice.layout).to(device)
             stats = score(model, plan, attention_backend=attention_backend, backend=kernel_backend)
             tables.append(objective(stats, Batch(len(dimensions))).table().double().cpu().numpy())
+            sums.append(stats.logp_sum.double().view(-1, len(dimensions), 2).cpu().numpy())
             probabilities += _histogram(stats, len(dimensions))
     finally:
         model.train(was_training)
     table = np.concatenate(tables)[np.argsort(order)]
     records = np.array([pair.record for pair in pairs])
     lengths = np.array([(len(pair.chosen), len(pair.rejected)) for pair in pairs])
-    return Scores(tuple(dimensions), records, table, lengths, probabilities, objective, choice.describe(sizes.share))
+    return Scores(
+        tuple(dimensions), records, table, lengths, probabilities, objective, choice.describe(sizes.share),
+        np.concatenate(sums)[np.argsort(order)],
+    )  # fmt: skip
+
+
+def per_pair(scores: Scores) -> Iterator[dict[str, Any]]:
+    """A pair's numbers, ready for JSON: of each dimension that it has, sums of label log-probs (nats) and label tokens
+    of both sides, margin and weight."""
+    margin, weight = scores.column("margin"), scores.column("weight")
+    for p, record in enumerate(scores.records):
+        dimensions = {}
+        for k, name in enumerate(scores.dimensions):
+            if np.isnan(margin[p, k]):
+                continue
+            chosen, rejected = map(float, scores.logp_sums[p, k])
+            chosen_tokens, rejected_tokens = map(int, scores.lengths[p])
+            dimensions[name] = {
+                "chosen_logp": chosen,
+                "rejected_logp": rejected,
+                "chosen_tokens": chosen_tokens,
+                "rejected_tokens": rejected_tokens,
+                "margin": float(margin[p, k]),
+                "weight": float(weight[p, k]),
+            }
+        yield {"record": int(record), "dimensions": dimensions}
 
 
 def _histogram(stats, num_dimensions: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from amopo_fast.data.pairs import DEFAULT_DIMENSIONS, read_pairs
 from amopo_fast.demo.data import HELDOUT_FILE
 from amopo_fast.demo.model import demo_model
 from amopo_fast.demo.tokenizer import demo_tokenizer
-from amopo_fast.evaluation.preferences import _histogram, difference, mean_interval, score_pairs, summary, wilson
+from amopo_fast.evaluation.preferences import _histogram, difference, mean_interval, per_pair, score_pairs, summary, wilson
 from amopo_fast.prompts.builder import PromptBuilder
 from amopo_fast.training.objective import AMoPO
 from amopo_kernels import sequence_stats
@@ -36,6 +36,28 @@ def scores(pairs):
     return score_pairs(
         demo_model(0), pairs, dimensions=DEFAULT_DIMENSIONS, objective=AMoPO(BETA, GAMMA), tokens_per_row=900
     )
+
+
+def test_a_line_a_pair_has_the_models_own_sums(pairs, scores):
+    model = demo_model(0).eval()
+    lines = list(per_pair(scores))
+    assert [line["record"] for line in lines] == [pair.record for pair in pairs]
+    assert len(lines[0]["dimensions"]) == len(DEFAULT_DIMENSIONS) - 1  # one is absent
+    for pair, line in zip(pairs, lines, strict=True):
+        for name, prompt in zip(DEFAULT_DIMENSIONS, pair.prompts, strict=True):
+            if prompt is None:
+                assert name not in line["dimensions"]
+                continue
+            got = line["dimensions"][name]
+            for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+                ids = torch.from_numpy(np.concatenate([prompt, response]))[None]
+                with torch.no_grad():
+                    rows = model(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+                own = float(rows.gather(1, torch.from_numpy(response)[:, None]).sum())
+                assert got[f"{side}_logp"] == pytest.approx(own, rel=1e-5)
+                assert got[f"{side}_tokens"] == len(response)
+            mean = got["chosen_logp"] / len(pair.chosen) - got["rejected_logp"] / len(pair.rejected)
+            assert got["margin"] == pytest.approx(BETA * mean - GAMMA, abs=1e-4)
 
 
 def test_scores_are_those_of_separate_sequences(pairs, scores):
