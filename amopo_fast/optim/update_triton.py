@@ -24,7 +24,7 @@ except ImportError:  # no Triton for this platform; update.py serves
     triton = None
 
 TILE = 1024  # elements of a program
-NUM_WARPS = 8  # 4 elements a thread: 32 to 48 registers, nothing on the stack (tests/kernels/test_compiling_adamw.py)
+NUM_WARPS = 8  # 4 elements a thread: 32 to 48 registers, nothing on the stack (benchmarks/compile_report.py)
 
 
 def eligible(parameter: Tensor, state: dict[str, Tensor]) -> bool:

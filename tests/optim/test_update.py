@@ -180,7 +180,7 @@ def test_the_kernel_keeps_nan_and_overflows_to_infinity():
     nan = [pattern for pattern in NOT_FINITE if from_bits([pattern]).isnan()]
     g = torch.cat([from_bits(nan).repeat_interleave(512), torch.ones(1536)])
     p = torch.full(g.shape, -2e38, dtype=torch.bfloat16)
-    step = Step(3e38, 0.9, 0.99, 0.0, 0.0, 1, rounding_seed(0, 1, 0))  # moves a weight by lr: beyond the largest float32
+    step = Step(3e38, 0.9, 0.99, 0.0, 0.0, 1, rounding_seed(0, 1, 0))  # a weight moves by lr
     update_triton.update_(p, g, *moments_of(new_state(p, "fp32")), step)
     assert p[: 512 * len(nan)].isnan().all()
     assert (p[512 * len(nan) :] == -torch.inf).all()
