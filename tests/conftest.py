@@ -6,10 +6,11 @@ import socket
 
 import pytest
 import torch
-from interpreted import interpreted_kernels
+from interpreted import interpreted_kernels, mend_the_interpreter
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    mend_the_interpreter()
 # For this process and the ones that tests start.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
