@@ -16,6 +16,8 @@ EXTRAS = {
     "test": [
         "pytest>=8", "hypothesis>=6.100", "torchao>=0.15", "bitsandbytes>=0.46.1", "tensorboard>=2.16", "ruff>=0.9",
         "mypy>=1.15", "build>=1.2", "setuptools>=77",
+        "trl==1.16.*",  # the objectives are compared with its trainers
+        "transformers[serving]",  # a trained folder is asked through its server
     ],
 }
 EXTRAS["all"] = sorted({requirement for name in ("liger", "peft") for requirement in EXTRAS[name]})

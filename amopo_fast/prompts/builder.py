@@ -54,7 +54,7 @@ class PromptBuilder:
         order: "dimension_first" puts the instruction before the user's text in the last user message (the paper's);
             "dimension_last" puts it after, so that all dimensions share the user's text as a prefix.
         max_length: most tokens of a sequence, prompt and response.
-        template: YAML file with the wording; None takes the package's own.
+        template: the wording, or a YAML file that holds it; None takes the package's own.
 
     Raises:
         ValueError: an argument makes no sense, or the tokenizer is slow or has no token to end a response with.
@@ -69,7 +69,7 @@ class PromptBuilder:
         score_range: tuple[float, float] = (0, 5),
         order: Order = "dimension_first",
         max_length: int = 1024,
-        template: str | Path | None = None,
+        template: str | Path | Wording | None = None,
     ):
         check_dimensions(dimensions, score_range)
         if order not in get_args(Order):
@@ -83,7 +83,7 @@ class PromptBuilder:
             )
         self.tokenizer, self.dimensions = tokenizer, tuple(dimensions)
         self.score_range, self.order, self.max_length = tuple(score_range), order, max_length
-        self.wording = Wording.load(template)
+        self.wording = template if isinstance(template, Wording) else Wording.load(template)
         self._template = None if tokenizer.chat_template is not None else chatml_of(tokenizer)
         special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = set(special) | set(tokenizer.all_special_ids)

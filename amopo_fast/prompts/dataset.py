@@ -29,6 +29,7 @@ from amopo_fast.prompts.builder import PromptBuilder
 from amopo_fast.prompts.recipe import Recipe, recipe_of_prompts
 from amopo_fast.prompts.store import TokenStore
 from amopo_fast.prompts.tokens import PairTokens
+from amopo_fast.prompts.wording import Wording
 
 _BATCH = 64  # pairs tokenized together
 _REPEAT = PARTS << 8  # keeps the numbers of a pair apart that an epoch takes more than once
@@ -77,12 +78,15 @@ class Data:
         return self.evals or None
 
 
-def load_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | None = None) -> Data:
+def load_data(
+    config: DataConfig, tokenizer, *, seed: int, folder: str | Path | None = None, wording: Wording | None = None
+) -> Data:
     """Reads, checks, tokenizes, mixes and splits the data of a run.
 
     Args:
         seed: decides which prompts are held out and which pairs a weight leaves out.
         folder: where token files go if `config.streaming`; one of its own for each process of a run.
+        wording: of the instructions; default: the configuration's prompt_template.
 
     Raises:
         ValueError: no training data, or options that contradict each other.
@@ -98,7 +102,7 @@ def load_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | 
         raise ValueError("eval_share holds out a part of train_data: leave it out where there is eval_data")
     opened = [open_source(source) for source in [*sources, *eval_sources.values()]]
     score_range = common_score_range(config, opened)
-    loader = _Loader(config, tokenizer, score_range, seed, None if folder is None else Path(folder))
+    loader = _Loader(config, tokenizer, score_range, seed, None if folder is None else Path(folder), wording)
     parts, held_out = [], []
     for source in opened[: len(sources)]:
         train, evaluation = loader.load(source, config.eval_share)
@@ -122,18 +126,22 @@ def load_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | 
     return Data(train, evals, loader.counts, score_range, loader.recipe(train), shared)
 
 
-def load_eval_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | None = None) -> Data:
+def load_eval_data(
+    config: DataConfig, tokenizer, *, seed: int, folder: str | Path | None = None, wording: Wording | None = None
+) -> Data:
     """The evaluation sets alone, by name ("" for a single one): those of eval_data, or what eval_share holds out.
+
+    wording: of the instructions; default: the configuration's prompt_template.
 
     Raises as `load_data`.
     """
     if not config.eval_data:
         if not config.eval_share:
             raise ValueError("eval_data is missing: give --eval_data FILE, or --train_data with --eval_share")
-        return replace(load_data(config, tokenizer, seed=seed, folder=folder), train=[])
+        return replace(load_data(config, tokenizer, seed=seed, folder=folder, wording=wording), train=[])
     opened = {name: open_source(source) for name, source in named_sources(parse_sources(config.eval_data)).items()}
     score_range = common_score_range(config, list(opened.values()))
-    loader = _Loader(config, tokenizer, score_range, seed, None if folder is None else Path(folder))
+    loader = _Loader(config, tokenizer, score_range, seed, None if folder is None else Path(folder), wording)
     evals = {name: loader.load(source, 0.0)[0] for name, source in opened.items()}
     return Data([], evals, loader.counts, score_range, loader.recipe([]))
 
@@ -170,7 +178,9 @@ def named_sources(sources: list[Source]) -> dict[str, Source]:
     return named
 
 
-def prompt_builder(config: DataConfig, tokenizer, score_range: tuple[float, float]) -> PromptBuilder:
+def prompt_builder(
+    config: DataConfig, tokenizer, score_range: tuple[float, float], wording: Wording | None = None
+) -> PromptBuilder:
     """The builder of a run's prompts, with the options of its configuration."""
     return PromptBuilder(
         tokenizer,
@@ -178,15 +188,18 @@ def prompt_builder(config: DataConfig, tokenizer, score_range: tuple[float, floa
         score_range=score_range,
         order=config.prompt_order,
         max_length=config.max_length,
-        template=config.prompt_template,
+        template=wording or config.prompt_template,
     )
 
 
 class _Loader:
-    def __init__(self, config: DataConfig, tokenizer, score_range: tuple[float, float], seed: int, folder: Path | None):
+    def __init__(
+        self, config: DataConfig, tokenizer, score_range: tuple[float, float], seed: int, folder: Path | None,
+        wording: Wording | None,
+    ):  # fmt: skip
         self.config, self.seed, self.folder = config, seed, folder
         self.reading = Reading(config.dimensions, score_range, config.missing_scores, config.tied_dimensions)
-        self.builder = prompt_builder(config, tokenizer, score_range)
+        self.builder = prompt_builder(config, tokenizer, score_range, wording)
         self.counts: dict[str, Counts] = {}
         self.prompts: set[bytes] | None = set() if config.eval_data else None  # of the sources since last emptied
         self.last_record = 0  # number of records of the source that was loaded last
