@@ -179,8 +179,18 @@ def _compile(launch: dict[str, Any]) -> dict[str, Any]:
         **{name: _argument(value) for name, value in launch["arguments"].items()}, grid=(1,),
         num_warps=launch["num_warps"], num_stages=launch["num_stages"], **launch["options"],
     )  # fmt: skip
+    _build_launcher(compiled)
     return {"ptx": compiled.asm["ptx"], "shared_bytes": compiled.metadata.shared,
             "triton_version": triton.__version__, **_resources(compiled.asm["cubin"])}  # fmt: skip
+
+
+def _build_launcher(compiled) -> None:
+    """Triton 3.6 also compiles a C module per signature, at the first launch: where there is a driver to link with, its
+    cache gets that, too."""
+    from triton.backends.nvidia import driver as nvidia
+
+    if hasattr(nvidia, "make_launcher") and torch.cuda.is_available():
+        nvidia.CudaLauncher(compiled.src, compiled.metadata)
 
 
 def _main() -> None:

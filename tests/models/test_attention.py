@@ -331,7 +331,25 @@ def test_under_autocast_attention_runs_in_the_autocast_dtype(monkeypatch):
         assert seen and all(dtypes == {torch.bfloat16} for dtypes in seen)
 
 
-# On a GPU: the real libraries against SDPA in float32.
+# On a GPU: the real libraries against SDPA in float32, and whether they repeat.
+
+
+@pytest.mark.gpu
+@CUDA
+def test_varlen_gives_the_same_bits_with_deterministic_algorithms():
+    *tensors, cu_q, cu_k, max_q, max_k = segments(dim=64, value_dim=64, dtype=torch.bfloat16, device="cuda")
+    leaves = [x.requires_grad_() for x in tensors]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        runs = [
+            torch.autograd.grad(
+                attend("varlen", *leaves, cu_q, cu_k, max_q, max_k, scaling=0.125).float().square().sum(), leaves
+            )
+            for _ in range(5)
+        ]  # fmt: skip
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
 
 
 @pytest.mark.gpu
