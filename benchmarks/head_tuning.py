@@ -16,11 +16,10 @@ from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
 import torch
-from head_launches import launches_of
 
 import harness
 from amopo_kernels.head import launch, layout
-from compile_report import row, use_absent_gpu
+from compile_report import launches_of, row, use_absent_gpu
 from head import CASES, Mode, judge, problems, runner
 from head_variants import Variant, ours
 

@@ -61,7 +61,7 @@ def test_suite_survives_entries_that_fail_hang_are_absent_or_late(tmp_path, monk
     import gpu_suite
 
     monkeypatch.setattr(gpu_suite, "MINIMUM_SECONDS", 0.5)
-    arguments = argparse.Namespace(out=tmp_path, smoke=True)
+    arguments = argparse.Namespace(out=tmp_path, smoke=False)
     deadline = gpu_suite.Deadline(1)
     begin = time.monotonic()
     statuses = [
