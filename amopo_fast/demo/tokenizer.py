@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
 from amopo_fast.demo.data import TRAIN_FILE
-from amopo_fast.prompts.template import CHATML
+from amopo_fast.prompts.chat import CHATML
 from amopo_fast.prompts.wording import DEFAULT_TEMPLATE
 
 VOCABULARY = 1280

@@ -64,7 +64,8 @@ class Recipe:
         prompt_order: "dimension_first" or "dimension_last".
         score_range: lowest and highest score that an instruction can name.
         max_length: tokens of a sequence in training. end_token: {"id", "text"}, what ends an answer.
-        prompt_options: further options of the prompts: chat_template_kwargs, template_date, reasoning, ...
+        prompt_options: DataConfig's further options of the prompts by name: chat_template_kwargs, template_date,
+            reasoning, truncated_responses.
         objective: its name and hyper-parameters.
         base_model: {"name", "revision", "weights"}: what was trained, its Hub revision, a digest of its weights.
         tokenizer: {"name", "digest"}.
@@ -118,6 +119,7 @@ class Recipe:
         return with_dimensions(
             template, dimensions=self.dimensions, wording=self.wording, order=self.prompt_order,
             score_range=self.score_range, chat_template_kwargs=self.prompt_options.get("chat_template_kwargs"),
+            date=self.prompt_options.get("template_date"),
         )  # fmt: skip
 
 
@@ -125,7 +127,10 @@ def recipe_of_prompts(builder: Any, data: Mapping[str, Any]) -> Recipe:
     """The recipe of a run's prompts: what its PromptBuilder puts into them; the run adds what it trains."""
     end = {"id": int(builder.end_id), "text": builder.tokenizer.convert_ids_to_tokens(int(builder.end_id))}
     low, high = map(float, builder.score_range)
-    return Recipe(builder.dimensions, builder.wording, builder.order, (low, high), builder.max_length, end, data=data)
+    return Recipe(
+        builder.dimensions, builder.wording, builder.order, (low, high), builder.max_length, end, builder.options,
+        data=data,
+    )  # fmt: skip
 
 
 def recipe_of(name: str | Path) -> Recipe | None:

@@ -25,6 +25,7 @@ from transformers.trainer_utils import TrainOutput
 
 from amopo_fast.errors import CheckpointError, NumbersError
 from amopo_fast.models.activations import KeepLayers
+from amopo_fast.models.architecture import positions_of, vocabulary_of
 from amopo_fast.models.check import prepare_model
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.faster_layers import compile_layers
@@ -39,6 +40,7 @@ from amopo_fast.models.scoring import backend_for, check_lengths, score_wrapped
 from amopo_fast.optim import backward_grad_norm, choose_optimizer
 from amopo_fast.packing.plan import Plan
 from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, PlannedBatches, plan_epochs
+from amopo_fast.prompts.model_limits import check_pairs, check_vocabulary
 from amopo_fast.prompts.recipe import Recipe
 from amopo_fast.prompts.tokenizer import load_tokenizer
 from amopo_fast.prompts.tokens import PairTokens
@@ -119,6 +121,10 @@ class AMoPOTrainer(Trainer):
                     f"tokenize with dimensions={list(dimensions)}"
                 )
         check_lengths(model, chain(train_dataset or (), *evals.values()))
+        vocabulary, positions = vocabulary_of(model), positions_of(model)
+        if processing_class is not None:
+            check_vocabulary(processing_class, vocabulary)
+        check_pairs(chain(train_dataset or (), *evals.values()), vocabulary=vocabulary, positions=positions)
         callbacks = list(callbacks or [])
         if train_dataset is not None:
             # A fractional last epoch ends by max_steps, so the plan covers it whole.
