@@ -82,6 +82,7 @@ KEYS = [
     ({"attention_backend": "flash"}, "run.yaml: attention_backend"),
     ({"dimensions": []}, "dimensions must be a non-empty list"),
     ({"dimensions": ["a", "a"]}, "dimensions must differ"),
+    ({"dimensions": ["helpfulness", "none"]}, "no dimension can be called 'none'"),
     ({"dimensions": {"a": 1}}, "run.yaml: dimensions[0]: write text"),
     ({"dimensions": ["no_object", "helpfullness"]}, "no record has a score 'helpfullness'; scores found: helpfulness"),
     ({"train_data": ...}, "train_data is missing"),
