@@ -7,7 +7,20 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
 
 from amopo_fast.cli import main
 from amopo_fast.memory.advice import OPTIMIZERS, first_remedy
@@ -184,3 +197,23 @@ def test_command(tmp_path, capsys):
     assert sum(report["rows"][0]["parts"].values()) == report["rows"][0]["peak"]
     assert main(["estimate", "--model", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen3MoeConfig(**SMALL, moe_intermediate_size=23, num_experts=4),
+        GptOssConfig(**SMALL, head_dim=16, num_local_experts=4),
+        DeepseekV3Config(vocab_size=512, hidden_size=64, num_hidden_layers=5, n_routed_experts=8, n_group=1, topk_group=1),
+        Qwen3NextConfig(**SMALL, num_experts=4),
+        Gemma3TextConfig(**SMALL, head_dim=16),
+        BloomConfig(vocab_size=512, hidden_size=64, n_layer=3, n_head=4),
+    ],
+    ids=lambda config: config.model_type,
+)
+@pytest.mark.parametrize("weights", ["bf16", "fp32"])
+def test_every_kind_of_model_is_estimated(config, weights):
+    """Experts of any width and dtype, values narrower than queries, recurrent layers, the layout separate."""
+    prediction = estimate(config, Row(64, 32, 96, sequence_tokens=32), Setup(weights=weights))
+    assert prediction.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    assert prediction.flops > 6 * 64 * 64 and prediction.parts["working memory"] > 0

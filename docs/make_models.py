@@ -1,0 +1,57 @@
+"""Writes docs/models.md from the sweep's report: `python docs/make_models.py` (benchmarks/models.py measures)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+PAGE = Path(__file__).with_name("models.md")
+REPORT = PAGE.parent.parent / "benchmarks" / "results" / "models.json"
+_HEAD = """# Models
+
+<!-- Written by docs/make_models.py from benchmarks/results/models.json. -->
+
+Before anything is trained, the model's own class is tried in miniature, in float64: log-probs and all gradients of a
+layout against those of its sequences one by one. The first layout that is exact is taken, and a line of the run says which
+and why (`--layout shared` or `separate` asks for one):
+
+- **shared**: every prefix is computed once; attention runs over the paths of the token trie.
+- **shared through states**: the same with recurrent layers, which run from node to node of the trie.
+- **separate**: each sequence is a padded row; exact for any causal decoder.
+
+Refused are encoders, models whose attention is not causal, and what a reason names. Encoders that can be decoders are
+tried with `is_decoder: true`. *Tokens* are those that the trial's pairs compute, of the separate sequences' tokens
+(padding counts; of real data a run's line says it); *error* is the largest relative one of log-probs and gradients;
+*seconds* are CPU time of the check. Rows are of {versions}.
+
+"""
+
+
+def page() -> str:
+    """The page's text."""
+    report = json.loads(REPORT.read_text(encoding="utf-8"))
+    versions = report["environment"]["versions"]
+    parts = [_HEAD.format(versions=f"transformers {versions['transformers']}, torch {versions['torch']}")]
+    for kind, title in (("causal", "Causal language models"), ("image-text", "Image-text models, trained on text")):
+        rows = [row for row in report["rows"] if row["kind"] == kind]
+        counts = ", ".join(f"{count} {layout}" for layout, count in Counter(row["layout"] for row in rows).most_common())
+        lines = [f"## {title}", "", f"{len(rows)} types: {counts}.", "",
+                 "| type | layout | tokens | error | seconds | why |", "|---|---|---|---|---|---|"]  # fmt: skip
+        lines += [_line(row) for row in sorted(rows, key=lambda row: row["case"])]
+        parts.append("\n".join(lines) + "\n\n")
+    return "".join(parts).rstrip() + "\n"
+
+
+def _line(row: dict) -> str:
+    reason = row.get("reason", "").replace("|", "\\|")
+    reason = reason if len(reason) <= 160 else reason[:157] + "..."
+    if "error" not in row:
+        return f"| `{row['case']}` | {row['layout']} | | | | {reason} |"
+    return (f"| `{row['case']}` | {row['layout']} | {row['share']:.0%} | {row['error']:.0e} | {row['cpu_ms'] / 1e3:.1f} | "
+            f"{reason} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
