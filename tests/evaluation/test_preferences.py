@@ -14,7 +14,15 @@ from amopo_fast.data.pairs import DEFAULT_DIMENSIONS, read_pairs
 from amopo_fast.demo.data import HELDOUT_FILE
 from amopo_fast.demo.model import demo_model
 from amopo_fast.demo.tokenizer import demo_tokenizer
-from amopo_fast.evaluation.preferences import _histogram, difference, mean_interval, per_pair, score_pairs, summary, wilson
+from amopo_fast.evaluation.preferences import (
+    _histogram,
+    difference,
+    mean_interval,
+    per_pair,
+    score_pairs,
+    summary,
+    wilson,
+)
 from amopo_fast.prompts.builder import PromptBuilder
 from amopo_fast.training.objective import AMoPO
 from amopo_kernels import sequence_stats

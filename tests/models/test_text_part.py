@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from packing_cases import random_pairs, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, Gemma3Config, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -13,7 +14,6 @@ from amopo_fast.models.miniature import tiny_config
 from amopo_fast.models.scoring import score
 from amopo_fast.models.text_part import auto_class, beside_text
 from amopo_fast.packing.plan import build_plan
-from packing_cases import random_pairs, tiny_model
 
 
 @pytest.fixture(scope="module")
