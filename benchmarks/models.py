@@ -1,8 +1,8 @@
 """Which layout every model type of transformers takes, and how long the check is: docs/models.md is made of its report.
 
 A row a type of both mappings: the layout that the trial in miniature chose, the share of the separate sequences' tokens
-that is computed in it (of the trial's pairs), the largest relative error of log-probs and gradients in float64, seconds,
-and whether `amopo-fast estimate` predicts its memory. A type that does not build without a package that is not here, or
+that is computed in it (of the trial's pairs), the largest relative error of log-probs and gradients in float64,
+seconds, and whether `amopo-fast estimate` predicts its memory. A type that does not build without a package that is not here, or
 is refused, says so in `reason`.
 """
 

@@ -13,8 +13,8 @@ _HEAD = """# Models
 <!-- Written by docs/make_models.py from benchmarks/results/models.json. -->
 
 Before anything is trained, the model's own class is tried in miniature, in float64: log-probs and all gradients of a
-layout against those of its sequences one by one. The first layout that is exact is taken, and a line of the run says which
-and why (`--layout shared` or `separate` asks for one):
+layout against those of its sequences one by one. The first layout that is exact is taken, and a line of the run says
+which and why (`--layout shared` or `separate` asks for one):
 
 - **shared**: every prefix is computed once; attention runs over the paths of the token trie.
 - **shared through states**: the same with recurrent layers, which run from node to node of the trie.
@@ -35,7 +35,8 @@ def page() -> str:
     parts = [_HEAD.format(versions=f"transformers {versions['transformers']}, torch {versions['torch']}")]
     for kind, title in (("causal", "Causal language models"), ("image-text", "Image-text models, trained on text")):
         rows = [row for row in report["rows"] if row["kind"] == kind]
-        counts = ", ".join(f"{count} {layout}" for layout, count in Counter(row["layout"] for row in rows).most_common())
+        layouts = Counter(row["layout"] for row in rows).most_common()
+        counts = ", ".join(f"{count} {layout}" for layout, count in layouts)
         lines = [f"## {title}", "", f"{len(rows)} types: {counts}.", "",
                  "| type | layout | tokens | error | seconds | why |", "|---|---|---|---|---|---|"]  # fmt: skip
         lines += [_line(row) for row in sorted(rows, key=lambda row: row["case"])]
@@ -48,8 +49,8 @@ def _line(row: dict) -> str:
     reason = reason if len(reason) <= 160 else reason[:157] + "..."
     if "error" not in row:
         return f"| `{row['case']}` | {row['layout']} | | | | {reason} |"
-    return (f"| `{row['case']}` | {row['layout']} | {row['share']:.0%} | {row['error']:.0e} | {row['cpu_ms'] / 1e3:.1f} | "
-            f"{reason} |")  # fmt: skip
+    numbers = f"{row['share']:.0%} | {row['error']:.0e} | {row['cpu_ms'] / 1e3:.1f}"
+    return f"| `{row['case']}` | {row['layout']} | {numbers} | {reason} |"
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def causal_lm(model: nn.Module) -> nn.Module:
 
 
 def language_model_of(model: nn.Module) -> nn.Module:
-    """What reads and predicts text: the causal LM itself, or the one inside a multimodal class that holds a whole one."""
+    """What reads and predicts text: the causal LM itself, or the whole one inside a multimodal class."""
     outer = causal_lm(model)
     inner = (child for child in outer.children() if isinstance(child, PreTrainedModel))
     return next((child for child in inner if type(child).__name__.endswith("ForCausalLM")), outer)

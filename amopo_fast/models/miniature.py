@@ -103,7 +103,7 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
         config.per_layer_config = None
     for name, values in lists.items():
         sizes = SIZES.get(name) and max(values)
-        setattr(tiny, name, [_scaled(SIZES[name], v, sizes) if sizes else v for v in values[:depth]])
+        setattr(tiny, name, [_scaled(int(SIZES[name]), v, sizes) if sizes else v for v in values[:depth]])
     heads = getattr(config, "num_attention_heads", None)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     small: dict[str, Any] = {"num_attention_heads": HEADS, "hidden_size": HIDDEN, **SIZES}
