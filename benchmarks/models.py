@@ -2,8 +2,8 @@
 
 A row a type of both mappings: the layout that the trial in miniature chose, the share of the separate sequences' tokens
 that is computed in it (of the trial's pairs), the largest relative error of log-probs and gradients in float64,
-seconds, and whether `amopo-fast estimate` predicts its memory. A type that does not build without a package that is not here, or
-is refused, says so in `reason`.
+seconds, and whether `amopo-fast estimate` predicts its memory. A type that does not build without a package that
+is not here, or is refused, says so in `reason`.
 """
 
 from __future__ import annotations

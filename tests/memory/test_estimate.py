@@ -204,7 +204,7 @@ def test_command(tmp_path, capsys):
     [
         Qwen3MoeConfig(**SMALL, moe_intermediate_size=23, num_experts=4, num_experts_per_tok=2),
         GptOssConfig(**SMALL, head_dim=16, num_local_experts=4),
-        DeepseekV3Config(**SMALL, n_routed_experts=8, n_group=1, topk_group=1, first_k_dense_replace=1),
+        DeepseekV3Config(**{**SMALL, "num_key_value_heads": 4}, n_routed_experts=8, n_group=1, topk_group=1),
         Qwen3NextConfig(**SMALL, num_experts=4, num_experts_per_tok=2),
         Gemma3TextConfig(**SMALL, head_dim=16),
         BloomConfig(vocab_size=512, hidden_size=64, n_layer=3, n_head=4),
