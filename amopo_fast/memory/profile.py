@@ -1,7 +1,8 @@
 """Activation memory and FLOP of a model's training step, from its configuration alone, by running it on fake tensors.
 
 A model of the same shape with few layers, and with a period of its kinds more, goes through forward and backward
-in FakeTensorMode: every operation that transformers would run is run, no byte is allocated. A dispatch mode counts the storages that are alive.
+in FakeTensorMode: every operation that transformers would run is run, no byte is allocated.
+A dispatch mode counts the storages that are alive.
 Both numbers grow by a constant per period, so the rest is a straight line. What kernels replace on a GPU is replaced by
 functions that allocate and keep the same: variable-length attention, and with `liger` its RMSNorm and SwiGLU. The head
 is not run (estimate.py adds it).
