@@ -277,7 +277,7 @@ class AMoPOTrainer(Trainer):
         plan = inputs["plan"]
         references = self._references(model, inputs, objective)
         pairs, tokens = inputs["num_pairs"] / ranks, inputs["num_chosen_tokens"] / ranks
-        batch = Batch(plan.num_dimensions, pairs, inputs["noise"], references, tokens)
+        batch = Batch(plan.num_dimensions, pairs, inputs["noise"], references, tokens, inputs["score_gaps"])
         return objective(self._score(model, plan), batch)
 
     def _references(self, model: nn.Module, inputs: dict, objective: Objective) -> torch.Tensor | None:
