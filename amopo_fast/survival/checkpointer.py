@@ -21,11 +21,9 @@ from transformers import TrainerCallback
 from amopo_fast.errors import CheckpointError
 from amopo_fast.survival import checkpoints, durable
 from amopo_fast.survival.fingerprint import differences, run_fingerprint
-from amopo_fast.survival.safety import check_sharded
+from amopo_fast.survival.manifest import STATE_FILE, read_marker
 
 logger = logging.getLogger(__name__)
-
-STATE_FILE = "amopo_state_{rank}.pt"
 
 
 class AlreadyFinished(Exception):
@@ -58,6 +56,7 @@ class Checkpointer(TrainerCallback):
         self.stopped = False
         self._staging: str | None = None
         self._resumed: Path | None = None
+        self.loading: Path | None = None  # the checkpoint of a resume, until its first step begins
         self.fingerprint: dict = {}  # of the run, once it begins
         self._evaluation_due = False
         self._save_due = False
@@ -84,7 +83,7 @@ class Checkpointer(TrainerCallback):
             raise outcome[0]
         self.fingerprint = outcome[1]
         self.stopped = self._save_due = self._evaluation_due = False
-        self._resumed = outcome[0]
+        self._resumed = self.loading = outcome[0]
         return None if self._resumed is None else str(self._resumed)
 
     def _choose(self, resume: str | Path | bool | None) -> Path | None:
@@ -98,8 +97,7 @@ class Checkpointer(TrainerCallback):
             pairs_per_step=args.pairs_per_step,
         )
         if folder is not None:
-            check_sharded(folder)
-            marker = checkpoints.read_marker(folder)
+            marker = read_marker(folder)
             if marker["model_only"]:
                 raise CheckpointError(
                     f"{folder} holds no optimizer: it was saved with save_only_model. Start a new run with "
@@ -127,6 +125,7 @@ class Checkpointer(TrainerCallback):
                 raise AlreadyFinished
 
     def on_step_begin(self, args, state, control, **kwargs):
+        self.loading = None
         # Not when training begins: Trainer restores the random state later, and an evaluation draws from it.
         self._evaluate_if_due()
 
@@ -176,14 +175,12 @@ class Checkpointer(TrainerCallback):
                 if state.best_global_step == state.global_step:
                     state.best_model_checkpoint = str(output_dir / name)
                     state.save_to_json(str(staged / "trainer_state.json"))
-                marker = {
-                    "step": state.global_step,
-                    "fingerprint": self.fingerprint,
-                    "world_size": args.world_size,
-                    "model_only": args.save_only_model,
-                    "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-                }
-                checkpoints.publish(staged, output_dir / name, marker)
+                checkpoints.publish(
+                    staged, output_dir / name,
+                    step=state.global_step, fingerprint=self.fingerprint, world_size=args.world_size,
+                    model_only=args.save_only_model,
+                    versions={"torch": torch.__version__, "transformers": transformers.__version__},
+                )  # fmt: skip
                 durable.remove_tree(output_dir / checkpoints.STAGING)
                 checkpoints.rotate(output_dir, args.save_total_limit, state.best_model_checkpoint)
         except Exception as error:
@@ -214,7 +211,7 @@ class Checkpointer(TrainerCallback):
 
     def _load_state(self, folder: Path) -> None:
         trainer, rank = self.trainer, self.trainer.args.process_index
-        saved_ranks = checkpoints.read_marker(folder)["world_size"]
+        saved_ranks = read_marker(folder)["world_size"]
 
         def load(number: int) -> dict:
             return torch.load(folder / STATE_FILE.format(rank=number), map_location="cpu", weights_only=True)
@@ -238,6 +235,8 @@ class Checkpointer(TrainerCallback):
 
 def _reason(error: BaseException, folder: Path) -> str:
     """What went wrong; a full disk in words, since safetensors and torch.save report it in words of their own."""
+    if isinstance(error, CheckpointError):
+        return str(error)
     free = shutil.disk_usage(folder).free
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     # torch.save reports a short write as "unexpected pos" or "file write failed", without the cause.

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from amopo_fast.errors import CheckpointError, NumbersError
+from amopo_fast.errors import CheckpointError, DataError, NumbersError, OptionError
 from amopo_fast.models.activations import KeepLayers
 from amopo_fast.models.architecture import positions_of, vocabulary_of
 from amopo_fast.models.check import prepare_model
@@ -189,7 +189,13 @@ class AMoPOTrainer(Trainer):
             self.log({"train_loss": 0.0})
             result = TrainOutput(self.state.global_step, 0.0, {})
         except Exception as error:
-            if not isinstance(error, (CheckpointError, NumbersError)):
+            known = isinstance(error, (CheckpointError, NumbersError))
+            if self.checkpointer.loading and not (known or isinstance(error, (DataError, OptionError))):
+                text = " ".join(str(error).split())[:300]
+                raise CheckpointError(
+                    f"{folder} cannot be loaded: {type(error).__name__}: {text}. Give an older checkpoint's folder"
+                ) from error
+            if not known:
                 logger.error(
                     "training stopped after step %d. %s", self.state.global_step, self.checkpointer.where_to_resume()
                 )
