@@ -61,7 +61,8 @@ def resolve(output_dir: str | Path, resume: str | Path | bool | None) -> Path | 
 
     Args:
         resume: None or False: none. "last" or True: the newest whole checkpoint of `output_dir`, all of whose files are
-            read; newer ones that are cut off or damaged are logged with the reason. "auto": the same, or a fresh run if there is none. Else a folder.
+            read; newer ones that are cut off or damaged are logged with the reason. "auto": the same, or a fresh run if
+            there is none. Else a folder.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or the named folder is none.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatch
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def _checksum(path: Path) -> str:
     return _checksum_of(path, status.st_size, status.st_mtime_ns)
 
 
-@lru_cache(maxsize=None)  # the command line and then the trainer look at the checkpoint of a resume
+@cache  # the command line and then the trainer look at the checkpoint of a resume
 def _checksum_of(path: Path, size: int, changed: int) -> str:
     digest = xxhash.xxh3_128()
     buffer = bytearray(2**20)
