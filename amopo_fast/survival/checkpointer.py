@@ -1,7 +1,7 @@
 """Saving and resuming around transformers.Trainer's loop: what it leaves out, so that a resumed run is the same run.
 
 Trainer restores weights, optimizer, scheduler and RNG. This adds the sums since the last log line, the order of saving
-and evaluating at the end of an epoch, SIGTERM, and the refusal of a checkpoint of another model or other data.
+and evaluating at the end of an epoch, signals, and the refusal of a checkpoint of another model or other data.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import Protocol
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from amopo_fast.errors import CheckpointError
+from amopo_fast.errors import CheckpointError, NumbersError
 from amopo_fast.survival import checkpoints, durable
 from amopo_fast.survival.fingerprint import differences, run_fingerprint
+from amopo_fast.survival.lock import OutputLock, require_lock
 from amopo_fast.survival.manifest import STATE_FILE, read_marker
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ class Checkpointer(TrainerCallback):
     Args:
         trainer: read when training begins, so it may be half built here.
         parts: per-rank state to save and restore by name, e.g. {"meter": trainer.meter}.
-        stop_requested: whether SIGTERM arrived, agreed over the ranks.
+        stop_requested: whether a signal asked to stop, agreed over the ranks.
     """
 
     def __init__(self, trainer, parts: dict[str, Stateful], stop_requested: Callable[[], bool]):
@@ -60,31 +62,43 @@ class Checkpointer(TrainerCallback):
         self.fingerprint: dict = {}  # of the run, once it begins
         self._evaluation_due = False
         self._save_due = False
+        self._lock: OutputLock | None = None
 
     def run_dir(self, usual: str) -> str:
         """Where Trainer writes checkpoint-N: the staging folder while `save` runs."""
         return self._staging or usual
 
     def begin(self, resume: str | Path | bool | None) -> str | None:
-        """Choose and check the checkpoint that `Trainer.train` loads; the same answer, or error, on every rank.
+        """Lock output_dir until `end`, choose and check the checkpoint that `Trainer.train` loads; the same answer, or
+        error, on every rank.
 
         Raises:
-            CheckpointError: nothing to resume, or the checkpoint belongs to another model or other data.
+            CheckpointError: another run uses output_dir, nothing to resume, or the checkpoint belongs to another model or
+                other data.
         """
         outcome: list = [None, None]
         if self.trainer.is_world_process_zero():
+            self._lock = OutputLock(self.trainer.args.output_dir)
             try:
+                self._lock.__enter__()
                 outcome = [self._choose(resume), self.fingerprint]
             except CheckpointError as error:
                 outcome[0] = error
         if self.trainer.args.world_size > 1:
             broadcast_object_list(outcome)
         if isinstance(outcome[0], CheckpointError):
+            self.end()
             raise outcome[0]
         self.fingerprint = outcome[1]
         self.stopped = self._save_due = self._evaluation_due = False
         self._resumed = self.loading = outcome[0]
         return None if self._resumed is None else str(self._resumed)
+
+    def end(self) -> None:
+        """Give output_dir free."""
+        if self._lock is not None:
+            self._lock.__exit__()
+            self._lock = None
 
     def _choose(self, resume: str | Path | bool | None) -> Path | None:
         trainer, args = self.trainer, self.trainer.args
@@ -145,6 +159,12 @@ class Checkpointer(TrainerCallback):
         if control.should_save and (control.should_training_stop or float(state.epoch).is_integer()):
             control.should_save, self._save_due = False, True
 
+    def on_evaluation_stopped(self, control) -> None:
+        """Save now what was trained; the evaluation is made again after the resume."""
+        self._evaluation_due = True
+        control.should_evaluate = self._save_due = False
+        control.should_save = control.should_training_stop = self.stopped = True
+
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.stopped:
             ended = float(state.epoch).is_integer()
@@ -172,6 +192,7 @@ class Checkpointer(TrainerCallback):
             torch.save(self._state(), staged / STATE_FILE.format(rank=args.process_index))
             trainer.accelerator.wait_for_everyone()
             if args.should_save:
+                require_lock(output_dir)
                 if state.best_global_step == state.global_step:
                     state.best_model_checkpoint = str(output_dir / name)
                     state.save_to_json(str(staged / "trainer_state.json"))
@@ -183,14 +204,45 @@ class Checkpointer(TrainerCallback):
                 )  # fmt: skip
                 durable.remove_tree(output_dir / checkpoints.STAGING)
                 checkpoints.rotate(output_dir, args.save_total_limit, state.best_model_checkpoint)
+        except NumbersError:
+            raise
         except Exception as error:
             if args.should_save:
                 shutil.rmtree(self._staging, ignore_errors=True)
-            raise CheckpointError(f"{name} could not be saved in {output_dir}: {_reason(error, output_dir)}. "
-                                  f"{self.where_to_resume()}") from error  # fmt: skip
+            raise self._not_saved(name, error) from error
         finally:
             self._staging = None
         trainer.accelerator.wait_for_everyone()
+
+    def save_final(self, write: Callable[[str], None]) -> None:
+        """Run `write(folder)`, which writes the trained model, and move it to output_dir: a model there is whole.
+
+        Raises:
+            CheckpointError: it could not be written; checkpoints are as they were.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        output_dir = Path(args.output_dir)
+        staged = output_dir / checkpoints.STAGING / "model"
+        if args.should_save:
+            checkpoints.clear_staging(output_dir)
+        trainer.accelerator.wait_for_everyone()
+        try:
+            write(str(staged))
+            trainer.accelerator.wait_for_everyone()
+            if args.should_save:
+                checkpoints.publish_model(staged, output_dir)
+        except NumbersError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if args.should_save:
+                shutil.rmtree(staged.parent, ignore_errors=True)
+            raise self._not_saved("the trained model", error) from error
+        trainer.accelerator.wait_for_everyone()
+
+    def _not_saved(self, what: str, error: Exception) -> CheckpointError:
+        output_dir = Path(self.trainer.args.output_dir)
+        reason = _reason(error, output_dir)
+        return CheckpointError(f"{what} could not be saved in {output_dir}: {reason}. {self.where_to_resume()}")
 
     def where_to_resume(self) -> str:
         """One sentence for the end of a message about a run that stopped."""

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 STAGING = ".saving"
 SUPERSEDED = "superseded"
+CONFIGURATIONS = ("config.json", "adapter_config.json")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -115,6 +116,24 @@ def publish(staged: Path, final: Path, **marker) -> None:
     os.replace(staged, final)
     durable.flush(final.parent)
     durable.write_text(final / MARKER, json.dumps(manifest, indent=1) + "\n")
+
+
+def publish_model(staged: Path, output_dir: Path) -> None:
+    """Move a model's files from `staged` to `output_dir`. Its configuration goes first and comes last: cut off in
+    between there is no model, and never one with the weights of another."""
+    durable.flush_tree(staged)
+    names = sorted((path.name for path in staged.iterdir()), key=lambda name: (name in CONFIGURATIONS, name))
+    for name in CONFIGURATIONS:
+        (output_dir / name).unlink(missing_ok=True)
+    for old in (*output_dir.glob("*.safetensors"), *output_dir.glob("*.safetensors.index.json")):
+        if old.name not in names:
+            old.unlink()
+    durable.flush(output_dir)
+    for name in names:
+        durable.remove_tree(output_dir / name)
+        os.replace(staged / name, output_dir / name)
+    durable.flush(output_dir)
+    durable.remove_tree(output_dir / STAGING)
 
 
 def rotate(output_dir: Path, limit: int | None, keep: str | None = None) -> None:

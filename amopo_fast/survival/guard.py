@@ -46,7 +46,7 @@ class Guard(TrainerCallback):
         self._micro_batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def stop_requested(self) -> bool:
-        """Whether any rank had received SIGTERM before the last optimizer step."""
+        """Whether any rank had received a signal before the last optimizer step."""
         return self._stop
 
     def read_spikes(self) -> int:
@@ -99,7 +99,7 @@ class Guard(TrainerCallback):
         if trainer.accelerator.scaler is not None:
             norm = torch.zeros_like(norm)  # fp16: the loss scaler skips a step whose gradients overflowed
         trained = (parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
-        flag = torch.tensor(float(self.termination.requested), device=args.device)
+        flag = torch.tensor(float(bool(self.termination.requested)), device=args.device)
         numbers = torch.stack([self._total_loss(), norm, _largest(trained, args.device), flag])
         loss, norm, largest, stop = trainer.accelerator.reduce(numbers, "sum").tolist()
         self._stop = stop > 0
