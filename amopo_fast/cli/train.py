@@ -100,6 +100,21 @@ def _run(arguments, progress: Progress) -> int:
         return _train(data_config, model_config, config, progress)
 
 
+def adapter_as_saved(model_config: ModelConfig, resume: Path | None, config: AMoPOConfig) -> ModelConfig:
+    """With `on_changed_option keep`, the adapter's options of the checkpoint: they are part of the model. The same on
+    every rank; `resume` is rank 0's."""
+    from accelerate.utils import broadcast_object_list
+
+    from amopo_fast.training.resume import adapter_of
+
+    if config.on_changed_option != "keep" or not model_config.use_peft:
+        return model_config
+    chosen = [adapter_of(resume, model_config) if resume is not None else model_config]
+    if config.world_size > 1:
+        broadcast_object_list(chosen)
+    return chosen[0]
+
+
 def _train(data_config: DataConfig, model_config: ModelConfig, config: AMoPOConfig, progress: Progress) -> int:
     from amopo_fast.models.loading import load_shape, model_errors, peft_config, tokenizer_of
     from amopo_fast.models.saving import final_dtype
@@ -117,6 +132,7 @@ def _train(data_config: DataConfig, model_config: ModelConfig, config: AMoPOConf
         tokenizer = tokenizer_of(model_config)
         shape = load_shape(model_config)  # what is wrong with it is said before the data is read
     data_config = as_begun(data_config, resume, config)
+    model_config = adapter_as_saved(model_config, resume, config)
     data = load_data(data_config, tokenizer, seed=config.seed, folder=folder / "tokens" / f"rank{config.process_index}")
     if config.process_index == 0:
         print_counts(data)

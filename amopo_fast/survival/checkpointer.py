@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from amopo_fast.errors import CheckpointError, NumbersError
 from amopo_fast.survival import checkpoints, durable
-from amopo_fast.survival.fingerprint import differences, run_fingerprint
+from amopo_fast.survival.fingerprint import changed_options, differences, run_fingerprint
 from amopo_fast.survival.lock import OutputLock, require_lock
 from amopo_fast.survival.manifest import STATE_FILE, read_marker
 
@@ -51,10 +51,21 @@ class Checkpointer(TrainerCallback):
         trainer: read when training begins, so it may be half built here.
         parts: per-rank state to save and restore by name, e.g. {"meter": trainer.meter}.
         stop_requested: whether a signal asked to stop, agreed over the ranks.
+        options: those of the run, as `run_fingerprint` wants them; keep_options: sets some of them to other values.
     """
 
-    def __init__(self, trainer, parts: dict[str, Stateful], stop_requested: Callable[[], bool]):
+    def __init__(
+        self,
+        trainer,
+        parts: dict[str, Stateful],
+        stop_requested: Callable[[], bool],
+        options: Callable[[], dict],
+        keep_options: Callable[[dict], None],
+    ):
         self.trainer, self.parts, self.stop_requested = trainer, parts, stop_requested
+        self.options, self.keep_options = options, keep_options
+        self.uses_new_options = False  # of a resume, in the place of the checkpoint's
+        self._schedule: list[int] = []  # steps where the parts of the learning rate's schedule end
         self.stopped = False
         self._staging: str | None = None
         self._resumed: Path | None = None
@@ -63,6 +74,13 @@ class Checkpointer(TrainerCallback):
         self._evaluation_due = False
         self._save_due = False
         self._lock: OutputLock | None = None
+
+    def begin_schedule(self, steps: int) -> list[int]:
+        """Steps at which the parts of the schedule end, in a run of `steps`: a longer run than the checkpoint's follows
+        its schedule to the end, then one of its own; a shorter one stops on it."""
+        if not self._schedule or steps > self._schedule[-1]:
+            self._schedule = [*self._schedule, steps]
+        return self._schedule
 
     def run_dir(self, usual: str) -> str:
         """Where Trainer writes checkpoint-N: the staging folder while `save` runs."""
@@ -73,25 +91,29 @@ class Checkpointer(TrainerCallback):
         error, on every rank.
 
         Raises:
-            CheckpointError: another run uses output_dir, nothing to resume, or the checkpoint belongs to another model or
-                other data.
+            CheckpointError: another run uses output_dir, nothing to resume, or the checkpoint belongs to another model,
+                other data or other options.
         """
-        outcome: list = [None, None]
+        outcome: list = [None]
         if self.trainer.is_world_process_zero():
             self._lock = OutputLock(self.trainer.args.output_dir)
             try:
                 self._lock.__enter__()
-                outcome = [self._choose(resume), self.fingerprint]
+                outcome[0] = self._choose(resume)
             except CheckpointError as error:
                 outcome[0] = error
         if self.trainer.args.world_size > 1:
             broadcast_object_list(outcome)
-        if isinstance(outcome[0], CheckpointError):
+        try:
+            if isinstance(outcome[0], CheckpointError):
+                raise outcome[0]
+            self._resumed, self.fingerprint, changed, self._schedule = outcome[0]
+            self._settle(changed)
+        except CheckpointError:
             self.end()
-            raise outcome[0]
-        self.fingerprint = outcome[1]
+            raise
         self.stopped = self._save_due = self._evaluation_due = False
-        self._resumed = self.loading = outcome[0]
+        self.loading = self._resumed
         return None if self._resumed is None else str(self._resumed)
 
     def end(self) -> None:
@@ -100,30 +122,53 @@ class Checkpointer(TrainerCallback):
             self._lock.__exit__()
             self._lock = None
 
-    def _choose(self, resume: str | Path | bool | None) -> Path | None:
+    def _choose(self, resume: str | Path | bool | None) -> tuple[Path | None, dict, dict[str, tuple], list[int]]:
+        """(checkpoint, fingerprint of the run, options that differ, the checkpoint's schedule)."""
         trainer, args = self.trainer, self.trainer.args
         folder = checkpoints.resolve(args.output_dir, resume)
-        self.fingerprint = run_fingerprint(
+        fingerprint = run_fingerprint(
             trainer.accelerator.unwrap_model(trainer.model),
             trainer.train_dataset.pairs,
             dimensions=trainer.meter.dimensions,
             seed=args.seed,
             pairs_per_step=args.pairs_per_step,
+            recipe=trainer.recipe,
+            options=self.options(),
         )
-        if folder is not None:
-            marker = read_marker(folder)
-            if marker["model_only"]:
-                raise CheckpointError(
-                    f"{folder} holds no optimizer: it was saved with save_only_model. Start a new run with "
-                    f"--model_name_or_path {folder}"
-                )
-            changed = differences(marker["fingerprint"], self.fingerprint)
-            if changed:
-                raise CheckpointError(
-                    f"{folder} belongs to another run: {'; '.join(changed)}. Resume with the model, data and options "
-                    "it was saved with, or start a new run in another output_dir"
-                )
-        return folder
+        if folder is None:
+            return None, fingerprint, {}, []
+        marker = read_marker(folder)
+        if marker["model_only"]:
+            raise CheckpointError(
+                f"{folder} holds no optimizer: it was saved with save_only_model. Start a new run with "
+                f"--model_name_or_path {folder}"
+            )
+        changed = differences(marker["fingerprint"], fingerprint)
+        if changed:
+            raise CheckpointError(
+                f"{folder} belongs to another run: {'; '.join(changed)}. Resume with the model, data and options "
+                "it was saved with, or start a new run in another output_dir"
+            )
+        options = changed_options(marker["fingerprint"], fingerprint)
+        if options and not args.on_changed_option:
+            raise CheckpointError(
+                f"{folder} was saved with other options: {_words(options)}. Give them as they were, or say which hold: "
+                "--on_changed_option keep (the checkpoint's) or use (those given now)"
+            )
+        return folder, fingerprint, options, marker.get("schedule", [])
+
+    def _settle(self, changed: dict[str, tuple]) -> None:
+        """Let the checkpoint's options hold, or the run's."""
+        keeps = self.trainer.args.on_changed_option == "keep"
+        self.uses_new_options = bool(changed) and not keeps
+        if self.uses_new_options:
+            self._schedule = []
+        if changed:
+            logger.warning("going on with %s: %s", "the checkpoint's options" if keeps else "other options than before",
+                           _words(changed))  # fmt: skip
+            if keeps:
+                self.keep_options({name: before for name, (before, _) in changed.items()})
+                self.fingerprint["options"] |= {name: before for name, (before, _) in changed.items()}
 
     def on_train_begin(self, args, state, control, **kwargs):
         output_dir = Path(args.output_dir)
@@ -198,8 +243,8 @@ class Checkpointer(TrainerCallback):
                     state.save_to_json(str(staged / "trainer_state.json"))
                 checkpoints.publish(
                     staged, output_dir / name,
-                    step=state.global_step, fingerprint=self.fingerprint, world_size=args.world_size,
-                    model_only=args.save_only_model,
+                    step=state.global_step, fingerprint=self.fingerprint, schedule=self._schedule,
+                    world_size=args.world_size, model_only=args.save_only_model,
                     versions={"torch": torch.__version__, "transformers": transformers.__version__},
                 )  # fmt: skip
                 durable.remove_tree(output_dir / checkpoints.STAGING)
@@ -283,6 +328,10 @@ class Checkpointer(TrainerCallback):
         self._evaluation_due = state["evaluation_due"]
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
+
+
+def _words(changed: dict[str, tuple]) -> str:
+    return "; ".join(f"{name} was {before}, is {now}" for name, (before, now) in changed.items())
 
 
 def _reason(error: BaseException, folder: Path) -> str:

@@ -32,6 +32,7 @@ SCHEMA: dict[str, Any] = {
         "world_size": {"type": "integer", "minimum": 1},
         "model_only": {"type": "boolean"},
         "fingerprint": _OBJECTS,
+        "schedule": {"type": "array", "items": {"type": "integer", "minimum": 1}},
         "files": {"type": "object", "additionalProperties": _FILE},
     },
 }

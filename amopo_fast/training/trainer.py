@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +18,12 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    set_seed,
 )
 from transformers.trainer_utils import TrainOutput
 
 from amopo_fast.errors import CheckpointError, DataError, NumbersError, OptionError
 from amopo_fast.models.activations import KeepLayers
-from amopo_fast.models.architecture import positions_of, vocabulary_of
 from amopo_fast.models.check import prepare_model
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.faster_layers import compile_layers
@@ -35,11 +34,10 @@ from amopo_fast.models.saving import (
     prepare_saving,
     weights_digest,
 )
-from amopo_fast.models.scoring import check_lengths, score_wrapped
+from amopo_fast.models.scoring import score_wrapped
 from amopo_fast.optim import backward_grad_norm, choose_optimizer
 from amopo_fast.packing.plan import Plan
 from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, PlannedBatches, plan_epochs
-from amopo_fast.prompts.model_limits import check_pairs, check_vocabulary
 from amopo_fast.prompts.recipe import Recipe
 from amopo_fast.prompts.tokenizer import load_tokenizer
 from amopo_fast.prompts.tokens import PairTokens
@@ -48,16 +46,18 @@ from amopo_fast.survival.checkpointer import AlreadyFinished, Checkpointer
 from amopo_fast.survival.guard import Guard
 from amopo_fast.survival.safety import write_arguments
 from amopo_fast.survival.signals import EvaluationStopped, Termination
+from amopo_fast.training.checks import check_data
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.epochs import EpochOfPlan, epochs_to_plan
 from amopo_fast.training.loading import load_for_training
 from amopo_fast.training.metrics import Meter, evaluation_metrics
 from amopo_fast.training.metrics_file import MetricsFile
-from amopo_fast.training.model_card import model_card
+from amopo_fast.training.model_card import write_model_card
 from amopo_fast.training.objective import Batch, Objective, Outcome
 from amopo_fast.training.objectives import objective_of
 from amopo_fast.training.provenance import describe_run, prepare_serving
 from amopo_fast.training.reference import ReferenceLogps
+from amopo_fast.training.resume import continue_schedule, keep_options, options_of, use_values, values_of_groups
 from amopo_kernels import SequenceStats
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class AMoPOTrainer(Trainer):
             processing_class = processing_class or load_tokenizer(model)
             model = load_for_training(ModelConfig(model), args, train_dataset, adapter=peft_config is not None)
         if peft_config is not None:
+            set_seed(args.seed)  # Trainer's own comes after the adapter's weights were drawn
             model = add_adapter(model, peft_config)
         prepare_saving(model)
         self.objective = objective_of(args)
@@ -114,17 +115,7 @@ class AMoPOTrainer(Trainer):
         if args.compile_layers:
             compile_layers(model)
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset or ()}
-        for pair in chain(train_dataset or (), *evals.values()):
-            if len(pair.prompts) != len(dimensions):
-                raise ValueError(
-                    f"record {pair.record} has {len(pair.prompts)} dimensions, the trainer {len(dimensions)}: "
-                    f"tokenize with dimensions={list(dimensions)}"
-                )
-        check_lengths(model, chain(train_dataset or (), *evals.values()))
-        vocabulary, positions = vocabulary_of(model), positions_of(model)
-        if processing_class is not None:
-            check_vocabulary(processing_class, vocabulary)
-        check_pairs(chain(train_dataset or (), *evals.values()), vocabulary=vocabulary, positions=positions)
+        check_data([train_dataset or (), *evals.values()], model, processing_class, dimensions)
         callbacks = list(callbacks or [])
         if train_dataset is not None:
             # A fractional last epoch ends by max_steps, so the plan covers it whole.
@@ -150,7 +141,10 @@ class AMoPOTrainer(Trainer):
         self.meter = Meter(dimensions, self.objective.columns)
         self.termination = Termination()
         self.guard = Guard(self, self.termination)
-        self.checkpointer = Checkpointer(self, {"meter": self.meter, "guard": self.guard}, self.guard.stop_requested)
+        self.checkpointer = Checkpointer(
+            self, {"meter": self.meter, "guard": self.guard}, self.guard.stop_requested,
+            options=lambda: options_of(args, model), keep_options=lambda values: keep_options(self, values),
+        )  # fmt: skip
         super().__init__(
             model=model,
             args=args,
@@ -211,6 +205,21 @@ class AMoPOTrainer(Trainer):
     def _mean_loss(self) -> float:
         """Mean over all steps of the run; Trainer's own covers the steps since the resume."""
         return self._total_loss_scalar / max(self.state.global_step, 1)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Trainer's; a run that was made longer continues the checkpoint's schedule."""
+        new = self.lr_scheduler is None
+        ends = self.checkpointer.begin_schedule(num_training_steps)
+        schedule = super().create_scheduler(ends[0], optimizer)
+        if new:
+            continue_schedule(schedule, self.args, ends)
+        return schedule
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        given = values_of_groups(self) if self.checkpointer.uses_new_options else None
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if given is not None:
+            use_values(self, *given)
 
     def stop_between_rows(self) -> None:
         """Between two rows of what is no training, which can take longer than the time until SIGKILL.
@@ -277,13 +286,7 @@ class AMoPOTrainer(Trainer):
         if self.recipe is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            plot = "metrics.png" if (folder / "metrics.png").is_file() else None
-            text = model_card(
-                self.recipe, self.state.log_history, name=folder.resolve().name, plot=plot,
-                adapter=hasattr(self.model, "peft_config"),
-            )  # fmt: skip
-            (folder / "README.md").write_text(text, encoding="utf-8")
+            write_model_card(self.args.output_dir, self.recipe, self.state, adapter=hasattr(self.model, "peft_config"))
 
     def _get_output_dir(self, trial) -> str:
         # Lets _save_checkpoint write to a staging folder: there is no other way to tell it where to.

@@ -19,7 +19,6 @@ from amopo_fast.survival import signals
 from amopo_fast.survival.checkpoints import STAGING, complete_checkpoints
 from amopo_fast.survival.lock import FILE
 
-
 ROWS = {"per_device_eval_batch_size": 1}  # four
 
 
@@ -124,8 +123,8 @@ def arguments(tmp_path_factory):
     demo_model(0).save_pretrained(folder)
     demo_tokenizer().save_pretrained(folder)
     return ["train", "--model_name_or_path", str(folder), "--train_data", str(TRAIN_FILE), "--dimensions", *DIMENSIONS,
-            "--use_cpu", "true", "--report_to", "none", "--max_steps", "2", "--pairs_per_step", "2", "--save_steps", "1",
-            "--output_dir"]  # fmt: skip
+            "--use_cpu", "true", "--report_to", "none", "--max_steps", "2", "--pairs_per_step", "2",
+            "--save_steps", "1", "--output_dir"]  # fmt: skip
 
 
 def test_while_the_data_is_read(arguments, tmp_path, monkeypatch, capsys):
