@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 # torchrun passes a terminal's Ctrl-C on to processes that have received it themselves: that is no second one.
@@ -30,7 +31,7 @@ class _Handlers:
     """Context manager: inside, `_received` is called with a signal's name."""
 
     def __init__(self):
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():

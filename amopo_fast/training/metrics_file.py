@@ -62,7 +62,7 @@ class MetricsFile(TrainerCallback):
             return
         self._waiting.append(_line({"step": state.global_step, "epoch": state.epoch, **logs}))
         try:
-            self._append("".join(self._waiting))
+            self._append("".join(self._waiting).encode())
         except OSError as error:
             if len(self._waiting) == 1:
                 logger.warning("%s cannot be written (%s): training goes on, and the lines are written when there is "
@@ -70,13 +70,13 @@ class MetricsFile(TrainerCallback):
         else:
             self._waiting = []
 
-    def _append(self, text: str) -> None:
-        """All of it or nothing."""
-        with self.path.open("ab") as file:
+    def _append(self, content: bytes) -> None:
+        """All of it or nothing. Without a buffer, which would write what is left of it when it is closed."""
+        with self.path.open("ab", buffering=0) as file:
             size = file.tell()
             try:
-                file.write(text.encode())
-                file.flush()
+                while content:
+                    content = content[file.write(content) :]
             except OSError:
                 os.truncate(self.path, size)
                 raise

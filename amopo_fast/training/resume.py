@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
+from transformers import Trainer, get_scheduler
 
 from amopo_fast.errors import CheckpointError
 from amopo_fast.optim import choose_optimizer
@@ -27,7 +27,6 @@ from amopo_fast.training.provenance import objective_entry
 if TYPE_CHECKING:
     from amopo_fast.models.config import ModelConfig
     from amopo_fast.training.config import AMoPOConfig
-    from amopo_fast.training.trainer import AMoPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +60,8 @@ def adapter_of(checkpoint: Path, config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, **{name: saved[name] for name in ADAPTER if name in saved})
 
 
-def keep_options(trainer: AMoPOTrainer, values: dict[str, Any]) -> None:
-    """Go on with a checkpoint's values; before Trainer makes optimizer and schedule.
+def keep_options(trainer: Trainer, values: dict[str, Any]) -> None:
+    """Go on with a checkpoint's values; before the AMoPOTrainer makes optimizer and schedule.
 
     Raises:
         CheckpointError: one of them is part of the model, which is there already.
@@ -80,14 +79,14 @@ def keep_options(trainer: AMoPOTrainer, values: dict[str, Any]) -> None:
         trainer.optimizer_cls_and_kwargs = choose_optimizer(args, trainer.model, args.gradient_accumulation_steps)
 
 
-def values_of_groups(trainer: AMoPOTrainer) -> tuple[list[dict], list[float]]:
+def values_of_groups(trainer: Trainer) -> tuple[list[dict], list[float]]:
     """What the options gave optimizer and schedule, before a checkpoint is loaded into them."""
     own = trainer.optimizer.param_groups
     groups = [{key: value for key, value in group.items() if key != "params"} for group in own]
     return groups, list(getattr(trainer.lr_scheduler, "base_lrs", []))
 
 
-def use_values(trainer: AMoPOTrainer, groups: list[dict], rates: list[float]) -> None:
+def use_values(trainer: Trainer, groups: list[dict], rates: list[float]) -> None:
     """Put them in the place of the checkpoint's; the schedule is at the checkpoint's step."""
     schedule = trainer.lr_scheduler
     for group, values in zip(trainer.optimizer.param_groups, groups, strict=True):
