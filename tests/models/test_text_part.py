@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from amopo_fast.models.check import prepare_model
 from amopo_fast.models.choice import choice_of
-from amopo_fast.models.loading import add_adapter, load_published
+from amopo_fast.models.loading import add_adapter, load_whole
 from amopo_fast.models.miniature import tiny_config
 from amopo_fast.models.scoring import score
 from amopo_fast.models.text_part import auto_class, beside_text
@@ -27,7 +27,7 @@ def published(tmp_path_factory):
 
 
 def test_the_text_is_trained_and_the_rest_saved_as_it_was(published, tmp_path):
-    model = load_published(str(published), torch.float32)
+    model = load_whole(published, dtype=torch.float32)
     assert type(model).__name__ == "Gemma3ForConditionalGeneration"
     prepare_model(model)
     assert "vision_tower" in choice_of(model).frozen and "multi_modal_projector" in choice_of(model).frozen
@@ -46,7 +46,7 @@ def test_the_text_is_trained_and_the_rest_saved_as_it_was(published, tmp_path):
 def test_an_adapter_is_of_the_text_part_alone(published):
     from peft import LoraConfig
 
-    model = load_published(str(published), torch.float32)
+    model = load_whole(published, dtype=torch.float32)
     adapted = add_adapter(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     prepare_model(adapted)
     names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
