@@ -87,7 +87,8 @@ def score_pairs(
             here = [pairs[index] for index in row]
             plan = build_plan(here, choice.layout).to(device)
             stats = score(model, plan, attention_backend=attention_backend, backend=kernel_backend)
-            batch = Batch(len(dimensions), score_gaps=_gaps(here, len(dimensions)).to(device))
+            gaps = torch.from_numpy(np.stack([pair.gaps() for pair in here])).to(device)
+            batch = Batch(len(dimensions), score_gaps=gaps)
             tables.append(objective(stats, batch).table().double().cpu().numpy())
             sums.append(stats.logp_sum.double().view(-1, len(dimensions), 2).cpu().numpy())
             probabilities += _histogram(stats, len(dimensions))
@@ -98,7 +99,7 @@ def score_pairs(
     lengths = np.array([(len(pair.chosen), len(pair.rejected)) for pair in pairs])
     return Scores(
         tuple(dimensions), records, table, lengths, probabilities, objective, choice.describe(sizes.share),
-        np.concatenate(sums)[np.argsort(order)], score_gaps=_gaps(pairs, len(dimensions)).numpy(),
+        np.concatenate(sums)[np.argsort(order)], score_gaps=np.stack([pair.gaps() for pair in pairs]),
         prompts=np.array([pair.prompt_id for pair in pairs]),
     )  # fmt: skip
 
@@ -123,11 +124,6 @@ def per_pair(scores: Scores) -> Iterator[dict[str, Any]]:
                 "weight": float(weight[p, k]),
             }
         yield {"record": int(record), "dimensions": dimensions}
-
-
-def _gaps(pairs: Sequence[PairTokens], num_dimensions: int) -> torch.Tensor:
-    unknown = np.full(num_dimensions, np.nan)
-    return torch.from_numpy(np.stack([unknown if pair.score_gaps is None else pair.score_gaps for pair in pairs]))
 
 
 def _histogram(stats, num_dimensions: int) -> np.ndarray:
