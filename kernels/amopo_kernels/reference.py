@@ -12,18 +12,30 @@ from .types import AMoPOLoss, SequenceStats
 
 
 def linear_logps(hidden, weight, labels, bias=None, *, softcap=None, temperature=1.0, ignore_index=-100,
-                 return_entropy=False):  # fmt: skip
-    """log softmax(head(hidden))[label]; see amopo_kernels.linear_logps."""
+                 return_entropy=False, outputs=()):  # fmt: skip
+    """log softmax(head(hidden))[label], and what `outputs` names; see amopo_kernels.linear_logps."""
+    ignored = labels == ignore_index
+    hidden = hidden.masked_fill(ignored[..., None], 0.0)  # whatever an ignored row holds touches nothing
     logits = F.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    all_logps = torch.log_softmax(logits / temperature, dim=-1)
-    ignored = labels == ignore_index
-    logps = all_logps.gather(-1, labels.masked_fill(ignored, 0).long()[..., None]).squeeze(-1).masked_fill(ignored, 0.0)
-    if not return_entropy:
-        return logps
-    return logps, -(all_logps.exp() * all_logps).sum(-1).masked_fill(ignored, 0.0)
+    temperature = temperature[..., None] if isinstance(temperature, Tensor) else temperature
+    scores = logits / temperature
+    all_logps = torch.log_softmax(scores, dim=-1)
+    probabilities = all_logps.exp()
+    found = {
+        "logps": all_logps.gather(-1, labels.masked_fill(ignored, 0).long()[..., None]).squeeze(-1),
+        # masked_fill: a token of probability 0 adds nothing, though its log is infinite
+        "entropy": -(probabilities * all_logps.masked_fill(probabilities == 0, 0.0)).sum(-1),
+        "lse": scores.logsumexp(-1),
+        "mean_logit": scores.mean(-1),
+        "top1": scores.argmax(-1),
+        "log_sum_p2": (2 * all_logps.detach()).logsumexp(-1),
+    }
+    names = ("logps", "entropy") if return_entropy else ("logps", *outputs)
+    wanted = [found[name].masked_fill(ignored, 0) for name in names]
+    return tuple(wanted) if len(wanted) > 1 else wanted[0]
 
 
 def sequence_stats(logps, cu_seqlens) -> SequenceStats:
