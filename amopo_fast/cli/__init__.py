@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from amopo_fast import __version__
-from amopo_fast.cli import data, demo, estimate, evaluate, merge, plot, train
+from amopo_fast.cli import data, demo, estimate, evaluate, generate, merge, plot, train
 from amopo_fast.errors import CheckpointError, NumbersError
 from amopo_fast.report.quiet import hold_back
 
@@ -23,11 +23,13 @@ EXAMPLES = """examples:
   amopo-fast show pairs.json --record 3            one record's sequences, tokens and labels
   amopo-fast eval runs/a --eval_data heldout.json  accuracy and margin per dimension, with intervals
   amopo-fast plot runs/a runs/b                    metrics of runs, compared: PNG, SVG and a page
+  amopo-fast generate runs/a --prompt "..." --target helpfulness=5     an answer that is asked for a dimension
+  amopo-fast chat runs/a --target helpfulness=5    a conversation with a trained model
   amopo-fast merge runs/lora merged                a LoRA adapter into its base model
   amopo-fast estimate --model DIR --gpu h200       memory and speed of training a model, by part and optimizer
   amopo-fast train --config run.yaml --beta 1.0    train; any key of the YAML file can be given as --key value
 """
-COMMANDS = (demo, train, evaluate, plot, data, estimate, merge)
+COMMANDS = (demo, train, generate, evaluate, plot, data, estimate, merge)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

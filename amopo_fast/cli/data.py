@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 
@@ -15,21 +16,39 @@ def add_parser(commands) -> None:
 
 
 def _parse(command: str, rest, add_arguments):
-    """(DataConfig, namespace). Files named without a flag are training data; the keys of a training run are allowed."""
+    """(DataConfig, ModelConfig, namespace). Files without a flag are training data; the keys of a training run are
+    allowed."""
     from amopo_fast.cli.options import RUN_CLASSES, parse_options
     from amopo_fast.data.config import DataConfig
+    from amopo_fast.models.config import ModelConfig
 
     def add(parser) -> None:
         parser.add_argument("data", nargs="*", help="files, folders or Hub names; the same as --train_data")
-        parser.add_argument("--tokenizer", help="folder or Hub name of a tokenizer or model")
         add_arguments(parser)
 
-    config, arguments = parse_options(command, (DataConfig,), rest, ignore=RUN_CLASSES, add_arguments=add)
+    classes = (DataConfig, ModelConfig)
+    config, model, arguments = parse_options(command, classes, rest, ignore=RUN_CLASSES, add_arguments=add)
     if arguments.data:
         config = replace(config, train_data=arguments.data)
     if not config.train_data:
         raise ValueError(f"name the data: amopo-fast {command} FILE, or --config with train_data in it")
-    return config, arguments
+    return config, model, arguments
+
+
+def _as_trained(config, model, given):
+    """(DataConfig, wording, tokenizer or None) of the model that the options name: with its recipe, if it has one."""
+    from amopo_fast.prompts.recipe import as_trained, recipe_of
+    from amopo_fast.prompts.tokenizer import load_tokenizer
+
+    name = model.tokenizer_name_or_path or model.model_name_or_path
+    if not name:
+        return config, None, None
+    recipe, wording = recipe_of(model.model_name_or_path or name), None
+    if recipe is not None:
+        config, wording, notes = as_trained(config, recipe, given)
+        for note in notes:
+            print(note, file=sys.stderr)
+    return config, wording, load_tokenizer(name)
 
 
 def run_validate(arguments) -> int:
@@ -37,10 +56,11 @@ def run_validate(arguments) -> int:
 
     from amopo_fast.prompts.inspect import validate_data
 
-    config, options = _parse(
+    config, model, options = _parse(
         "validate", arguments.rest, lambda parser: parser.add_argument("--json", action="store_true", help="print JSON")
     )
-    report = validate_data(config, load_tokenizer(options.tokenizer) if options.tokenizer else None)
+    config, wording, tokenizer = _as_trained(config, model, options.given)
+    report = validate_data(config, tokenizer, wording=wording)
     if options.json:
         print(report.to_json())
     else:
@@ -63,7 +83,13 @@ def run_show(arguments) -> int:
         parser.add_argument("--record", type=int, default=0, help="number of the record, from 0")
         parser.add_argument("--failed_step", help="failed-step-N.json of a run: shows that step's numbers and records")
 
-    config, options = _parse("show", arguments.rest, add_arguments)
+    config, model, options = _parse("show", arguments.rest, add_arguments)
+    config, wording, tokenizer = _as_trained(config, model, options.given)
+    if tokenizer is None:
+        from amopo_fast.demo.tokenizer import demo_tokenizer
+
+        print("no --model_name_or_path is given: tokens are those of the demo's tokenizer", file=sys.stderr)
+        tokenizer = demo_tokenizer()
     sources = parse_sources(config.train_data)
     if options.failed_step:
         report = FailedStep.read(options.failed_step)
@@ -74,7 +100,7 @@ def run_show(arguments) -> int:
     opened = [open_source(source) for source in sources]
     score_range = common_score_range(config, opened)
     reading = Reading(config.dimensions, score_range, config.missing_scores, config.tied_dimensions)
-    builder = prompt_builder(config, load_tokenizer(options.tokenizer), score_range)
+    builder = prompt_builder(config, tokenizer, score_range, wording)
     shown = False
     base = 0  # a run numbers the records of its second source behind the first one's
     for source in opened:
@@ -96,14 +122,3 @@ def run_show(arguments) -> int:
         names = ", ".join(str(source.source) for source in opened)
         raise ValueError(f"{names} has {base} records, numbered from 0; there is no {min(wanted)}")
     return 0
-
-
-def load_tokenizer(name: str | None):
-    """The named tokenizer, or the demo's."""
-    if not name:
-        from amopo_fast.demo.tokenizer import demo_tokenizer
-
-        return demo_tokenizer()
-    from amopo_fast.prompts import tokenizer
-
-    return tokenizer.load_tokenizer(name)

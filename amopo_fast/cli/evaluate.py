@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +50,9 @@ def run(arguments) -> int:
     from amopo_fast.cli.options import RUN_CLASSES, parse_options
     from amopo_fast.data.config import DataConfig
     from amopo_fast.evaluation.preferences import difference, score_pairs, summary
-    from amopo_fast.models.loading import load_trained
+    from amopo_fast.models.loading import load_trained, tokenizer_folder
     from amopo_fast.prompts.dataset import load_eval_data
+    from amopo_fast.prompts.recipe import as_trained, recipe_of
     from amopo_fast.prompts.tokenizer import load_tokenizer
     from amopo_fast.training.objective import AMoPO
 
@@ -58,26 +61,36 @@ def run(arguments) -> int:
         add_arguments=_add_arguments,
     )  # fmt: skip
     models = [found for name in options.models for found in find_models(name, options.checkpoints)]
-    tokenizer = load_tokenizer(tokenizer_folder(models[0]))
-    data = load_eval_data(config, tokenizer, seed=objective.seed)
-    sets: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in data.evals}
+    recipes = [recipe_of(name) for name in models]
+    shared = next((recipe for recipe in recipes if recipe is not None), None)
+    sets: dict[str, dict[str, dict[str, Any]]] = {}
     first = {}
-    for name in models:
+    for name, own in zip(models, recipes, strict=True):
+        recipe = own or shared
+        chosen, wording, trained = config, None, objective
+        if recipe is not None:
+            chosen, wording, notes = as_trained(config, recipe, options.given)
+            if own is None:
+                notes.insert(0, "no recipe of its own: prompted as the other model was trained")
+            for note in notes:
+                print(f"{name}: {note}", file=sys.stderr)
+            trained = trained_objective(objective, recipe, options.given)
+        data = load_eval_data(chosen, load_tokenizer(tokenizer_folder(name)), seed=objective.seed, wording=wording)
         model = load_trained(name, dtype=options.dtype, device=options.device)
         for label, pairs in data.evals.items():
             scores = score_pairs(
                 model,
                 pairs,
-                dimensions=config.dimensions,
-                objective=AMoPO(objective.beta, objective.gamma),
+                dimensions=chosen.dimensions,
+                objective=AMoPO(trained.beta, trained.gamma),
                 tokens_per_row=options.tokens_per_row,
             )
             result = summary(scores)
             result["step"] = step_of(name)
-            if label in first:
+            if label in first and first[label].dimensions == scores.dimensions:
                 result["difference"] = difference(first[label], scores)
             first.setdefault(label, scores)
-            sets[label][_short(name, models)] = result
+            sets.setdefault(label, {})[_short(name, models)] = result
         del model
     folder = Path(options.output or (options.models[0] if Path(options.models[0]).is_dir() else "amopo-eval"))
     text = json.dumps({label or "eval": found for label, found in sets.items()}, indent=1, default=str)
@@ -88,6 +101,12 @@ def run(arguments) -> int:
         _print(sets)
         print(f"{folder / 'eval.json'}  {', '.join(str(folder / page) for page in _pages(sets).values())}")
     return 0
+
+
+def trained_objective(options: EvaluationOptions, recipe, given) -> EvaluationOptions:
+    """The options with the hyper-parameters that a model was trained with, where the user gave none."""
+    own = {name: recipe.objective[name] for name in ("beta", "gamma") if name in recipe.objective and name not in given}
+    return dataclasses.replace(options, **own)
 
 
 def find_models(name: str, every: bool) -> list[str]:
@@ -128,20 +147,6 @@ def step_of(name: str) -> int | None:
         return int(read_metrics(name)[-1]["step"])
     except (OSError, ValueError):
         return None
-
-
-def tokenizer_folder(name: str) -> str:
-    """Where the tokenizer of a model is: its own folder, its run's, or its base model's."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return name
-    for place in (folder, folder.parent):
-        if (place / "tokenizer.json").is_file():
-            return str(place)
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        return str(json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or name)
-    return name
 
 
 def _short(name: str, models: list[str]) -> str:

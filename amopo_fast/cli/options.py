@@ -54,7 +54,7 @@ def parse_options(
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> tuple[Any, ...]:
     """An instance of each dataclass, from the keys of `--config FILE` and, over them, the command line's options; last
-    the namespace of the command's own arguments.
+    the namespace of the command's own arguments, with `given`, the names of the options that were set.
 
     Args:
         command: name for messages and --help.
@@ -95,7 +95,8 @@ def parse_options(
                 parse_sources(getattr(namespace, key), named=key == "eval_data")
             except ValueError as error:
                 raise OptionError(f"{origin.get(key, key)}: {error}") from None
-    given = vars(namespace)
+    given = dict(vars(namespace))
+    namespace.given = frozenset(origin)  # names of what was set, in the file or on the command line
     return (*(_build(each, given, origin) for each in classes), namespace)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which `amopo-fast --help` need not
+    from amopo_fast.data.config import DataConfig
     from amopo_fast.prompts.dataset import Data
+    from amopo_fast.training.config import AMoPOConfig
 
 
 STOPPED = 3  # exit code: SIGTERM arrived, a checkpoint was saved
@@ -39,6 +43,23 @@ def print_counts(data: Data) -> None:
         print(f"warning: {data.shared_prompts} evaluation prompts are in the training data too", file=sys.stderr)
 
 
+def as_begun(data_config: DataConfig, resume: Path | None, config: AMoPOConfig) -> DataConfig:
+    """The configuration with what a run settled when it was started and keeps on a resume: the date that a chat
+    template is shown. The same on every rank; `resume` is rank 0's."""
+    from accelerate.utils import broadcast_object_list
+
+    from amopo_fast.prompts.recipe import recipe_of
+
+    date = [data_config.template_date]
+    if date[0] is None and resume is not None and (recipe := recipe_of(resume)) is not None:
+        date = [recipe.prompt_options.get("template_date")]
+    if date[0] is None and config.process_index == 0:
+        date = [datetime.date.today().isoformat()]
+    if config.world_size > 1:
+        broadcast_object_list(date)
+    return dataclasses.replace(data_config, template_date=date[0])
+
+
 def run(arguments) -> int:
     from amopo_fast.cli.options import parse_options
     from amopo_fast.data.config import DataConfig
@@ -64,6 +85,7 @@ def run(arguments) -> int:
     with model_errors(model_config.model_name_or_path):
         tokenizer = tokenizer_of(model_config)
         shape = load_shape(model_config)  # what is wrong with it is said before the data is read
+    data_config = as_begun(data_config, resume, config)
     data = load_data(data_config, tokenizer, seed=config.seed, folder=folder / "tokens" / f"rank{config.process_index}")
     if config.process_index == 0:
         print_counts(data)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from amopo_fast.data.pairs import DEFAULT_DIMENSIONS
+from amopo_fast.data.pair import DEFAULT_DIMENSIONS, template_kwargs
+from amopo_fast.errors import OptionError
 
 
 @dataclass
@@ -43,7 +45,27 @@ class DataConfig:
                   "which lets all dimensions share the user's text."},
     )  # fmt: skip
     prompt_template: str | None = field(default=None, metadata={"help": "YAML file with the instructions' wording."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Variables for the model's chat template, as {enable_thinking: false} or, on the command "
+                  "line, its JSON. A record's own chat_template_kwargs override them."},
+    )  # fmt: skip
+    template_date: str | None = field(
+        default=None,
+        metadata={"help": "The date (2025-01-31) that a chat template which reads the clock is shown, so that prompts "
+                  "do not change from day to day. Default: the day on which the run was started."},
+    )  # fmt: skip
+    reasoning: Literal["refuse", "close"] = field(
+        default="refuse",
+        metadata={"help": "Where the generation prompt opens <think> and a response holds no reasoning. refuse: such a "
+                  "record is bad. close: </think> is put before the answer, which the model learns to write."},
+    )  # fmt: skip
     max_length: int = field(default=1024, metadata={"help": "Tokens of prompt and response together."})
+    truncated_responses: Literal["drop", "keep_end", "no_end"] = field(
+        default="no_end",
+        metadata={"help": "A response that does not fit max_length. no_end: it is cut and has no end token, so that "
+                  "the model does not learn to end there. keep_end: it is cut and ended. drop: its pair is left out."},
+    )  # fmt: skip
     on_bad_record: Literal["error", "skip"] = field(
         default="error", metadata={"help": "error: stop at the first bad record; skip: leave it out."}
     )
@@ -59,3 +81,15 @@ class DataConfig:
         default=False,
         metadata={"help": "For data larger than memory: tokens go to files in output_dir as records are read."},
     )
+
+    def __post_init__(self):
+        try:
+            self.chat_template_kwargs = template_kwargs(self.chat_template_kwargs) or None
+        except ValueError as error:
+            raise OptionError(f"chat_template_kwargs: {error}", "chat_template_kwargs") from None
+        if self.template_date is not None:
+            try:
+                self.template_date = datetime.date.fromisoformat(str(self.template_date)).isoformat()
+            except ValueError:
+                found = f"template_date={self.template_date!r} is no date; write it as 2025-01-31"
+                raise OptionError(found, "template_date") from None

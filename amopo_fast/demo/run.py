@@ -14,6 +14,7 @@ from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE, TRAIN_FILE, shuffled
 from amopo_fast.demo.model import DEMO_TRAINING, demo_model
 from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.prompts.builder import PromptBuilder
+from amopo_fast.prompts.recipe import recipe_of_prompts
 from amopo_fast.report.figure import plot_run
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.trainer import console_trainer
@@ -48,6 +49,7 @@ def demo_trainer(output_dir: str | Path, seed: int, *, shuffle_labels: bool = Fa
         train_dataset=builder.tokenize(train)[0],
         eval_dataset=builder.tokenize(heldout)[0],
         processing_class=tokenizer,
+        recipe=recipe_of_prompts(builder, {"pairs": len(train), "sources": {TRAIN_FILE.name: f"{len(train)} pairs"}}),
     )
 
 
@@ -73,4 +75,5 @@ def run_demo(output_dir: str | Path, seed: int) -> int:
     plot = plot_run(output_dir, Path(output_dir) / "metrics.png")
     for what, path in (("model", model_folder), ("metrics", Path(output_dir) / "metrics.jsonl"), ("plot", plot)):
         console.print(f"{what:8} {path}", soft_wrap=True)
+    console.print(f"ask it   amopo-fast chat {model_folder} --target helpfulness=5", soft_wrap=True)
     return 0

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from amopo_fast.errors import OptionError
-from amopo_fast.prompts.template import PLAIN
+from amopo_fast.models.loading import load_trained, tokenizer_folder
+from amopo_fast.prompts.recipe import RECIPE_FILE, Recipe, recipe_of
+from amopo_fast.prompts.template import PLAIN, change_templates, prompt_of
+from amopo_fast.prompts.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.generation import BaseStreamer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,43 @@ class Target:
 
 
 @dataclass(frozen=True)
+class TrainedModel:
+    """A model with its tokenizer, whose template asks for the recipe's dimensions."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe | None
+
+    @classmethod
+    def load(
+        cls, name: str, *, dtype: str = "auto", device: str | None = None, recipe: Recipe | None = None
+    ) -> TrainedModel:
+        """
+        Args:
+            name: folder of a trained model, an adapter or a run, or a Hub name. dtype, device: as `load_trained`.
+            recipe: for a model without one, such as the base model of another.
+
+        Raises:
+            ValueError: it cannot be loaded, or no recipe says how it is asked.
+        """
+        own = recipe_of(name)
+        if own is None and recipe is None:
+            raise ValueError(
+                f"{name} has no {RECIPE_FILE}: it was not trained by amopo-fast, so nothing says how it is asked for a "
+                "dimension; name a folder that `amopo-fast train` wrote"
+            )
+        if own is None:
+            logger.warning("%s has no recipe of its own: it is asked as the other model was trained", name)
+        chosen = own or recipe
+        tokenizer = change_templates(load_tokenizer(tokenizer_folder(name)), chosen.served)
+        return cls(load_trained(name, dtype=dtype, device=device), tokenizer, chosen)
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]], target: Target) -> list[int]:
+        """Token ids of a conversation up to the answer. Raises ValueError as `prompt_of`."""
+        return prompt_of(self.tokenizer, messages, **target.template_arguments)
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How answers are drawn, with transformers' names; None is the model's own generation_config's."""
 
@@ -94,6 +141,7 @@ def generate(
     *,
     batch_size: int = 8,
     done: Callable[[int], None] = lambda count: None,
+    streamer: BaseStreamer | None = None,
 ) -> list[str]:
     """One answer to each prompt, without special tokens, in the prompts' order.
 
@@ -102,6 +150,7 @@ def generate(
         prompts: token ids, as `prompt_of` makes them.
         batch_size: prompts at a time, longest first, padded on the left.
         done: called with the number of answers that have come.
+        streamer: of transformers, for a single prompt.
     """
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -122,7 +171,7 @@ def generate(
                 torch.manual_seed(sampling.seed + begin)
                 out = model.generate(
                     input_ids=ids.to(device), attention_mask=mask.to(device), pad_token_id=padding,
-                    **sampling.arguments(),
+                    streamer=streamer, **sampling.arguments(),
                 )  # fmt: skip
             texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
             for i, text in zip(batch, texts, strict=True):

@@ -68,6 +68,18 @@ def position_limit(config: PretrainedConfig) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
+def vocabulary_of(model: nn.Module) -> int:
+    """Rows of the embedding: token ids from there on have none."""
+    weight = causal_lm(model).get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]  # DeepSpeed ZeRO-3 leaves an empty tensor
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """The longest sequence that a model says it takes; None where it says none."""
+    text = causal_lm(model).config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or None
+
+
 def decoder_of(model: nn.Module) -> nn.Module:
     """The body of a causal LM, from token ids to the last hidden states."""
     decoder = model.get_decoder()

@@ -6,6 +6,7 @@ initialised from the configuration on the device. LoRA and QLoRA use peft and bi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,6 +147,20 @@ def add_adapter(model: nn.Module, adapter: LoraConfig) -> nn.Module:
     model = get_peft_model(model, adapter)
     head_of(model)
     return model
+
+
+def tokenizer_folder(name: str) -> str:
+    """Where the tokenizer of a model is: its own folder, its run's, or its base model's."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    for place in (folder, folder.parent):
+        if (place / "tokenizer.json").is_file():
+            return str(place)
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        return str(json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or name)
+    return name
 
 
 def check_base(model: nn.Module, recipe: Recipe, name: str) -> None:

@@ -58,7 +58,8 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, *, base: str | No
     with model_errors(str(adapter)):
         adapted = PeftModel.from_pretrained(model, adapter)
     tokenizer = load_tokenizer(str(adapter) if (adapter / "tokenizer.json").is_file() else base)
-    ids = torch.tensor([tokenizer(_TEXT, add_special_tokens=True)["input_ids"]])
+    known = [i for i in tokenizer(_TEXT)["input_ids"] if i < model.get_input_embeddings().weight.shape[0]]
+    ids = torch.tensor([known])
     before = _logps(adapted, ids)
     # float32 adapters are added in float32 and rounded once, instead of a product that is rounded on its way
     merged = adapted.merge_and_unload(safe_merge=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from amopo_fast.errors import OptionError
 from amopo_fast.models.architecture import causal_lm
@@ -64,6 +65,37 @@ def prepare_generation(model: nn.Module, end_token_id: int) -> list[str]:
 def _cannot_be_saved(error: ValueError) -> OptionError:
     text = " ".join(str(error).split())[:400]
     return OptionError(f"the model's generation_config could not be saved after training: {text}; correct the file")
+
+
+_PROBE = "It isn't 1,234.5 metres;\n\n\tdon't say  'naïve' or \u2160\u00bd: 中文, 😀 <|x|> {\"a\": [1]}\n  end.  "
+
+
+def check_tokenizer_reloads(tokenizer, model: nn.Module, texts: Sequence[str] = ()) -> None:
+    """Refuse a tokenizer that would make other tokens once it is loaded again from the model's folder: transformers
+    chooses its class, and with it its pre-tokenisation, by the model's type.
+
+    Args:
+        texts: that are compared besides one of mixed kinds.
+
+    Raises:
+        OptionError: shows a text and its tokens on both sides.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        causal_lm(model).config.save_pretrained(folder)
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if loaded.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str():
+        return
+    for text in (_PROBE, *texts):
+        ours, theirs = (each(text, add_special_tokens=False)["input_ids"] for each in (tokenizer, loaded))
+        if ours != theirs:
+            kind = causal_lm(model).config.model_type
+            raise OptionError(
+                f"the tokenizer makes other tokens when it is loaded again beside a {kind} model, as a "
+                f"{type(loaded).__name__}: {tokenizer.convert_ids_to_tokens(ours)[:12]} here, "
+                f"{loaded.convert_ids_to_tokens(theirs)[:12]} there, of {text[:60]!r}; train with the tokenizer that "
+                "AutoTokenizer gives for the model's folder", "tokenizer_name_or_path",
+            )  # fmt: skip
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -198,14 +198,16 @@ def _build_trie(sequences: _Sequences, min_node_tokens: int) -> _Trie:
     )
 
 
-def pair_sizes(pair: PairTokens, min_node_tokens: int = MIN_NODE_TOKENS) -> tuple[int, int, int, int]:
-    """(computed, unshared, padded, label) tokens of a row of this pair alone; in a longer row it computes no more."""
+def pair_sizes(pair: PairTokens, min_node_tokens: int = MIN_NODE_TOKENS) -> tuple[int, int, int, int, int]:
+    """(computed, unshared, padded, label, chosen label) tokens of a row of this pair alone; in a longer row it computes
+    no more."""
     sequences = _sequences([pair])
     return (
         int(_build_trie(sequences, min_node_tokens).length.sum()),
         int(sequences.length.sum()),
         _padded(sequences),
         int((sequences.length - sequences.prompt).sum()),
+        len(pair.chosen) * sum(prompt is not None for prompt in pair.prompts),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -76,19 +77,22 @@ class PairSizes:
     unshared: np.ndarray  # all its sequences one by one
     padded: np.ndarray  # its sequences padded to their longest
     labels: np.ndarray
+    chosen: np.ndarray  # labels of chosen responses
 
     @classmethod
     def of(cls, pairs: Sequence[PairTokens]) -> PairSizes:
-        return cls(*np.array([pair_sizes(pair) for pair in pairs], dtype=np.int64).reshape(-1, 4).T)
+        return cls(*np.array([pair_sizes(pair) for pair in pairs], dtype=np.int64).reshape(-1, 5).T)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Positions in the data set; `step_pairs` is the optimizer step's number of pairs over all ranks."""
+    """Positions in the data set; `step_pairs` is the optimizer step's number of pairs over all ranks,
+    `step_chosen_tokens` that of the label tokens of their chosen responses."""
 
     pairs: tuple[int, ...]
     epoch: int
     step_pairs: int
+    step_chosen_tokens: int = 0
     weight: float = 1.0  # 0 for a filler that keeps a rank busy when it has no pairs left for a step
 
 
@@ -129,6 +133,7 @@ def plan_epochs(
     seed: int,
     world_size: int = 1,
     rank: int = 0,
+    chosen_tokens: Sequence[int] | None = None,
 ) -> Schedule:
     """Split every epoch into optimizer steps of `pairs_per_step` pairs and these into micro-batches.
 
@@ -140,6 +145,7 @@ def plan_epochs(
 
     Args:
         tokens: computed tokens of each pair.
+        chosen_tokens: label tokens of each pair's chosen responses; default: not counted.
 
     Raises:
         ValueError: fewer pairs in a step than ranks, or no pairs.
@@ -171,12 +177,13 @@ def plan_epochs(
         batches: list[MicroBatch] = []
         for number, shares in enumerate(steps):
             count = sum(map(len, shares))
+            labels = 0 if chosen_tokens is None else int(np.asarray(chosen_tokens)[list(chain(*shares))].sum())
             last = number == len(steps) - 1
             slots = min(accumulation, max(map(len, shares))) if last else accumulation
             own = shares[rank] if rank < len(shares) else []
             groups = best_fit(own, sizes, tokens_per_micro_batch, slots)
-            batches += [MicroBatch(tuple(group), epoch, count) for group in groups]
-            filler = MicroBatch((min(shares[0], key=lambda i: (sizes[i], i)),), epoch, count, 0.0)
+            batches += [MicroBatch(tuple(group), epoch, count, labels) for group in groups]
+            filler = MicroBatch((min(shares[0], key=lambda i: (sizes[i], i)),), epoch, count, labels, 0.0)
             batches += [filler] * (slots - len(groups))
         result.append(batches)
     return Schedule(result, accumulation)
@@ -199,22 +206,34 @@ class PlannedBatches(Sampler):
         return iter([[batch] for batch in self.schedule.epochs[self.epoch]])
 
 
+@dataclass(frozen=True)
+class Item:
+    """Pairs with the micro-batch that they are (None: of an evaluation) and, if known, sums of their responses' label
+    log-probs under the reference model, (pairs, K, 2) float32."""
+
+    pairs: list[PairTokens]
+    batch: MicroBatch | None
+    references: np.ndarray | None
+
+
 class PairDataset(Dataset):
     """Tokenized pairs: by int one pair (evaluation), by MicroBatch its pairs with what training needs of it.
 
     The sequence is read while training, so it may live on disk; a pair that cannot be read raises DataError.
+    `references` is set where an objective has a reference model: (len(pairs), K, 2) float32, as in Item.
     """
 
     def __init__(self, pairs: Sequence[PairTokens]):
         self.pairs = pairs
+        self.references: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, key: int | MicroBatch):
-        if isinstance(key, MicroBatch):
-            return [self._read(i) for i in key.pairs], key
-        return self._read(key)
+    def __getitem__(self, key: int | MicroBatch) -> Item:
+        batch, indices = (key, list(key.pairs)) if isinstance(key, MicroBatch) else (None, [key])
+        references = None if self.references is None else self.references[indices]
+        return Item([self._read(index) for index in indices], batch, references)
 
     def _read(self, index: int) -> PairTokens:
         try:
@@ -225,25 +244,34 @@ class PairDataset(Dataset):
 
 
 class Collator:
-    """A micro-batch, or a list of pairs to evaluate, to {"plan", "noise", "num_pairs", "weight"}.
+    """A micro-batch, or pairs to evaluate, to {"plan", "noise", "num_pairs", "num_chosen_tokens", "weight"} and, where
+    it is known, "reference_logps".
 
-    noise is (P, K, 2) float32, zeros in evaluation; num_pairs is the loss's normaliser.
+    noise is (P, K, 2) float32, zeros in evaluation; num_pairs and num_chosen_tokens are the loss's normalisers;
+    reference_logps is (P * K * 2,) float32.
     """
 
     def __init__(self, seed: int):
         self.seed = seed
 
-    def __call__(self, items: list) -> dict[str, Plan | torch.Tensor]:
-        if isinstance(items[0], tuple):
-            pairs, batch = items[0]
+    def __call__(self, items: list[Item] | list[PairTokens]) -> dict[str, Plan | torch.Tensor]:
+        items = [item if isinstance(item, Item) else Item([item], None, None) for item in items]
+        pairs = [pair for item in items for pair in item.pairs]
+        batch = items[0].batch
+        if batch is not None:
             drawn = [noise(self.seed, batch.epoch, pair.record, len(pair.prompts)) for pair in pairs]
-            count, weight = batch.step_pairs, batch.weight
+            count, labels, weight = batch.step_pairs, batch.step_chosen_tokens, batch.weight
         else:
-            pairs, count, weight = items, len(items), 1.0
+            count, weight = len(pairs), 1.0
+            labels = sum(len(pair.chosen) * sum(prompt is not None for prompt in pair.prompts) for pair in pairs)
             drawn = [np.zeros((len(pair.prompts), 2), dtype=np.float32) for pair in pairs]
+        references = [item.references for item in items if item.references is not None]
+        known = {"reference_logps": torch.from_numpy(np.concatenate(references)).flatten()} if references else {}
         return {
+            **known,
             "plan": build_plan(pairs),
             "noise": torch.from_numpy(np.stack(drawn)),
             "num_pairs": torch.tensor(float(count)),
+            "num_chosen_tokens": torch.tensor(float(labels)),
             "weight": torch.tensor(weight),
         }

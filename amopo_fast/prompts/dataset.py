@@ -13,15 +13,18 @@ import numpy as np
 
 from amopo_fast.data.config import DataConfig
 from amopo_fast.data.order import shuffled_order
+from amopo_fast.data.pair import template_kwargs
 from amopo_fast.data.pairs import (
     DEFAULT_SCORE_RANGE,
     PARTS,
     Pair,
     Reading,
+    check_known,
     iter_records,
     no_usable_record,
     number_of,
 )
+from amopo_fast.data.sources.candidate import Dropped
 from amopo_fast.data.sources.formats import OpenSource, open_source
 from amopo_fast.data.sources.spec import Source, parse_sources
 from amopo_fast.errors import DataError
@@ -29,6 +32,7 @@ from amopo_fast.prompts.builder import PromptBuilder
 from amopo_fast.prompts.recipe import Recipe, recipe_of_prompts
 from amopo_fast.prompts.store import TokenStore
 from amopo_fast.prompts.tokens import PairTokens
+from amopo_fast.prompts.wording import Wording
 
 _BATCH = 64  # pairs tokenized together
 _REPEAT = PARTS << 8  # keeps the numbers of a pair apart that an epoch takes more than once
@@ -77,12 +81,15 @@ class Data:
         return self.evals or None
 
 
-def load_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | None = None) -> Data:
+def load_data(
+    config: DataConfig, tokenizer, *, seed: int, folder: str | Path | None = None, wording: Wording | None = None
+) -> Data:
     """Reads, checks, tokenizes, mixes and splits the data of a run.
 
     Args:
         seed: decides which prompts are held out and which pairs a weight leaves out.
         folder: where token files go if `config.streaming`; one of its own for each process of a run.
+        wording: of the instructions; default: the configuration's prompt_template.
 
     Raises:
         ValueError: no training data, or options that contradict each other.
@@ -98,7 +105,7 @@ def load_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | 
         raise ValueError("eval_share holds out a part of train_data: leave it out where there is eval_data")
     opened = [open_source(source) for source in [*sources, *eval_sources.values()]]
     score_range = common_score_range(config, opened)
-    loader = _Loader(config, tokenizer, score_range, seed, None if folder is None else Path(folder))
+    loader = _Loader(config, tokenizer, score_range, seed, folder, wording, one_of_several=len(opened) > 1)
     parts, held_out = [], []
     for source in opened[: len(sources)]:
         train, evaluation = loader.load(source, config.eval_share)
@@ -106,6 +113,7 @@ def load_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | 
         held_out.append(_Part(evaluation, 1.0, loader.last_record))
     if not any(len(part.pairs) for part in parts):
         raise ValueError("no pair is left to train on")
+    loader.check_known(opened[: len(sources)])
     evals: dict[str, Sequence[PairTokens]] = {}
     train_prompts = loader.prompts
     shared = 0
@@ -122,19 +130,24 @@ def load_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | 
     return Data(train, evals, loader.counts, score_range, loader.recipe(train), shared)
 
 
-def load_eval_data(config: DataConfig, tokenizer, *, seed: int, folder: str | Path | None = None) -> Data:
+def load_eval_data(
+    config: DataConfig, tokenizer, *, seed: int, folder: str | Path | None = None, wording: Wording | None = None
+) -> Data:
     """The evaluation sets alone, by name ("" for a single one): those of eval_data, or what eval_share holds out.
+
+    wording: of the instructions; default: the configuration's prompt_template.
 
     Raises as `load_data`.
     """
     if not config.eval_data:
         if not config.eval_share:
             raise ValueError("eval_data is missing: give --eval_data FILE, or --train_data with --eval_share")
-        return replace(load_data(config, tokenizer, seed=seed, folder=folder), train=[])
+        return replace(load_data(config, tokenizer, seed=seed, folder=folder, wording=wording), train=[])
     opened = {name: open_source(source) for name, source in named_sources(parse_sources(config.eval_data)).items()}
     score_range = common_score_range(config, list(opened.values()))
-    loader = _Loader(config, tokenizer, score_range, seed, None if folder is None else Path(folder))
+    loader = _Loader(config, tokenizer, score_range, seed, folder, wording, one_of_several=len(opened) > 1)
     evals = {name: loader.load(source, 0.0)[0] for name, source in opened.items()}
+    loader.check_known(list(opened.values()))
     return Data([], evals, loader.counts, score_range, loader.recipe([]))
 
 
@@ -170,7 +183,9 @@ def named_sources(sources: list[Source]) -> dict[str, Source]:
     return named
 
 
-def prompt_builder(config: DataConfig, tokenizer, score_range: tuple[float, float]) -> PromptBuilder:
+def prompt_builder(
+    config: DataConfig, tokenizer, score_range: tuple[float, float], wording: Wording | None = None
+) -> PromptBuilder:
     """The builder of a run's prompts, with the options of its configuration."""
     return PromptBuilder(
         tokenizer,
@@ -178,20 +193,41 @@ def prompt_builder(config: DataConfig, tokenizer, score_range: tuple[float, floa
         score_range=score_range,
         order=config.prompt_order,
         max_length=config.max_length,
-        template=config.prompt_template,
+        template=wording or config.prompt_template,
+        reasoning=config.reasoning,
+        chat_template_kwargs=template_kwargs(config.chat_template_kwargs),
+        template_date=config.template_date,
+        truncated_responses=config.truncated_responses,
     )
 
 
 class _Loader:
-    def __init__(self, config: DataConfig, tokenizer, score_range: tuple[float, float], seed: int, folder: Path | None):
-        self.config, self.seed, self.folder = config, seed, folder
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer,
+        score_range: tuple[float, float],
+        seed: int,
+        folder: str | Path | None,
+        wording: Wording | None,
+        *,
+        one_of_several: bool,
+    ):
+        self.config, self.seed, self.folder = config, seed, None if folder is None else Path(folder)
+        self.one_of_several = one_of_several
         self.reading = Reading(config.dimensions, score_range, config.missing_scores, config.tied_dimensions)
-        self.builder = prompt_builder(config, tokenizer, score_range)
+        self.builder = prompt_builder(config, tokenizer, score_range, wording)
         self.counts: dict[str, Counts] = {}
         self.prompts: set[bytes] | None = set() if config.eval_data else None  # of the sources since last emptied
         self.last_record = 0  # number of records of the source that was loaded last
         if config.streaming and folder is None:
             raise ValueError("streaming needs a folder for the token files")
+
+    def check_known(self, opened: Sequence[OpenSource]) -> None:
+        """Raises DataError for a dimension that none of the sources, which are read, has."""
+        if self.one_of_several:
+            known = set().union(*(source.score_names for source in opened))
+            check_known(self.reading, known, ", ".join(str(source.source) for source in opened))
 
     def recipe(self, train: Sequence[PairTokens]) -> Recipe:
         """How the loaded pairs became prompts."""
@@ -238,6 +274,9 @@ class _Loader:
                 if isinstance(tokens, DataError):
                     bad(tokens)
                     continue
+                if isinstance(tokens, Dropped):
+                    counts.dropped[tokens.reason] += 1
+                    continue
                 tokens = replace(tokens, record=number_of(pair))
                 counts.truncated += tokens.truncated
                 if is_held_out(pair, eval_share, self.seed):
@@ -250,7 +289,7 @@ class _Loader:
                     yield tokens
             batch.clear()
 
-        for item in iter_records(opened, self.reading):
+        for item in iter_records(opened, self.reading, one_of_several=self.one_of_several):
             if isinstance(item, Pair):
                 self.last_record = max(self.last_record, item.record + 1)
                 batch.append(item)
@@ -267,7 +306,9 @@ class _Loader:
 
 def prompt_key(pair: Pair) -> bytes:
     """16 bytes that are equal for equal prompts."""
-    return hashlib.blake2b(json.dumps(pair.messages).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    messages = [[message.role, message.content, *filter(None, [message.fields])] for message in pair.messages]
+    content = [*messages, *filter(None, [pair.tools, pair.chat_template_kwargs])]
+    return hashlib.blake2b(json.dumps(content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def is_held_out(pair: Pair, share: float, seed: int) -> bool:

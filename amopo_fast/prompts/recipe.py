@@ -7,11 +7,12 @@ template, end token) and what it was trained from and on. docs/recipe.md documen
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from amopo_fast.data.config import DataConfig
 from amopo_fast.prompts.template import with_dimensions
 from amopo_fast.prompts.wording import Wording
 
@@ -63,7 +64,8 @@ class Recipe:
         prompt_order: "dimension_first" or "dimension_last".
         score_range: lowest and highest score that an instruction can name.
         max_length: tokens of a sequence in training. end_token: {"id", "text"}, what ends an answer.
-        prompt_options: further options of the prompts: chat_template_kwargs, template_date, reasoning, ...
+        prompt_options: DataConfig's further options of the prompts by name: chat_template_kwargs, template_date,
+            reasoning, truncated_responses.
         objective: its name and hyper-parameters.
         base_model: {"name", "revision", "weights"}: what was trained, its Hub revision, a digest of its weights.
         tokenizer: {"name", "digest"}.
@@ -117,6 +119,7 @@ class Recipe:
         return with_dimensions(
             template, dimensions=self.dimensions, wording=self.wording, order=self.prompt_order,
             score_range=self.score_range, chat_template_kwargs=self.prompt_options.get("chat_template_kwargs"),
+            date=self.prompt_options.get("template_date"),
         )  # fmt: skip
 
 
@@ -124,7 +127,10 @@ def recipe_of_prompts(builder: Any, data: Mapping[str, Any]) -> Recipe:
     """The recipe of a run's prompts: what its PromptBuilder puts into them; the run adds what it trains."""
     end = {"id": int(builder.end_id), "text": builder.tokenizer.convert_ids_to_tokens(int(builder.end_id))}
     low, high = map(float, builder.score_range)
-    return Recipe(builder.dimensions, builder.wording, builder.order, (low, high), builder.max_length, end, data=data)
+    return Recipe(
+        builder.dimensions, builder.wording, builder.order, (low, high), builder.max_length, end, builder.options,
+        data=data,
+    )  # fmt: skip
 
 
 def recipe_of(name: str | Path) -> Recipe | None:
@@ -134,6 +140,34 @@ def recipe_of(name: str | Path) -> Recipe | None:
     """
     folder = Path(name)
     return Recipe.read(folder) or Recipe.read(folder.parent) if folder.is_dir() else None
+
+
+def as_trained(
+    config: DataConfig, recipe: Recipe, given: Set[str]
+) -> tuple[DataConfig, Wording, list[str]]:
+    """(the configuration of the prompts that a model was trained with, their wording, what is asked for differently).
+
+    Args:
+        given: names of the options that the user set: they hold, and each that differs is a line of the last part.
+    """
+    trained = {
+        "dimensions": list(recipe.dimensions), "prompt_order": recipe.prompt_order, "score_min": recipe.score_range[0],
+        "score_max": recipe.score_range[1], "max_length": recipe.max_length, **recipe.prompt_options,
+    }  # fmt: skip
+    if given & {"score_min", "score_max"}:  # one range: both are the user's
+        given = given | {"score_min", "score_max"}
+    notes = [
+        f"{name} is {getattr(config, name)!r} as asked, {value!r} in training"
+        for name, value in trained.items()
+        if name in given and getattr(config, name) != value
+    ]
+    own = {name: value for name, value in trained.items() if name not in given}
+    wording = recipe.wording
+    if "prompt_template" in given:
+        asked = Wording.load(config.prompt_template)
+        notes += ["prompt_template is another wording than in training"] if asked != wording else []
+        wording = asked
+    return replace(config, **own), wording, notes
 
 
 def _problem_of(content: Any) -> str:

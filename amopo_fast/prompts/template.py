@@ -12,6 +12,7 @@ which training never did. It runs wherever transformers renders templates: vLLM 
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 import string
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ import jinja2
 from amopo_fast.data.sources.candidate import NO_OBJECT
 from amopo_fast.prompts.wording import Wording
 
+CLOCK = "strftime_now"
+_DIRECTIVES = "aAbBcdHIjmMpSUwWxXyYZz"
 PLAIN = "none"  # the dimension that asks for nothing
 _BEGIN = "{#- amopo-fast: the dimensions this model was trained with; the model's own template begins below -#}\n"
 _END = "{%- set amopo_end = true %}\n"
@@ -103,6 +106,7 @@ def with_dimensions(
     order: str,
     score_range: tuple[float, float],
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    date: str | None = None,
 ) -> str:
     """`template` behind the prefix that asks for dimensions; one that has a prefix gets this one in its place.
 
@@ -111,6 +115,7 @@ def with_dimensions(
         order: "dimension_first" or "dimension_last".
         score_range: lowest and highest score that may be asked for.
         chat_template_kwargs: what training gave the template; the default where a caller gives nothing.
+        date: ISO date that a template which reads the clock was shown in training, and is shown from now on.
     """
     scored = {name: wording.around_the_score(name, score_range[1]) for name in dimensions if name != NO_OBJECT}
     constant = {}
@@ -126,7 +131,8 @@ def with_dimensions(
         "high": repr(float(score_range[1])), "choices": _literal(", ".join([*dimensions, PLAIN])),
         "default": _literal(NO_OBJECT if constant else PLAIN), "joined": joined, "listed": listed, "defaults": defaults,
     }  # fmt: skip
-    return _BEGIN + _BODY.substitute(values) + _END + without_dimensions(template)
+    clock = frozen_clock(date) + "\n" if date else ""
+    return _BEGIN + clock + _BODY.substitute(values) + _END + without_dimensions(template)
 
 
 def without_dimensions(template: str) -> str:
@@ -141,6 +147,21 @@ def change_templates(tokenizer, change) -> Any:
     named = isinstance(template, dict)
     changed.chat_template = {name: change(text) for name, text in template.items()} if named else change(template)
     return changed
+
+
+def frozen_clock(date: str) -> str:
+    """Jinja text that, put before a template, makes its `strftime_now` tell midnight of `date` (ISO, "2025-01-31").
+
+    The template's own formats go through it unchanged: each directive of strftime is replaced by its value. Works
+    wherever the template is rendered, a server too, as it needs no function of the host.
+    """
+    day = datetime.datetime.fromisoformat(date)
+    values = {f"%{letter}": day.strftime(f"%{letter}") for letter in _DIRECTIVES}
+    values |= {f"%-{letter}": (values[f"%{letter}"].lstrip("0") or "0") for letter in "dmHIMSj"}
+    # %% first, into something that no format holds; a value holds no directive.
+    chain = ["replace('%%', '\\x00')", *(f"replace({key!r}, {value!r})" for key, value in values.items())]
+    filters = " | ".join([*chain, "replace('\\x00', '%')"])
+    return f"{{%- macro {CLOCK}(format) -%}}{{{{- format | {filters} -}}}}{{%- endmacro -%}}"
 
 
 def prompt_of(
@@ -183,22 +204,6 @@ def prompt_of(
     except jinja2.TemplateError as error:
         raise ValueError(" ".join(str(error).split())) from None
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-# For tokenizers without a template. Its marks are plain text to a vocabulary that does not know them.
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def chatml_of(tokenizer) -> str:
-    """ChatML, behind the token that the tokenizer begins every text with, if it does."""
-    ids = tokenizer("a", verbose=False)["input_ids"]
-    starts = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-    return ("{{ bos_token }}" if starts else "") + CHATML
 
 
 def _literal(value: Any) -> str:

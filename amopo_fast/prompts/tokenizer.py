@@ -6,7 +6,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from amopo_fast import hub
-from amopo_fast.prompts.template import change_templates, chatml_of, without_dimensions
+from amopo_fast.prompts.chat import fallback_template
+from amopo_fast.prompts.template import change_templates, without_dimensions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"tokenizer {name!r} cannot be loaded: {remedy}") from None
     if tokenizer.chat_template is None:
         logger.warning("tokenizer %s has no chat template: prompts are written in ChatML, which is saved with it", name)
-        tokenizer.chat_template = chatml_of(tokenizer)
+        tokenizer.chat_template = fallback_template(tokenizer)
         return tokenizer
     return change_templates(tokenizer, without_dimensions)

@@ -27,8 +27,11 @@ class Wording:
     definitions: dict[str, str]
 
     @classmethod
-    def load(cls, path: str | Path | None = None) -> Wording:
-        """Reads a template file; None takes the package's own. Raises DataError with the key that is wrong."""
+    def load(cls, path: str | Path | Wording | None = None) -> Wording:
+        """Reads a template file; None takes the package's own, a Wording is itself. Raises DataError with the key that
+        is wrong."""
+        if isinstance(path, Wording):
+            return path
         path = Path(path) if path is not None else DEFAULT_TEMPLATE
         source = str(path)
         try:

@@ -115,7 +115,9 @@ class Guard(TrainerCallback):
         if len(self._losses) >= MIN_STEPS:
             median = statistics.median(self._losses)
             spread = 1.4826 * statistics.median(abs(value - median) for value in self._losses)
-            if loss > median + SPIKE * max(spread, 1e-3 * abs(median)):
+            high = median + SPIKE * max(spread, 1e-3 * abs(median))
+            # Near its end a loss is small and skewed: only what exceeds every recent one by far is a spike.
+            if loss > high and loss > 2 * max(self._losses):
                 self.spikes_since_log += 1
                 self._report_spike(loss, median, args, state)
         self._losses.append(loss)

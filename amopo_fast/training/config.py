@@ -15,8 +15,10 @@ from amopo_fast.models.faster_layers import liger_by_default, liger_config
 from amopo_fast.models.precision import WEIGHT_PRECISIONS, autocasts_by_default
 from amopo_fast.optim import IN_BACKWARD
 from amopo_fast.optim.adamw import CLIPPING
+from amopo_fast.training.objectives import OBJECTIVES
 
 CHOICES = {
+    "objective": tuple(OBJECTIVES),
     "weighting": ("gaussian", "mean", "uniform"),
     "compat": ("paper", "upstream"),
     "weight_precision": WEIGHT_PRECISIONS,
@@ -24,7 +26,8 @@ CHOICES = {
     "clip_in_backward": CLIPPING,
     "attention_backend": ("auto", *ATTENTION_BACKENDS),
 }
-POSITIVE = ("beta", "tokens_per_micro_batch", "per_device_train_batch_size", "per_device_eval_batch_size",
+HYPER_PARAMETERS = ("beta", "gamma", "weighting", "compat", "sft_coef", "label_smoothing", "cpo_alpha")  # of objectives
+POSITIVE = ("tokens_per_micro_batch", "per_device_train_batch_size", "per_device_eval_batch_size",
             "gradient_accumulation_steps")  # fmt: skip
 NOT_NEGATIVE = ("seed", "learning_rate", "sft_coef", "max_grad_norm", "dataloader_num_workers", "logits_cache_gib")
 
@@ -37,8 +40,26 @@ class AMoPOConfig(TrainingArguments):
     for memory: gradients are equal under any split.
     """
 
-    beta: float = field(default=0.8, metadata={"help": "Scale of the log-probability difference in the margin."})
-    gamma: float = field(default=2.0, metadata={"help": "Target margin."})
+    objective: str = field(
+        default="amopo",
+        metadata={"help": "amopo, simpo, cpo, orpo, dpo, ipo or sft: the others with TRL's formulas and names, as the "
+                  "mean over a pair's dimensions. dpo and ipo compare with the model before its first step."},
+    )  # fmt: skip
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "Scale of the rewards. Default: amopo 0.8, simpo 2.0, cpo, orpo, dpo and ipo 0.1."},
+    )
+    gamma: float | None = field(
+        default=None,
+        metadata={"help": "Target margin of amopo (default 2.0) and simpo (default 0.5; TRL's simpo_gamma)."},
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Of simpo and cpo: the share of pairs that are taken to be the wrong way round."}
+    )
+    cpo_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Of simpo (default 0) and cpo (default 1): weight of the chosen tokens' mean -log p."},
+    )
     weighting: str = field(
         default="gaussian", metadata={"help": "gaussian (paper), mean or uniform. Evaluation uses mean."}
     )
@@ -157,6 +178,7 @@ class AMoPOConfig(TrainingArguments):
             if getattr(self, name) not in choices:
                 named = ", ".join(filter(None, choices))
                 raise OptionError(f"{name}={getattr(self, name)!r}; choose one of {named}", name)
+        self._settle_objective()
         for name in POSITIVE if self.max_steps > 0 else (*POSITIVE, "num_train_epochs"):
             if not getattr(self, name) > 0:
                 raise OptionError(f"{name}={getattr(self, name)} must be positive", name)
@@ -172,6 +194,24 @@ class AMoPOConfig(TrainingArguments):
         if self.compat == "upstream" and self.pairs_per_step > 1:
             # The softmax of that mode runs over a call's pairs, so its loss depends on how a step is split.
             self.tokens_per_micro_batch = max(self.tokens_per_micro_batch, 2**31)
+
+    def _settle_objective(self) -> None:
+        """Fill in the objective's own defaults; refuse what it does not have."""
+        own = {each.name: each.default for each in fields(OBJECTIVES[self.objective])}
+        defaults = {each.name: each.default for each in fields(self)}
+        for name in HYPER_PARAMETERS:
+            value = getattr(self, name)
+            if name in own and value is None:
+                setattr(self, name, own[name])
+            elif name not in own and value != defaults[name]:
+                used = ", ".join(kind for kind, each in OBJECTIVES.items() if name in {f.name for f in fields(each)})
+                raise OptionError(
+                    f"{name}={value} has no effect with objective {self.objective}: it belongs to {used}", name
+                )
+        if self.beta is not None and not self.beta > 0:
+            raise OptionError(f"beta={self.beta} must be positive", "beta")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise OptionError(f"label_smoothing={self.label_smoothing} must be from 0 to below 0.5", "label_smoothing")
 
     def _blamed(self, text: str) -> str:
         """The option that an error of transformers is about: the one that it names or whose value it quotes, among

@@ -12,7 +12,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ class Batch:
     num_pairs: Tensor | int | None = None  # the loss is a sum over pairs divided by it; () or int, default P
     noise: Tensor | None = None  # (P, K, 2) float32 standard normal; an evaluation has none
     reference_logps: Tensor | None = None  # (P * K * 2,) sums of the label log-probs under the reference model
+    num_chosen_tokens: Tensor | int | None = None  # of chosen responses, which a mean over tokens divides by; () or int
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,3 @@ class AMoPO(Objective):
     def for_evaluation(self) -> AMoPO:
         """Weighting "mean", which has no noise, or "uniform" if trained so."""
         return dataclasses.replace(self, weighting="uniform" if self.weighting == "uniform" else "mean")
-
-
-def objective_of(args: Any) -> Objective:
-    """The objective that an AMoPOConfig asks for."""
-    return AMoPO(args.beta, args.gamma, args.weighting, args.compat, args.sft_coef)

@@ -25,16 +25,23 @@ from transformers.trainer_utils import TrainOutput
 
 from amopo_fast.errors import CheckpointError, NumbersError
 from amopo_fast.models.activations import KeepLayers
+from amopo_fast.models.architecture import positions_of, vocabulary_of
 from amopo_fast.models.check import prepare_model
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.faster_layers import compile_layers
 from amopo_fast.models.loading import add_adapter
-from amopo_fast.models.saving import declare_dtype, in_dtype, prepare_generation, prepare_saving
+from amopo_fast.models.saving import (
+    declare_dtype,
+    in_dtype,
+    prepare_saving,
+    weights_digest,
+)
 from amopo_fast.models.scoring import backend_for, check_lengths, score_wrapped
 from amopo_fast.optim import backward_grad_norm, choose_optimizer
+from amopo_fast.packing.plan import Plan
 from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, PlannedBatches, plan_epochs
+from amopo_fast.prompts.model_limits import check_pairs, check_vocabulary
 from amopo_fast.prompts.recipe import Recipe
-from amopo_fast.prompts.template import change_templates
 from amopo_fast.prompts.tokenizer import load_tokenizer
 from amopo_fast.prompts.tokens import PairTokens
 from amopo_fast.report.console import console_callback
@@ -47,8 +54,11 @@ from amopo_fast.training.loading import load_for_training
 from amopo_fast.training.metrics import Meter, evaluation_metrics
 from amopo_fast.training.metrics_file import MetricsFile
 from amopo_fast.training.model_card import model_card
-from amopo_fast.training.objective import Batch, Objective, Outcome, objective_of
-from amopo_fast.training.provenance import describe_run
+from amopo_fast.training.objective import Batch, Objective, Outcome
+from amopo_fast.training.objectives import objective_of
+from amopo_fast.training.provenance import describe_run, prepare_serving
+from amopo_fast.training.reference import ReferenceLogps
+from amopo_kernels import SequenceStats
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -94,13 +104,12 @@ class AMoPOTrainer(Trainer):
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         prepare_saving(model)
+        self.objective = objective_of(args)
+        base = weights_digest(model)
         self.recipe = recipe
         if recipe is not None:
-            self.recipe = describe_run(recipe, model, processing_class, args)
-            for line in prepare_generation(model, recipe.end_token["id"]):
-                logger.warning(line)
-            if processing_class is not None:
-                processing_class = change_templates(processing_class, recipe.served)
+            self.recipe = describe_run(recipe, model, base, processing_class, self.objective)
+            processing_class = prepare_serving(recipe, model, processing_class)
         prepare_model(model)
         if args.compile_layers:
             compile_layers(model)
@@ -112,6 +121,10 @@ class AMoPOTrainer(Trainer):
                     f"tokenize with dimensions={list(dimensions)}"
                 )
         check_lengths(model, chain(train_dataset or (), *evals.values()))
+        vocabulary, positions = vocabulary_of(model), positions_of(model)
+        if processing_class is not None:
+            check_vocabulary(processing_class, vocabulary)
+        check_pairs(chain(train_dataset or (), *evals.values()), vocabulary=vocabulary, positions=positions)
         callbacks = list(callbacks or [])
         if train_dataset is not None:
             # A fractional last epoch ends by max_steps, so the plan covers it whole.
@@ -124,6 +137,7 @@ class AMoPOTrainer(Trainer):
                 seed=args.seed,
                 world_size=args.world_size,
                 rank=args.process_index,
+                chosen_tokens=sizes.chosen,
             )
             self._batches = PlannedBatches(schedule)
             args.gradient_accumulation_steps = schedule.accumulation
@@ -133,7 +147,6 @@ class AMoPOTrainer(Trainer):
         if args.keep_layers:
             callbacks.append(KeepLayers(args.keep_layers))
         self._save_dtype: torch.dtype | None = None
-        self.objective = objective_of(args)
         self.meter = Meter(dimensions, self.objective.columns)
         self.termination = Termination()
         self.guard = Guard(self, self.termination)
@@ -151,6 +164,8 @@ class AMoPOTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
+        if self.objective.needs_reference and not hasattr(model, "peft_config"):
+            self.add_callback(ReferenceLogps(self, base, lambda plan: self._score(self.model_wrapped, plan)))
         # In this order: when training begins, the checkpointer restores what the other two have just reset.
         for callback in (MetricsFile(args.output_dir), self.guard, self.checkpointer):
             self.add_callback(callback)
@@ -243,12 +258,11 @@ class AMoPOTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
         )
 
-    def _outcome(self, model: nn.Module, inputs: dict, objective: Objective, num_pairs: torch.Tensor) -> Outcome:
-        device = self.args.device
-        plan = inputs["plan"].to(device)
+    def _score(self, model: nn.Module, plan: Plan) -> SequenceStats:
+        """Statistics of a row on the trainer's device; `model` is as Trainer has wrapped it."""
         # A weight is used once per pass: caching its bfloat16 copy would only keep 2 bytes per parameter alive.
         with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
-            stats = score_wrapped(
+            return score_wrapped(
                 model,
                 self.accelerator.unwrap_model(model),
                 plan,
@@ -256,13 +270,32 @@ class AMoPOTrainer(Trainer):
                 backend=self.args.kernel_backend,
                 logits_cache_bytes=int(self.args.logits_cache_gib * 2**30),
             )
-        return objective(stats, Batch(plan.num_dimensions, num_pairs, inputs["noise"].to(device)))
+
+    def _outcome(self, model: nn.Module, inputs: dict, objective: Objective, ranks: int) -> Outcome:
+        """The loss's normalisers are the step's over all ranks: divided by their number, DDP's mean is undone."""
+        inputs = {name: value.to(self.args.device) for name, value in inputs.items()}
+        plan = inputs["plan"]
+        references = self._references(model, inputs, objective)
+        pairs, tokens = inputs["num_pairs"] / ranks, inputs["num_chosen_tokens"] / ranks
+        batch = Batch(plan.num_dimensions, pairs, inputs["noise"], references, tokens)
+        return objective(self._score(model, plan), batch)
+
+    def _references(self, model: nn.Module, inputs: dict, objective: Objective) -> torch.Tensor | None:
+        if not objective.needs_reference or "reference_logps" in inputs:
+            return inputs.get("reference_logps")
+        adapted = self.accelerator.unwrap_model(model)
+        if not hasattr(adapted, "disable_adapter"):
+            raise ValueError(
+                f"objective {self.args.objective} compares with the model before its first step: evaluate once train() "
+                "has begun, or train an adapter"
+            )
+        with torch.no_grad(), adapted.disable_adapter():
+            return self._score(model, inputs["plan"]).logp_sum
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum over the micro-batch's pairs / pairs of the step over all ranks; DDP's mean over ranks is undone."""
-        num_pairs = inputs["num_pairs"].to(self.args.device) / self.accelerator.num_processes
         weight = inputs["weight"].to(self.args.device)
-        result = self._outcome(model, inputs, self.objective, num_pairs)
+        result = self._outcome(model, inputs, self.objective, self.accelerator.num_processes)
         table = torch.where(weight > 0, result.table(), float("nan"))
         self.meter.add(table, inputs["plan"])
         loss = result.loss * weight
@@ -278,7 +311,7 @@ class AMoPOTrainer(Trainer):
         """(loss, table (P, K, columns), records (P,)) of the objective without chance."""
         objective = self.objective.for_evaluation()
         with torch.no_grad():
-            result = self._outcome(model, inputs, objective, inputs["num_pairs"].to(self.args.device))
+            result = self._outcome(model, inputs, objective, ranks=1)
         return result.loss, result.table(), inputs["plan"].records.to(self.args.device)
 
     def _evaluation_metrics(self, prediction) -> dict[str, float]:

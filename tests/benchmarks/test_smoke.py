@@ -27,6 +27,7 @@ BENCHMARKS = [
     "optimizers.py",
     "memory.py",
     "startup.py",
+    "tokens.py",
 ]
 
 

@@ -225,7 +225,7 @@ def test_conversations(tmp_path):
     prompt = [{"role": "system", "content": ""}, {"role": "user", "content": "a"}]
     prompt += [{"role": "assistant", "content": ""}, {"role": "user", "content": "b"}]
     pairs, _ = read_pairs(write(tmp_path, [record(0, prompt=prompt)]), dimensions=DIMENSIONS)
-    assert [tuple(message.values()) for message in prompt] == [tuple(message) for message in pairs[0].messages]
+    assert [message.as_dict() for message in pairs[0].messages] == prompt
 
 
 @pytest.mark.parametrize(

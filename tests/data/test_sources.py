@@ -179,7 +179,7 @@ TURNS = [{"role": "system", "content": "Be brief."}, USER, NONE, {"role": "user"
 def test_trl(tmp_path, record, messages, scores):
     path = write_lines(tmp_path / "pairs.jsonl", [{**record, **scores}])
     [pair], _ = read_pairs(path, dimensions=("no_object", "helpfulness"))
-    assert [message._asdict() for message in pair.messages] == messages
+    assert [message.as_dict() for message in pair.messages] == messages
     assert (pair.chosen, pair.rejected) == ("The Elbe.", "No.")
     assert (pair.chosen_scores, pair.rejected_scores) == ({"helpfulness": 4}, {"helpfulness": 1})
 

@@ -15,12 +15,13 @@ from amopo_fast.demo import generate
 from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE, TRAIN_FILE
 
 ROOT = Path(__file__).parents[2]
-# Trains the whole demo and prints its mean held-out accuracy before and after.
+# Trains the demo for some steps and prints its mean held-out accuracy before and after.
 RUN = """
 import sys, torch
 from amopo_fast.demo.run import demo_trainer
 torch.set_num_threads(1)
-trainer = demo_trainer(sys.argv[1], 0, shuffle_labels=sys.argv[2] == "shuffled")
+trainer = demo_trainer(sys.argv[1], 0, shuffle_labels=sys.argv[2] == "shuffled", max_steps=int(sys.argv[3]))
+trainer.args.eval_strategy = "no"
 before = trainer.evaluate()["eval_accuracy/mean"]
 trainer.train()
 print("accuracy", before, trainer.evaluate()["eval_accuracy/mean"])
@@ -96,11 +97,12 @@ def test_the_classifier_finds_a_word_that_gives_the_side_away(splits):
     assert classifier_accuracy(*marked) > 0.95
 
 
-def test_preferences_are_learned_and_shuffled_ones_are_not(tmp_path):
+@pytest.mark.parametrize(("steps", "least"), [(320, 0.68), pytest.param(-1, 0.85, marks=pytest.mark.slow)])
+def test_preferences_are_learned_and_shuffled_ones_are_not(tmp_path, steps, least):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     runs = {
         labels: subprocess.Popen(
-            [sys.executable, "-c", RUN, str(tmp_path / labels), labels],
+            [sys.executable, "-c", RUN, str(tmp_path / labels), labels, str(steps)],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for labels in ("true", "shuffled")
@@ -111,5 +113,5 @@ def test_preferences_are_learned_and_shuffled_ones_are_not(tmp_path):
         assert run.returncode == 0, err[-3000:]
         accuracy[labels] = [float(x) for x in re.search(r"accuracy (\S+) (\S+)", out).groups()]
     assert abs(accuracy["true"][0] - 0.5) < 0.1
-    assert accuracy["true"][1] >= 0.85
+    assert accuracy["true"][1] >= least
     assert abs(accuracy["shuffled"][1] - 0.5) < 0.1

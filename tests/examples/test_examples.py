@@ -80,9 +80,6 @@ def test_an_example_runs_in_tiny_form(path, workspace, tmp_path, capsys):
         small["eval_steps"] = 2
     if content.get("load_in_4bit"):
         small["load_in_4bit"] = False  # its kernels are for GPUs
-    if "ultrafeedback" in path.stem:
-        # The demo's pairs have three of the dimensions.
-        small["train_data"][1]["path"] = small["train_data"][0]["path"]
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(small))
     assert main(["train", "--config", str(config)]) == 0, capsys.readouterr().err

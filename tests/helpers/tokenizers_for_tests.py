@@ -1,6 +1,10 @@
-"""Tokenizers made on the spot: a byte-level BPE of a few hundred tokens, and chat templates in the known shapes."""
+"""Tokenizers made on the spot: of every kind, a few hundred tokens each, and chat templates in the known shapes."""
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+import functools
+import json
+
+from chat_templates import Family
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
@@ -67,4 +71,85 @@ def make_tokenizer(chat_template: str | None = CHATML, *, marks: bool = True, bo
         additional_special_tokens=special[2:],
     )
     wrapped.chat_template = chat_template
+    return wrapped
+
+
+# ----- kinds of tokenizers -----
+
+KINDS = ("bytes", "gpt2", "legacy", "first", "always", "unprefixed", "unigram", "wordpiece")
+
+
+@functools.cache
+def _trained(kind: str) -> str:
+    """JSON of a tokenizer of some hundreds of pieces:
+
+    bytes       byte-level BPE, line ends kept together and digits in threes, as Llama-3 and Qwen do
+    gpt2        byte-level BPE, split as GPT-2 does: of the blanks before a word one is the word's
+    legacy      BPE over text whose blanks are ▁, no pre-tokenizer, a ▁ before every piece of text (Llama-2)
+    first       Metaspace, a ▁ before the text's beginning alone
+    always      Metaspace, a ▁ before every piece
+    unprefixed  BPE over text whose blanks are ▁, nothing before it (Gemma)
+    unigram     Unigram over Metaspace
+    wordpiece   WordPiece, lower-cased
+    """
+    special = ["<unk>", "<s>", "</s>"]
+    lines = [*CORPUS, " ".join(CORPUS).title(), "\n\n".join(CORPUS), "a (b) c: d. 12 345 ] [ ] /INST"]
+    if kind in ("bytes", "gpt2"):
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        if kind == "bytes":
+            pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+            byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), byte_level])
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=700, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )  # fmt: skip
+    elif kind == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    elif kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False
+        )  # fmt: skip
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        if kind in ("legacy", "unprefixed"):
+            blanks = [normalizers.Replace(" ", "▁")]
+            tokenizer.normalizer = blanks[0]
+            lines = [f" {word}" for line in lines for word in line.split(" ")]  # pieces do not span words
+            strip = [decoders.Strip(" ", 1, 0)] if kind == "legacy" else []
+            tokenizer.decoder = decoders.Sequence(
+                [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+            )
+        else:
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+            tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=kind)])
+        alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=[*special, *alphabet], show_progress=False)
+    tokenizer.train_from_iterator(lines, trainer)
+    if kind == "legacy":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *blanks])
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][: len(special)]  # a byte's piece is no token of its own
+    return json.dumps(content)
+
+
+def family_tokenizer(family: Family, kind: str | None = None) -> PreTrainedTokenizerFast:
+    """A family's tokenizer, or another kind under its template."""
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained(kind or family.kind)), unk_token="<unk>", bos_token=family.bos,
+        eos_token="</s>",
+    )  # fmt: skip
+    marks = [AddedToken(text, special=True, normalized=False, rstrip=family.swallows) for text in family.special]
+    wrapped.add_special_tokens({"additional_special_tokens": marks})
+    wrapped.add_tokens([AddedToken(text, special=False, normalized=False) for text in family.plain])
+    wrapped.eos_token = family.eos
+    wrapped.chat_template = family.template
     return wrapped

@@ -83,7 +83,8 @@ def test_the_same_pairs_give_the_same_plan_and_a_pair_alone_is_counted_exactly(s
         assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
     alone = [build_plan([pair]) for pair in pairs]
     assert [pair_sizes(pair) for pair in pairs] == [
-        (p.num_tokens, p.unshared_tokens, p.padded_tokens, len(p.labels)) for p in alone
+        (p.num_tokens, p.unshared_tokens, p.padded_tokens, len(p.labels), int(p.cu_seqlens.diff()[::2].sum()))
+        for p in alone
     ]
     assert plan.num_tokens <= sum(p.num_tokens for p in alone)
     assert plan.padded_tokens == sum(p.padded_tokens for p in alone)

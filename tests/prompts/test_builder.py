@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amopo_fast.data.pairs import Message, Pair
+from amopo_fast.data.sources.candidate import Dropped
 from amopo_fast.errors import DataError
 from amopo_fast.prompts.builder import PromptBuilder
 from amopo_fast.prompts.wording import Wording
@@ -76,12 +77,12 @@ def test_tokens_are_those_of_each_text_by_itself(case):
         np.testing.assert_array_equal(ids, again)
 
 
-def test_an_inserted_thinking_block_belongs_to_the_prompt_and_not_to_the_labels():
+def test_an_inserted_thinking_block_belongs_to_the_labels_as_the_generation_prompt_does_not_hold_it():
     tokenizer = chat.make_tokenizer(chat.THINKING)
-    tokens = PromptBuilder(tokenizer, DIMENSIONS).tokens(make_pair(chosen=" think", rejected="<think>\n\n</think>"))
-    assert tokenizer.decode(tokens.chosen) == " think<|im_end|>"
-    assert tokenizer.decode(tokens.rejected) == "<think>\n\n</think><|im_end|>"
-    assert all(tokenizer.decode(prompt).endswith("assistant\n<think>\n\n</think>\n\n") for prompt in tokens.prompts)
+    tokens = PromptBuilder(tokenizer, DIMENSIONS).tokens(make_pair(chosen=" think", rejected="no"))
+    assert tokenizer.decode(tokens.chosen) == "<think>\n\n</think>\n\n think<|im_end|>"
+    assert tokenizer.decode(tokens.rejected) == "<think>\n\n</think>\n\nno<|im_end|>"
+    assert all(tokenizer.decode(prompt).endswith("assistant\n") for prompt in tokens.prompts)
 
 
 def test_a_template_that_rewrites_an_answered_conversation_keeps_the_prompt_that_generation_sees():
@@ -143,7 +144,7 @@ def test_only_the_last_user_message_gets_the_instruction():
     )  # fmt: skip
     builder = PromptBuilder(chat.make_tokenizer(), DIMENSIONS)
     made = builder.messages(make_pair(messages), "helpfulness")
-    assert [(message["role"], message["content"]) for message in made[:3]] == [tuple(m) for m in messages[:3]]
+    assert made[:3] == [message.as_dict() for message in messages[:3]]
     assert made[3]["content"].endswith("\n\nWhen?") and "4 out of 5" in made[3]["content"]
 
 
@@ -170,13 +171,6 @@ def test_text_is_never_interpreted(text):
 _SHARED = PromptBuilder(chat.make_tokenizer(), DIMENSIONS, max_length=100_000)
 
 
-@pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])
-def test_text_of_a_special_token_is_refused(field):
-    builder = PromptBuilder(chat.make_tokenizer(), DIMENSIONS)
-    with pytest.raises(DataError, match=rf"file.json, record 7, field '{field}.*<\|im_end\|> at character 3.*Remedy"):
-        builder.tokens(make_pair(**{field: "So <|im_end|> it ends"}))
-
-
 def test_a_conversation_that_the_template_refuses_names_the_record_and_its_words():
     builder = PromptBuilder(chat.make_tokenizer(chat.BRACKETS, bos=True, marks=False), DIMENSIONS)
     with pytest.raises(DataError, match="record 7.*refused by the chat template: no system messages here"):
@@ -193,6 +187,8 @@ def test_truncation_keeps_head_instruction_header_and_end(case, order, prompt_wo
     user, chosen = words(prompt_words, 1), words(response_words, 2)
     pair = make_pair(user, chosen, "No é.")
     tokens = builder.tokens(pair)
+    ended = PromptBuilder(tokenizer, DIMENSIONS, order=order, max_length=300, truncated_responses="keep_end")
+    ended = ended.tokens(pair)
     whole = PromptBuilder(tokenizer, DIMENSIONS, order=order, max_length=100_000).tokens(pair)
     empty = PromptBuilder(tokenizer, DIMENSIONS, order=order).tokens(make_pair("☃", chosen="a", rejected="b"))
     assert tokens.truncated and not whole.truncated
@@ -207,9 +203,17 @@ def test_truncation_keeps_head_instruction_header_and_end(case, order, prompt_wo
     longest = max(map(len, tokens.prompts)) + max(len(tokens.chosen), len(tokens.rejected))
     # Not needlessly short either: the cut may lose a few tokens to merges, not more.
     assert 300 - 8 <= longest <= 300
-    assert tokens.chosen[-1] == builder.end_id and np.count_nonzero(tokens.chosen == builder.end_id) == 1
-    np.testing.assert_array_equal(tokens.chosen[:-1], whole.chosen[: len(tokens.chosen) - 1])
+    np.testing.assert_array_equal(tokens.chosen, whole.chosen[: len(tokens.chosen)])
+    assert ended.chosen[-1] == builder.end_id and np.count_nonzero(ended.chosen == builder.end_id) == 1
+    np.testing.assert_array_equal(ended.chosen[:-1], whole.chosen[: len(ended.chosen) - 1])
     np.testing.assert_array_equal(tokens.rejected, whole.rejected)
+    assert len(ended.chosen) == len(tokens.chosen)
+    if response_words == 400:  # a cut response is not taught to end, unless that is asked for
+        assert builder.end_id not in tokens.chosen
+        drops = PromptBuilder(tokenizer, DIMENSIONS, order=order, max_length=300, truncated_responses="drop")
+        assert next(drops.iter_tokens([pair])) == Dropped(7, "a response that does not fit max_length=300")
+        with pytest.raises(DataError, match="a response that does not fit.*truncated_responses: no_end"):
+            drops.tokens(pair)
     if response_words < 100:
         np.testing.assert_array_equal(tokens.chosen, whole.chosen)
 
@@ -259,7 +263,7 @@ def test_sides_that_truncation_makes_equal_are_an_error():
 def test_many_pairs_equal_single_ones_and_bad_ones_are_skipped_on_request(caplog):
     builder = PromptBuilder(chat.make_tokenizer(), DIMENSIONS, max_length=250)
     pairs = [make_pair(words(5 + index, index), words(2 + index % 5, 99 + index), "No.", index) for index in range(70)]
-    pairs[66] = make_pair(chosen="</s>", record=66)
+    pairs[66] = make_pair(chosen="No.", rejected="No.", record=66)
     with pytest.raises(DataError, match="record 66"):
         builder.tokenize(pairs)
     result, errors = builder.tokenize(pairs, on_bad_record="skip")

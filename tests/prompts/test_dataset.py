@@ -1,15 +1,17 @@
 """Mixing, holding out and streaming: load_data."""
 
+import datetime
 import json
 from collections import Counter
 
 import numpy as np
 import pytest
 import tokenizers_for_tests as chat
+from chat_templates import FAMILIES
 
 from amopo_fast.data.config import DataConfig
 from amopo_fast.errors import DataError
-from amopo_fast.prompts.dataset import load_data
+from amopo_fast.prompts.dataset import load_data, load_eval_data
 from amopo_fast.prompts.store import TokenStore
 
 DIMENSIONS = ["no_object", "helpfulness"]
@@ -154,3 +156,77 @@ def test_options_that_cannot_be(tmp_path, tokenizer, options, message):
     base = {"train_data": [pairs_file(tmp_path, "A", 3)], "dimensions": DIMENSIONS}
     with pytest.raises(ValueError, match=message):
         load_data(DataConfig(**{**base, **options}), tokenizer, seed=0)
+
+
+def test_one_of_several_sets_may_lack_a_dimension_but_not_all(tmp_path, tokenizer):
+    own = pairs_file(tmp_path, "A", 4)
+    other = tmp_path / "other.jsonl"
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "honesty_chosen": 3, "honesty_rejected": 1}
+    other.write_text(json.dumps(row) + "\n")
+    options = {"train_data": [own, str(other)], "missing_scores": "absent"}
+    data = load_data(DataConfig(**options, dimensions=["no_object", "helpfulness", "honesty"]), tokenizer, seed=0)
+    present = [[prompt is not None for prompt in pair.prompts] for pair in data.train]
+    assert present == [[True, True, False]] * 4 + [[True, False, True]]
+    with pytest.raises(DataError, match=r"A.json, .*other.jsonl, field .honest.: unknown dimension: .*helpf"):
+        load_data(DataConfig(**options, dimensions=["no_object", "honest"]), tokenizer, seed=0)
+    # What only the evaluation data has cannot be trained on.
+    options = {"train_data": [own], "eval_data": [str(other)], "missing_scores": "absent"}
+    with pytest.raises(DataError, match="'honesty': unknown dimension"):
+        load_data(DataConfig(**options, dimensions=["no_object", "helpfulness", "honesty"]), tokenizer, seed=0)
+    data = load_data(DataConfig(**options, dimensions=["no_object", "helpfulness"]), tokenizer, seed=0)
+    assert data.eval_dataset[0].prompts[1] is None
+
+
+def test_the_options_of_the_template_reach_the_prompts(tmp_path):
+    smollm3 = chat.family_tokenizer(FAMILIES["smollm-3"])
+    path = pairs_file(tmp_path, "A", 2)
+    options = {"train_data": [path], "dimensions": DIMENSIONS}
+    config = DataConfig(**options, template_date="2024-12-24", chat_template_kwargs='{"enable_thinking": false}')
+    assert config.chat_template_kwargs == {"enable_thinking": False}
+    data = load_data(config, smollm3, seed=0)
+    text = smollm3.decode(data.train[0].prompts[0])
+    assert data.recipe.prompt_options["template_date"] == "2024-12-24"
+    assert "24 December 2024" in text and "/no_think" in text
+    again = load_data(DataConfig(**options, eval_data=[path]), smollm3, seed=0)
+    assert again.recipe.prompt_options["template_date"] == datetime.date.today().isoformat()
+    evaluation = load_eval_data(DataConfig(eval_data=[path], dimensions=DIMENSIONS), smollm3, seed=0)
+    assert evaluation.recipe.prompt_options == again.recipe.prompt_options
+    without_clock = load_data(DataConfig(**options), chat.make_tokenizer(), seed=0)
+    assert without_clock.recipe.prompt_options["template_date"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"template_date": "yesterday"}, "template_date='yesterday' is no date"),
+        ({"chat_template_kwargs": "{'a': 1}"}, "chat_template_kwargs: not valid JSON"),
+        ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs: write a mapping"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs: 'tools' is not a variable"),
+        ({"chat_template_kwargs": {"a b": 1}}, "'a b' is not a variable"),
+        ({"chat_template_kwargs": {"a": float("nan")}}, "what JSON can hold"),
+    ],
+)
+def test_options_of_the_template_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**options)
+
+
+def test_responses_that_do_not_fit_are_dropped_on_request_and_counted(tmp_path, tokenizer):
+    path = tmp_path / "A.jsonl"
+    rows = [
+        {"prompt": f"{i}?", "chosen": f"Answer {i} " * (200 if i % 2 else 1), "rejected": "No.",
+         "helpfulness_chosen": 4, "helpfulness_rejected": 2} for i in range(6)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"train_data": [str(path)], "dimensions": DIMENSIONS, "max_length": 300}
+    data = load_data(DataConfig(**options, truncated_responses="drop"), tokenizer, seed=0)
+    assert [pair.record for pair in data.train] == [0, 2, 4]
+    assert data.counts[str(path)].dropped == {"a response that does not fit max_length=300": 3}
+    ends = {
+        choice: [pair.chosen[-1] for pair in load_data(
+            DataConfig(**options, truncated_responses=choice), tokenizer, seed=0).train]
+        for choice in ("no_end", "keep_end")
+    }  # fmt: skip
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [token == end for token in ends["no_end"]] == [True, False] * 3
+    assert [token == end for token in ends["keep_end"]] == [True] * 6

@@ -68,9 +68,11 @@ def test_report_without_a_tokenizer(path):
 def test_report_with_a_tokenizer(path):
     builder = PromptBuilder(chat.make_tokenizer(), DIMENSIONS, max_length=400)
     report = validate_file(path, dimensions=DIMENSIONS, missing_scores="absent", builder=builder)
-    assert report.bad_by_kind == {"empty text": 1, "special token in text": 1, "score out of range": 1}
-    assert [f"record {index}" in text for index, text in zip((5, 6, 7), report.errors, strict=True)] == [True] * 3
-    assert (report.pairs, report.unit, report.max_length, report.truncated) == (5, "tokens", 400, 1)
+    assert report.bad_by_kind == {"empty text": 1, "score out of range": 1}
+    assert [f"record {index}" in text for index, text in zip((5, 7), report.errors, strict=True)] == [True] * 2
+    assert (report.pairs, report.unit, report.max_length, report.truncated) == (6, "tokens", 400, 1)
+    assert report.notes == {"text of a special token, encoded as text": 1}
+    assert "1 pairs: text of a special token" in printed(report)
     assert report.lengths["sequence"].max > 400  # before any shortening
     long = Pair(0, (Message("user", "Where? " * 150),), "In 1840.", "No.", {"helpfulness": 4.0})
     tokens = PromptBuilder(chat.make_tokenizer(), DIMENSIONS, max_length=10_000).tokens(long)
@@ -81,7 +83,7 @@ def test_report_with_a_tokenizer(path):
 def test_a_pair_that_cannot_be_shortened_enough_is_bad(path):
     builder = PromptBuilder(chat.make_tokenizer(), DIMENSIONS, max_length=30)
     report = validate_file(path, dimensions=DIMENSIONS, missing_scores="absent", builder=builder)
-    assert report.pairs == 0 and report.bad_by_kind["prompt does not fit"] == 5
+    assert report.pairs == 0 and report.bad_by_kind["prompt does not fit"] == 6
     assert "0 usable pairs" in printed(report)
 
 
@@ -143,7 +145,7 @@ def test_long_prompts_lose_their_middle_in_the_picture_only():
     text = printed(show_record(pair, builder, prompt_tokens=30), width=100_000)
     assert f"… {len(prompt) - 30} tokens …" in text and "assistant" in text.replace("|", "")
     with pytest.raises(DataError, match="record 0"):
-        show_record(Pair(0, pair.messages, "</s>", "No.", pair.chosen_scores), builder)
+        show_record(Pair(0, pair.messages, "No.", "No.", pair.chosen_scores), builder)
 
 
 def test_data_of_a_run_is_reported_with_shared_prompts_and_fits_a_terminal(path, tmp_path):

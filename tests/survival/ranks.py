@@ -94,6 +94,7 @@ def ddp_bad_loss(folder, world):
             result = replace(result, loss=result.loss * float("nan"))
         return result
 
+    objective.needs_reference = False
     trainer.objective = objective
     try:
         trainer.train()

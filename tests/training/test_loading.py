@@ -19,7 +19,7 @@ from amopo_fast.models.precision import weights_dtype
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.loading import load_for_training
 
-SHAPE = Qwen2Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+SHAPE = Qwen2Config(vocab_size=1152, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
                     num_key_value_heads=1, tie_word_embeddings=False)  # fmt: skip
 
 

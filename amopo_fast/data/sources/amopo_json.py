@@ -1,6 +1,8 @@
 """The AMoPO reference code's format:
 
     {"prompt": str, "chosen": {"response": str, "helpfulness": int, ...}, "rejected": {...}}
+
+A response may also have `reasoning_content` and `tool_calls`.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from amopo_fast.data.sources.candidate import MISSING, Candidate, Dropped, RawRecord
+from amopo_fast.data.sources.candidate import MISSING, Candidate, Dropped, RawRecord, extras_of
 from amopo_fast.data.sources.spec import Source
 from amopo_fast.errors import DataError, shown
 
@@ -49,12 +51,19 @@ def _candidate(raw: RawRecord, dimensions: Sequence[str], source: str) -> Candid
         record=raw.record,
         line=raw.line,
         prompt=value.get("prompt", MISSING),
-        chosen=chosen.get("response", MISSING),
-        rejected=rejected.get("response", MISSING),
+        chosen=_response(chosen),
+        rejected=_response(rejected),
         chosen_scores={name: chosen[name] for name in dimensions if name in chosen},
         rejected_scores={name: rejected[name] for name in dimensions if name in rejected},
         names={"chosen": "chosen.response", "rejected": "rejected.response"},
+        extras=extras_of(value),
     )
+
+
+def _response(side: dict[str, Any]) -> Any:
+    text = side.get("response", MISSING)
+    more = {name: side[name] for name in ("reasoning_content", "tool_calls") if side.get(name) is not None}
+    return {"content": text, **more} if more else text
 
 
 def as_object(raw: RawRecord, source: str, remedy: str) -> dict[str, Any]:

@@ -31,14 +31,23 @@ class Missing:
 
 MISSING = Missing()
 
+# Keys beside prompt and responses that any format's record may have.
+EXTRAS = ("system", "history", "tools", "chat_template_kwargs", "image", "images", "video", "videos", "audio", "audios")
+
+
+def extras_of(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of its conversation beside the prompt."""
+    return {name: value[name] for name in EXTRAS if value.get(name) is not None}
+
 
 @dataclass(frozen=True)
 class Candidate:
     """Parts of one pair as the source holds them; `data.pairs.make_pair` validates every one of them.
 
-    `prompt` is a string or a list of {"role", "content"}; the scores are by dimension, of any type. `names` says how
-    the source spells a part ("chosen" -> "chosen.response"), so that errors name the field that the user sees.
-    `part` tells apart the pairs that one record holds.
+    `prompt` is a string or a list of {"role", "content"}, a response a string or the assistant's message; the scores
+    are by dimension, of any type. `part` tells apart the pairs that one record holds, `extras` is what `extras_of`
+    finds in it. Errors name the place that the user sees: `names` says how the source spells a part ("chosen" ->
+    "chosen.response") or its beginning ("prompt" -> "conversations"), `records` where a side's own record and line are.
     """
 
     record: int
@@ -50,3 +59,20 @@ class Candidate:
     line: int | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     part: int = 0
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    records: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+
+    def place(self, part: str) -> tuple[int, int | None, str]:
+        """(record, line, the source's name) of a part."""
+        side = part.partition(".")[0]
+        record, line = self.records.get(side, (self.record, self.line))
+        if part in self.names:
+            return record, line, self.names[part]
+        name = part
+        # A side's name is that of its text; what else it holds has names of its own.
+        for beginning in sorted(self.names.keys() - {"chosen", "rejected"}, key=len, reverse=True):
+            if part.startswith((f"{beginning}[", f"{beginning}.")):
+                name = self.names[beginning] + part[len(beginning) :]
+                break
+        before, dot, last = name.rpartition(".")
+        return record, line, before + dot + self.names.get(f".{last}", last)

@@ -5,26 +5,41 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from amopo_fast.data.sources.candidate import RawRecord
-from amopo_fast.errors import DataError, shown
+from amopo_fast.data.sources.json_list import (
+    RECORD_BYTES,
+    invalid,
+    is_at_end,
+    list_records,
+    not_utf8,
+    too_large,
+    unloadable,
+)
+from amopo_fast.errors import DataError
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 SUFFIXES = (".json", *LINE_SUFFIXES, ".csv", ".parquet")
-_PARQUET_ROWS = 256  # rows in memory at a time
+_PARQUET_ROWS = 256  # rows in memory at a time, fewer of large ones
+_PARQUET_BYTES = 16 << 20
+# What tables make of a list of messages, whether as JSON or as Python writes it.
+_CONVERSATION = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
+_CONVERSATION_COLUMNS = ("prompt", "chosen", "rejected", "conversations")
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "response", "response_1", "response_2", "instruction")
 
 
 def file_records(path: str | Path) -> Iterator[RawRecord | DataError]:
-    """Records of a file, in order, numbered from 0; blank lines of a JSONL file do not count. Only a JSON list is read
-    whole, the others a piece at a time.
+    """Records of a file, in order, numbered from 0; blank lines of a JSONL file do not count. A record is in memory at
+    a time (of Parquet some), whatever the file's size or, packed, what it unpacks to.
 
     Yields a DataError in the place of a JSONL line that is no JSON. Raises DataError for what spoils the whole file:
-    it cannot be read, is not UTF-8, is empty, is cut off, or its top level is no list.
+    it cannot be read, is not UTF-8, is empty, is cut off, its top level is no list, or a record is larger than
+    `RECORD_BYTES`.
     """
     path = Path(path)
     source = str(path)
@@ -41,30 +56,18 @@ def file_records(path: str | Path) -> Iterator[RawRecord | DataError]:
         if suffix == ".parquet":
             yield from _parquet(path, source)
             return
-        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+        opened: BinaryIO = gzip.open(path, "rb") if packed else path.open("rb")
+        with opened as file:
             if suffix in LINE_SUFFIXES:
                 yield from _lines(file, source)
             elif suffix == ".csv":
                 yield from _rows(file, source)
             else:
-                yield from _list(_decoded(file.read(), source), source)
+                yield from list_records(file, source)
     except (OSError, EOFError, zlib.error) as error:
         found = getattr(error, "strerror", None) or str(error)
         raise DataError(
             "unreadable file", found, "check the path, its permissions and that it was copied whole", source=source
-        ) from None
-
-
-def _decoded(data: bytes, source: str, line: int | None = None, start: int = 0) -> str:
-    try:
-        return data.decode("utf-8-sig" if start == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            "not UTF-8",
-            f"byte 0x{data[error.start]:02x} at offset {start + error.start}",
-            "save the file as UTF-8",
-            source=source,
-            line=line or data.count(b"\n", 0, error.start) + 1,
         ) from None
 
 
@@ -79,7 +82,13 @@ def _parquet(path: Path, source: str) -> Iterator[RawRecord]:
     record = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+            row_bytes = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
+            rows = min(max(_PARQUET_BYTES // max(row_bytes, 1), 1), _PARQUET_ROWS)
+            for batch in file.iter_batches(batch_size=rows):
+                for index in range(len(batch)) if batch.nbytes > RECORD_BYTES else ():
+                    if batch.slice(index, 1).nbytes > RECORD_BYTES:
+                        raise too_large(source, record + index)
                 for value in batch.to_pylist():
                     yield RawRecord(record, None, value)
                     record += 1
@@ -90,12 +99,12 @@ def _parquet(path: Path, source: str) -> Iterator[RawRecord]:
         raise _empty(source)
 
 
-def _rows(file: Iterable[bytes], source: str) -> Iterator[RawRecord | DataError]:
+def _rows(file: BinaryIO, source: str) -> Iterator[RawRecord | DataError]:
     """Rows of a CSV file under its header. Cells outside the text columns that look like numbers become numbers; empty
     cells are missing."""
-    lines = (text for text, _, _ in _text_lines(file, source))
+    lines = (text for text, _ in _text_lines(file, source))
     # Long answers exceed the reader's default limit of 128 KiB a cell.
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(RECORD_BYTES)
     reader = csv.reader(lines, strict=True)
     try:
         header = next(reader, None)
@@ -119,16 +128,37 @@ def _rows(file: Iterable[bytes], source: str) -> Iterator[RawRecord | DataError]
                     record=record,
                 )
             else:
-                yield RawRecord(record, line, {n: _cell(n, c) for n, c in zip(header, cells, strict=True) if c != ""})
+                try:
+                    cells = {n: _cell(n, c) for n, c in zip(header, cells, strict=True) if c != ""}
+                except _NoConversation as error:
+                    yield DataError(
+                        "invalid JSON", f"a conversation that is none: {error}", "write the cell's messages as JSON",
+                        source=source, line=line, record=record, field=error.column,
+                    )  # fmt: skip
+                else:
+                    yield RawRecord(record, line, cells)
             record += 1
     except csv.Error as error:
+        if "field limit" in str(error):
+            raise too_large(source, None, reader.line_num) from None
         remedy = "put quotes around cells that hold quotes, commas or line ends, and double the quotes inside them"
         raise DataError("invalid CSV", str(error), remedy, source=source, line=reader.line_num) from None
     if not record:
         raise _empty(source)
 
 
+class _NoConversation(ValueError):
+    def __init__(self, column: str, message: str):
+        super().__init__(message)
+        self.column = column
+
+
 def _cell(name: str, text: str) -> Any:
+    if name in _CONVERSATION_COLUMNS and _CONVERSATION.match(text):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _NoConversation(name, str(error) or "values nested too deep") from None
     if name in _TEXT_COLUMNS:
         return text
     try:
@@ -137,37 +167,24 @@ def _cell(name: str, text: str) -> Any:
         return text
 
 
-def _text_lines(file: Iterable[bytes], source: str) -> Iterator[tuple[str, int, int]]:
-    """(line with its end, its number from 1, its offset in bytes)."""
-    offset = 0
+def _text_lines(file: BinaryIO, source: str) -> Iterator[tuple[str, int]]:
+    """(line with its end, its number from 1)."""
+    offset = number = 0
     # A binary file splits at \n alone: U+2028 and its like are legal inside a JSON string.
-    for number, line in enumerate(file, start=1):
-        yield _decoded(line, source, number, offset), number, offset
+    while line := file.readline(RECORD_BYTES + 1):
+        number += 1
+        if len(line) > RECORD_BYTES:
+            raise too_large(source, None, number)
+        try:
+            yield line.decode("utf-8" if offset else "utf-8-sig"), number
+        except UnicodeDecodeError as error:
+            raise not_utf8(line, error, source, offset, number) from None
         offset += len(line)
 
 
-def _list(text: str, source: str) -> Iterator[RawRecord]:
-    if not text.strip():
-        raise _empty(source)
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            raise _no_list("one object after another", source) from None
-        raise _invalid(error, text, source, error.lineno) from None
-    except (ValueError, RecursionError) as error:
-        raise _unloadable(error, source) from None
-    if not isinstance(value, list):
-        raise _no_list(shown(value), source)
-    if not value:
-        raise DataError("empty file", "a list without records", "add records to it", source=source)
-    for record, item in enumerate(value):
-        yield RawRecord(record, None, item)
-
-
-def _lines(file: Iterable[bytes], source: str) -> Iterator[RawRecord | DataError]:
+def _lines(file: BinaryIO, source: str) -> Iterator[RawRecord | DataError]:
     record = 0
-    for line, number, _ in _text_lines(file, source):
+    for line, number in _text_lines(file, source):
         if not line.strip():
             continue
         if not record and line.lstrip().startswith("["):
@@ -180,46 +197,9 @@ def _lines(file: Iterable[bytes], source: str) -> Iterator[RawRecord | DataError
         try:
             yield RawRecord(record, number, json.loads(line))
         except json.JSONDecodeError as error:
-            yield _invalid(error, line, source, number, record)
+            yield invalid(error.msg, is_at_end(error, line), error.colno, source, number, record, of_lines=True)
         except (ValueError, RecursionError) as error:
-            yield _unloadable(error, source, number, record)
+            yield unloadable(error, source, number, record)
         record += 1
     if not record:
         raise _empty(source)
-
-
-def _invalid(error: json.JSONDecodeError, text: str, source: str, line: int, record: int | None = None) -> DataError:
-    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
-        return DataError(
-            "truncated file",
-            f"the text ends inside a value that begins or goes on at column {error.colno}",
-            "write the file again: its end is missing, or a quote or bracket is never closed"
-            + ("; every record of a .jsonl file is one line" if record is not None else ""),
-            source=source,
-            line=line,
-            record=record,
-        )
-    return DataError(
-        "invalid JSON",
-        f"{error.msg.lower()} at column {error.colno}",
-        "correct the JSON there; one object per line in a .jsonl file, one list of objects in a .json file",
-        source=source,
-        line=line,
-        record=record,
-    )
-
-
-def _unloadable(error: Exception, source: str, line: int | None = None, record: int | None = None) -> DataError:
-    found = "values nested too deep" if isinstance(error, RecursionError) else str(error)
-    return DataError(
-        "invalid JSON", found, "write plain records of strings and numbers", source=source, line=line, record=record
-    )
-
-
-def _no_list(found: str, source: str) -> DataError:
-    return DataError(
-        "no list of records",
-        f"the top level is {found}",
-        "write one list of objects, or name the file .jsonl if every line holds one object",
-        source=source,
-    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from types import ModuleType
 
-from amopo_fast.data.sources import amopo_json, helpsteer2, helpsteer2_preference, trl, ultrafeedback
+from amopo_fast.data.sources import amopo_json, helpsteer2, helpsteer2_preference, sharegpt, trl, ultrafeedback
 from amopo_fast.data.sources.candidate import Candidate, Dropped, RawRecord
 from amopo_fast.data.sources.raw import raw_records
 from amopo_fast.data.sources.spec import Source, did_you_mean
@@ -15,8 +15,16 @@ from amopo_fast.errors import DataError
 
 # In the order in which a first record is tried. Each module has NAME, SCORE_RANGE, recognizes, candidates, score_names.
 FORMATS = {
-    module.NAME: module for module in (amopo_json, ultrafeedback, helpsteer2_preference, helpsteer2, trl)
+    module.NAME: module for module in (sharegpt, amopo_json, ultrafeedback, helpsteer2_preference, helpsteer2, trl)
 }
+# Formats of other methods, by the keys of a record: what they are, and what a pair would need.
+_OTHERS = (
+    ({"completion", "label"}, "single answers with a label (KTO)", "pair a good with a bad answer to each prompt"),
+    ({"conversations"}, "conversations without a preference (ShareGPT)", "add chosen and rejected to each"),
+    ({"messages"}, "conversations without a preference", "add chosen and rejected to each"),
+    ({"instruction", "output"}, "single answers (Alpaca)", "give each instruction a chosen and a rejected answer"),
+    ({"prompt", "completion"}, "single answers", "give each prompt a chosen and a rejected answer"),
+)
 _LOOKED_AT = 100  # records that may be bad before the format is told
 
 
@@ -69,6 +77,12 @@ def open_source(source: Source) -> OpenSource:
     if chosen is None and head:
         # Nothing fits. With the keys of some format at least in part, that format's own errors say more.
         keys = {key for raw in head if isinstance(raw, RawRecord) and isinstance(raw.value, dict) for key in raw.value}
+        if not keys & {"chosen", "rejected"}:
+            for own, what, remedy in _OTHERS:
+                if own <= keys:
+                    found = f"records that are {what}"
+                    remedy += ", with a score per dimension (docs/data.md)"
+                    raise DataError("unknown format", found, remedy, source=str(source))
         if keys and not keys & {"prompt", "chosen", "rejected"}:
             raise DataError(
                 "unknown format",

@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from amopo_fast.data.sources.amopo_json import as_object
-from amopo_fast.data.sources.candidate import MISSING, Candidate, Dropped, RawRecord
+from amopo_fast.data.sources.candidate import MISSING, Candidate, Dropped, RawRecord, extras_of
 from amopo_fast.data.sources.ranking import rank, ranked_pairs
 from amopo_fast.data.sources.spec import Source
 from amopo_fast.errors import DataError
@@ -94,7 +94,16 @@ def _pair(responses: list[RawRecord], source: Source, dimensions: Sequence[str])
             rejected=rejected.get("response", MISSING),
             chosen_scores={name: chosen[name] for name in dimensions if name in chosen},
             rejected_scores={name: rejected[name] for name in dimensions if name in rejected},
-            names={"chosen": "response", "rejected": "response"},
+            names={
+                "chosen": "response",
+                "rejected": "response",
+                **{f"{side}.{name}": name for side in ("chosen", "rejected") for name in dimensions},
+            },
+            records={
+                "chosen": (responses[better].record, responses[better].line),
+                "rejected": (responses[worse].record, responses[worse].line),
+            },
+            extras=extras_of(chosen),
         )
     return Dropped(first.record, f"a tie in {by}")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from amopo_fast.data.sources import helpsteer2
 from amopo_fast.data.sources.amopo_json import as_object
-from amopo_fast.data.sources.candidate import MISSING, NO_OBJECT, Candidate, Dropped, RawRecord
+from amopo_fast.data.sources.candidate import MISSING, NO_OBJECT, Candidate, Dropped, RawRecord, extras_of
 from amopo_fast.data.sources.raw import raw_records
 from amopo_fast.data.sources.spec import Source
 from amopo_fast.errors import DataError, shown
@@ -74,6 +74,7 @@ def _candidate(
         chosen_scores={name: scores[0][name] for name in dimensions if name in scores[0]},
         rejected_scores={name: scores[1][name] for name in dimensions if name in scores[1]},
         names={"chosen": chosen, "rejected": rejected},
+        extras=extras_of(value),
     )
 
 

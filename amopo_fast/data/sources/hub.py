@@ -7,6 +7,7 @@ from pathlib import Path
 
 from amopo_fast import hub
 from amopo_fast.data.sources.candidate import RawRecord
+from amopo_fast.data.sources.json_list import RECORD_BYTES, too_large
 from amopo_fast.data.sources.spec import Source
 from amopo_fast.errors import DataError
 
@@ -36,6 +37,8 @@ def hub_records(source: Source) -> Iterator[RawRecord]:
                 streaming="[" not in split,  # a slice, train[:500], needs the whole split at hand
             )
         for record, value in enumerate(rows):
+            if sum(len(part) for part in value.values() if isinstance(part, str)) > RECORD_BYTES:
+                raise too_large(str(source), record)
             yield RawRecord(record, None, value)
     except DataError:
         raise

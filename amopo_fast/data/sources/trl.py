@@ -2,7 +2,7 @@
 
     {"prompt": "...", "chosen": "...", "rejected": "...", "helpfulness_chosen": 4, "helpfulness_rejected": 2}
     {"prompt": [{"role": "user", "content": "..."}], "chosen": [{"role": "assistant", "content": "..."}], ...}
-    {"chosen": [whole conversation], "rejected": [whole conversation], ...}
+    {"chosen": [whole conversation], "rejected": [whole conversation], ...}     a prompt that is there too is recognised
 
 A score stands in one of these, tried in this order: `NAME_chosen`, `chosen_NAME`, the mapping `chosen_scores`.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from amopo_fast.data.sources.amopo_json import as_object
-from amopo_fast.data.sources.candidate import MISSING, Candidate, Dropped, RawRecord
+from amopo_fast.data.sources.candidate import MISSING, Candidate, Dropped, RawRecord, extras_of
 from amopo_fast.data.sources.spec import Source
 from amopo_fast.errors import DataError, shown
 
@@ -40,19 +40,33 @@ def _candidate(raw: RawRecord, source: str, dimensions: Sequence[str]) -> Candid
     value = as_object(raw, source, "write an object with the keys prompt, chosen and rejected")
     names, scores = {}, []
     for side in _SIDES:
-        found = {}
-        for name in dimensions:
-            column, score = _score(value, name, side)
-            if column:
-                found[name], names[f"{side}.{name}"] = score, column
-            else:
-                names[f"{side}.{name}"] = f"{name}_{side}"
+        found, spelt = scores_of(value, side, dimensions)
         scores.append(found)
+        names |= spelt
     prompt = value.get("prompt", MISSING)
     sides = [value.get(side, MISSING) for side in _SIDES]
     if any(isinstance(side, list) for side in sides):
+        implicit = prompt is MISSING or prompt is None
+        for name, side in zip(_SIDES, sides, strict=True):
+            last = f"{name}[{len(side) - 1 if isinstance(side, list) else 0}]"
+            names |= {f"{name}.{part}": f"{last}.{part}" for part in ("tool_calls", "reasoning_content")}
+            names |= {name: f"{last}.content", "prompt": "chosen" if implicit else "prompt"}
         prompt, sides = _conversations(prompt, sides, raw, source)
-    return Candidate(raw.record, prompt, sides[0], sides[1], scores[0], scores[1], raw.line, names)
+    return Candidate(
+        raw.record, prompt, sides[0], sides[1], scores[0], scores[1], raw.line, names, extras=extras_of(value)
+    )
+
+
+def scores_of(value: dict[str, Any], side: str, dimensions: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """(scores of a side by dimension, how the record spells them or is expected to)."""
+    found, names = {}, {}
+    for name in dimensions:
+        column, score = _score(value, name, side)
+        if column:
+            found[name] = score
+        listed = isinstance(value.get(f"{side}_scores"), dict)
+        names[f"{side}.{name}"] = column or (f"{side}_scores.{name}" if listed else f"{name}_{side}")
+    return found, names
 
 
 def _score(value: dict[str, Any], name: str, side: str) -> tuple[str, Any]:
@@ -74,19 +88,20 @@ def _conversations(prompt: Any, sides: list[Any], raw: RawRecord, source: str) -
     def error(kind: str, found: str, remedy: str, field: str) -> DataError:
         return DataError(kind, found, remedy, source=source, record=raw.record, line=raw.line, field=field)
 
-    responses, before = [], []
-    for name, side in zip(_SIDES, sides, strict=True):
-        last = side[-1] if isinstance(side, list) and side else None
-        if not isinstance(last, dict) or last.get("role") != "assistant":
-            raise error(
-                "wrong type" if not isinstance(side, list) else "wrong order",
-                shown(last if isinstance(side, list) else side),
-                "write both sides as strings, or both as lists of messages whose last is the assistant's",
-                name,
-            )
-        responses.append(last.get("content", MISSING))
-        before.append(side[:-1])
-    if before[0] != before[1]:
+    responses = [side[-1] if isinstance(side, list) and side else None for side in sides]
+    bad = [index for index, last in enumerate(responses) if _role(last) != "assistant"]
+    if bad:
+        # A list that is no conversation says more than a text beside one.
+        index = next((index for index in bad if isinstance(sides[index], list)), bad[0])
+        listed = isinstance(sides[index], list)
+        raise error(
+            "wrong order" if listed else "wrong type",
+            shown(responses[index] if listed else sides[index]),
+            "write both sides as strings, or both as lists of messages whose last is the assistant's",
+            _SIDES[index],
+        )
+    before = [side[:-1] for side in sides]
+    if not _same(before[0], before[1]):
         raise error(
             "different conversations",
             "messages before the last one that differ from those of chosen",
@@ -98,11 +113,40 @@ def _conversations(prompt: Any, sides: list[Any], raw: RawRecord, source: str) -
         if not turns:
             raise error("missing field", "nothing", "add the prompt, or begin both sides with it", "prompt")
         return turns, responses
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list) and turns[: len(prompt)] != prompt:
-        turns = [*prompt, *turns]
-    return (turns if isinstance(prompt, list) else prompt), responses
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not turns or not isinstance(asked, list):
+        return prompt if not turns else asked, responses
+    # The prompt is repeated with a system message before it, without its own, or as it is.
+    for skipped in range(2):
+        if _role(turns[0]) == "system" and skipped and _same(turns[skipped : skipped + len(asked)], asked):
+            return [*turns[:skipped], *asked, *turns[skipped + len(asked) :]], responses
+        if _same(turns[: len(asked) - skipped], asked[skipped:]) and (not skipped or _role(asked[0]) == "system"):
+            return [*asked, *turns[len(asked) - skipped :]], responses
+    if asked and _role(asked[-1]) == _role(turns[0]) == "user":
+        raise error(
+            "different conversations",
+            "a prompt that ends with the user's message, and sides that begin with another one",
+            "begin the sides with the whole prompt, or with what comes after it",
+            "chosen",
+        )
+    return [*asked, *turns], responses
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, dict) else None
+
+
+def _same(a: list[Any], b: list[Any]) -> bool:
+    """Whether two lists of messages say the same: blanks and keys that are null aside."""
+    return len(a) == len(b) and all(_essence(x) == _essence(y) for x, y in zip(a, b, strict=True))
+
+
+def _essence(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _essence(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_essence(item) for item in value]
+    return " ".join(value.split()) if isinstance(value, str) else value
 
 
 def score_names(value: dict[str, Any]) -> set[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from amopo_fast.data.sources.amopo_json import as_object
-from amopo_fast.data.sources.candidate import MISSING, Candidate, Dropped, RawRecord
+from amopo_fast.data.sources.candidate import MISSING, Candidate, Dropped, RawRecord, extras_of
 from amopo_fast.data.sources.ranking import rank, ranked_pairs
 from amopo_fast.data.sources.spec import Source
 from amopo_fast.errors import DataError, shown
@@ -57,9 +57,10 @@ def _candidates(raw: RawRecord, source: Source, dimensions: Sequence[str]) -> It
     scores = [_ratings(item) for item in completions]
     known = [name for name in dimensions if name in ASPECTS] or ASPECTS
     ranks = [rank({**_numbers(item), **rated}, by, known) for item, rated in zip(completions, scores, strict=True)]
-    if all(number is None for number in ranks):
+    unranked = next((index for index, number in enumerate(ranks) if number is None), None)
+    if unranked is not None:
         remedy = "add the score, or name another with the source's rank_by, as rank_by=mean"
-        raise error("missing field", MISSING, remedy, f"completions[0].{by}")
+        raise error("missing field", MISSING, remedy, f"completions[{unranked}].{by}")
     found = list(ranked_pairs(ranks, source.pairs))
     if not found:
         yield Dropped(raw.record, f"a tie in {by}")
@@ -80,6 +81,7 @@ def _candidates(raw: RawRecord, source: Source, dimensions: Sequence[str]) -> It
                 **{f"rejected.{a}": f"completions[{rejected}].annotations.{a}.Rating" for a in ASPECTS},
             },
             part=part,
+            extras=extras_of(value),
         )
 
 
