@@ -31,6 +31,13 @@ def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.is_cuda else x.to(_accumulator(dtype))
 
 
+def _native_bfloat16(problem: Problem, d_weight: Tensor) -> bool:
+    """Whether dW can be had from a CPU's own bfloat16 products, which accumulate in float32 and round once to dW's
+    dtype; logits and dX are needed in float32, for which no CPU product takes bfloat16."""
+    dtypes = {problem.options.dtype, d_weight.dtype, problem.hidden.dtype}
+    return dtypes == {torch.bfloat16} and not d_weight.is_cuda and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -187,6 +194,7 @@ def backward(
     at_label = _label_gradient(rows, upstream)[:, None]
     x = _operand(problem.hidden, problem.options.dtype)
     d_hidden = torch.zeros(x.shape, dtype=rows.logps.dtype, device=x.device) if need_hidden else None
+    native = d_weight is not None and _native_bfloat16(problem, d_weight)
     for begin, end in _slices(problem.vocabulary):
         z = _logits(problem, x, begin, end)
         cap_slope = _cap_slope(z, problem.options.softcap)
@@ -201,7 +209,8 @@ def backward(
             d_bias[begin:end] = ds.sum(0)
         ds = ds.to(x.dtype)
         if d_weight is not None:
-            _mm_into(d_weight[begin:end], ds.T, x)
+            left, right = (ds.bfloat16(), problem.hidden) if native else (ds, x)
+            _mm_into(d_weight[begin:end], left.T, right)
         if need_hidden:
             _mm_into(d_hidden, ds, _operand(problem.weight[begin:end], problem.options.dtype), add=True)
     return d_hidden
