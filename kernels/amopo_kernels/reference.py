@@ -58,7 +58,7 @@ def linear_sequence_stats(hidden, weight, labels, cu_seqlens, bias=None, *, soft
     return sequence_stats(logps, cu_seqlens)
 
 
-def amopo_loss(stats, *, num_dimensions, beta, gamma, noise=None, num_pairs=None, weighting="gaussian",
+def amopo_loss(stats, *, order, num_dimensions, beta, gamma, noise=None, num_pairs=None, weighting="gaussian",
                compat="paper", sft_coef=0.0) -> AMoPOLoss:  # fmt: skip
     """See amopo_kernels.amopo_loss; one pair and one dimension at a time."""
     K = num_dimensions
@@ -68,7 +68,8 @@ def amopo_loss(stats, *, num_dimensions, beta, gamma, noise=None, num_pairs=None
     scores = {}  # (pair, dimension) -> what the softmax sees
     for p in range(P):
         for k in range(K):
-            index = [(p * K + k) * 2 + side for side in (0, 1)]
+            entry = p * K + k
+            index = [entry * 2 + side if order == "alternating" else side * P * K + entry for side in (0, 1)]
             if any(stats.length[i] == 0 for i in index):
                 continue
             for side, i in enumerate(index):

@@ -43,7 +43,7 @@ hidden = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
 weight = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
 labels = torch.randint(30, (10,))
 cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-options = {"num_dimensions": 2, "beta": 0.8, "gamma": 1.5, "weighting": "mean"}
+options = {"order": "alternating", "num_dimensions": 2, "beta": 0.8, "gamma": 1.5, "weighting": "mean"}
 gradients = []
 for functions in (amopo_kernels, amopo_kernels.reference):
     loss = functions.linear_amopo_loss(hidden, weight, labels, cu_seqlens, **options).loss

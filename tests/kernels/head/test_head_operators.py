@@ -62,7 +62,7 @@ def test_compiles_without_graph_breaks(backend, frozen):
 
     def step(hidden, weight, bias):
         stats = linear_sequence_stats(hidden * 2, weight, labels, cu_seqlens, bias, backend=backend, validate=False)
-        loss = amopo_loss(stats, num_dimensions=2, beta=0.8, gamma=2.0, weighting="mean")
+        loss = amopo_loss(stats, order="alternating", num_dimensions=2, beta=0.8, gamma=2.0, weighting="mean")
         return loss.loss, loss.margins
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -130,7 +130,7 @@ def test_cuda_graph_replays_with_changed_inputs_and_noise(backend, mode):
             hidden, weight, labels, cu_seqlens, backend=backend, validate=False,
             logits_cache_bytes=10**6 if mode == "cached" else 0,
         )  # fmt: skip
-        loss = amopo_loss(stats, num_dimensions=2, beta=0.8, gamma=2.0, noise=noise)
+        loss = amopo_loss(stats, order="alternating", num_dimensions=2, beta=0.8, gamma=2.0, noise=noise)
         return loss.loss, *torch.autograd.grad(loss.loss, wanted)
 
     side = torch.cuda.Stream()
