@@ -32,8 +32,8 @@ class LinearLogps:
     """linear_logps with the head of a model: `LinearLogps.from_model(model)(hidden, labels)`.
 
     The head's tensors are read at every call, as the head module's forward, so that what FSDP2 and ZeRO-3 gather around
-    that call is there. LoRA on the head is computed as [h, s A h] [W, B]^T, exactly, at the cost of a copy of W for each
-    call and of dW for the frozen part: where that is too much, leave lm_head out of `target_modules`.
+    that call is there. LoRA on the head is computed as [h, s h A^T] [W, B]^T, exactly, at the cost of a copy of W a call
+    and of dW for the frozen part: where that is too much, leave lm_head out of `target_modules`.
     """
 
     head: nn.Module  # nn.Linear, or PEFT's LoRA or trained copy of one
@@ -67,7 +67,7 @@ class LinearLogps:
         backend: str = "auto",
         validate: bool | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """linear_logps of hidden (..., H), labels (...), -100 ignored; `temperature` comes on top of the model's own."""
+        """linear_logps of hidden (..., H), labels (...), -100 ignored; `temperature` on top of the model's own."""
 
         def logps(hidden: Tensor) -> Tensor | tuple[Tensor, ...]:
             x, weight, bias = operands(self.head, hidden.to(linear_of(self.head).weight.device))
@@ -201,7 +201,7 @@ class _Request(NamedTuple):
 
 
 def install(model: nn.Module) -> None:
-    """Let a causal LM answer `model_logps`; its own forward stays what it is. Before accelerate, which wraps forwards."""
+    """Let a causal LM answer `model_logps`, and do what it did. To be called before accelerate wraps forwards."""
     model = causal_lm(model)
     if getattr(model, "_answers_model_logps", False):
         return

@@ -1,7 +1,7 @@
 """TRL's trainers on this head: `patch_trl(trainer)`, written against TRL 1.16.
 
 DPO, GRPO, RLOO, KTO and SFT score tokens by a chunked head of TRL's own (`add_fused_lm_head`), whose log-probabilities
-come in the model's dtype; CPO takes a log-softmax of all logits. Here both are linear_logps. Metrics stay what they are:
+come in the model's dtype; CPO takes a log-softmax of all logits. Here both are linear_logps. Metrics stay as they are:
 the mean logit, whether the label is the most likely token, and WPO's log of the sum of squared probabilities come from
 the same pass. LoRA on the head: TRL refuses it itself, but for CPO, where it is computed.
 """

@@ -3,8 +3,8 @@
 import torch
 import transformers
 
-SIZES = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128}  # fmt: skip
+SIZES = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}  # fmt: skip
 KINDS = {
     "tied": ("Qwen2", {"tie_word_embeddings": True}),
     "untied": ("Qwen2", {"tie_word_embeddings": False}),
@@ -35,7 +35,8 @@ def add_lora(model, *modules, seed=5, **options):
 
     torch.manual_seed(seed)
     modules = list(modules) or ["q_proj", "v_proj"]
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=modules, task_type="CAUSAL_LM", **options))
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=modules, task_type="CAUSAL_LM", **options)
+    model = get_peft_model(model, config)
     with torch.no_grad():
         for name, x in model.named_parameters():
             if "lora_B" in name:
