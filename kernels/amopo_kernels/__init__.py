@@ -1,6 +1,7 @@
 """Preference-loss kernels over a language-model head, for any trainer. `reference` is the readable oracle of each."""
 
 from . import reference
+from .cross_entropy import linear_cross_entropy
 from .errors import (
     BackendUnavailableError,
     DoubleBackwardError,
@@ -26,6 +27,7 @@ __all__ = [
     "gather_rows",
     "inverse_index",
     "linear_amopo_loss",
+    "linear_cross_entropy",
     "linear_logps",
     "linear_sequence_stats",
     "reference",

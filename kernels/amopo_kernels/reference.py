@@ -38,6 +38,25 @@ def linear_logps(hidden, weight, labels, bias=None, *, softcap=None, temperature
     return tuple(wanted) if len(wanted) > 1 else wanted[0]
 
 
+def linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean",
+                         ignore_index=-100, label_smoothing=0.0, z_loss=0.0, shift=False, softcap=None,
+                         temperature=1.0):  # fmt: skip
+    """See amopo_kernels.linear_cross_entropy; the loss alone, by torch's own."""
+    if shift:
+        input, target = input[..., :-1, :], target[..., 1:]
+    logits = F.linear(input, linear_weight, linear_bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    scores = (logits / temperature).flatten(0, -2)
+    labels = target.flatten()
+    loss = F.cross_entropy(scores, labels.long(), weight, ignore_index=ignore_index, reduction=reduction,
+                           label_smoothing=label_smoothing)  # fmt: skip
+    squares = z_loss * scores.logsumexp(-1).square().masked_fill(labels == ignore_index, 0)
+    if reduction == "none":
+        return (loss + squares).view(target.shape)
+    return loss + (squares.sum() if reduction == "sum" else squares.sum() / (labels != ignore_index).sum())
+
+
 def sequence_stats(logps, cu_seqlens) -> SequenceStats:
     """See amopo_kernels.sequence_stats."""
     segments = torch.tensor_split(logps, cu_seqlens[1:-1].cpu().long()) if len(cu_seqlens) > 1 else ()

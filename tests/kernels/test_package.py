@@ -18,7 +18,8 @@ import amopo_kernels
 SOURCE = Path(__file__).parents[2] / "kernels"
 PACKAGE = SOURCE / "amopo_kernels"
 # What a room may import of its neighbours; all of them take what lies beside them (dispatch, errors, types, ...).
-BELOW = {"head": set(), "rows": set(), "statistics": {"head"}, "loss": {"head", "statistics"}}
+BELOW = {"head": set(), "rows": set(), "cross_entropy": {"head"}, "statistics": {"head"},
+         "loss": {"head", "statistics"}, "integrations": {"head"}}  # fmt: skip
 
 ALONE = """
 import importlib.abc, json, sys

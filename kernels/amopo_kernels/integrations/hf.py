@@ -32,8 +32,8 @@ class LinearLogps:
     """linear_logps with the head of a model: `LinearLogps.from_model(model)(hidden, labels)`.
 
     The head's tensors are read at every call, as the head module's forward, so that what FSDP2 and ZeRO-3 gather around
-    that call is there. LoRA on the head is computed as [h, s h A^T] [W, B]^T, exactly, at the cost of a copy of W a call
-    and of dW for the frozen part: where that is too much, leave lm_head out of `target_modules`.
+    that call is there. LoRA on the head is [h, s h A^T] [W, B]^T, exactly, at the cost of a copy of W a call and of
+    dW for the frozen part: where that is too much, leave lm_head out of `target_modules`.
     """
 
     head: nn.Module  # nn.Linear, or PEFT's LoRA or trained copy of one
