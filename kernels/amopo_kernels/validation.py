@@ -40,8 +40,10 @@ def check_tensor(
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}; make one with torch.tensor")
     if type(tensor).__name__ == "DTensor":
         raise ShardedTensorError(
-            f"{name} is a DTensor; call this inside the wrapped forward, where FSDP has gathered it, "
-            "or pass tensor.full_tensor()"
+            f"{name} is a DTensor. If FSDP shards it and every rank has rows of its own, "
+            "call this inside the wrapped forward, where it is gathered, or pass tensor.full_tensor(). If the ranks "
+            "share their rows (tensor parallel, Shard(0) of the vocabulary), say so: "
+            "process_group=tensor.device_mesh.get_group()"
         )
     if dtypes is None and not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")

@@ -1,6 +1,7 @@
 """linear_cross_entropy: torch's loss of that name, and what Liger's and CCE's add to it, from one pass of the head.
 
-With scores s = cap(x W^T + b) / temperature, lse their log-sum-exp, class weights c and smoothing e, a row of label y is
+With scores s = cap(x W^T + b) / temperature, their log-sum-exp lse, class weights c and smoothing e, a row of label y
+is
 
     (1 - e) c_y (lse - s_y) + e / V sum_v c_v (lse - s_v) + z_loss lse^2
 
@@ -12,11 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch import Tensor
 
 from ..head.logps import label_logps
 from ..head.options import OUTPUTS, choose_options
 from ..head.validation import check_linear
+from ..head.vocabulary_shard import take_shard
 from ..validation import check_tensor
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -38,6 +41,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     temperature: float | Tensor = 1.0,
     outputs: Sequence[str] = (),
+    process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
     validate: bool | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
@@ -45,13 +49,13 @@ def linear_cross_entropy(
 
     Args:
         input: (..., H). linear_weight: (V, H). target: (...) class indices, int64 or int32. linear_bias: (V,).
-        weight: (V,) of classes: a row counts as its label's. reduction: "mean" divides by the weights of the scored
+        weight: (V,) of all classes: a row counts as its label's. reduction: "mean" divides by the weights of the scored
             rows' labels, "sum" does not, "none" gives (...).
         ignore_index: rows with this target are left out; None: -100.
         label_smoothing: share of the loss that is spread over all classes.
         z_loss: coefficient of lse^2 (PaLM's), a mean over the scored rows where the loss is one.
         shift: input (..., T, H), target (..., T), and row t predicts target t + 1; "none" gives (..., T - 1).
-        softcap, temperature, backend, validate: of `linear_logps`.
+        softcap, temperature, process_group, backend, validate: of `linear_logps`.
         outputs: what else to return, in this order: "z_loss" (the part of the loss that it is), "accuracy" (the share
             of scored rows whose target is the most likely class), both (...) with reduction "none"; and every output of
             `linear_logps`, of each row.
@@ -70,9 +74,11 @@ def linear_cross_entropy(
     if shift:
         input, target = input[..., :-1, :], target[..., 1:]
         temperature = temperature[..., :-1] if isinstance(temperature, Tensor) else temperature
-    check_linear(input, linear_weight, target, linear_bias, temperature)
+    linear_weight, linear_bias, shard = take_shard(linear_weight, linear_bias, process_group)
+    check_linear(input, linear_weight, target, linear_bias, temperature, sharded=process_group is not None)
+    vocabulary = shard.vocabulary or linear_weight.shape[0]
     if weight is not None:
-        check_tensor("weight", weight, linear_weight.shape[:1], device=input.device)
+        check_tensor("weight", weight, (vocabulary,), device=input.device)
     _check_numbers(reduction, label_smoothing, z_loss, outputs)
     ignore_index = -100 if ignore_index is None else ignore_index
     needed = {name for name in outputs if name in OUTPUTS}
@@ -84,9 +90,11 @@ def linear_cross_entropy(
     options = choose_options(
         input, linear_weight, linear_bias, softcap=softcap, temperature=temperature, ignore_index=ignore_index,
         outputs=[name for name in OUTPUTS if name in needed], backend=backend, validate=validate,
+        shard=shard,
     )  # fmt: skip
-    vocabulary = linear_weight.shape[0]
-    shares = None if weight is None or not label_smoothing else weight.detach().float() / vocabulary
+    shares = None
+    if weight is not None and label_smoothing:
+        shares = weight.detach().float()[shard.first : shard.first + len(linear_weight)] / vocabulary
     rows = label_logps(input, linear_weight, target, linear_bias, temperature, options, shares)
     rows = {name: x.reshape(target.shape) for name, x in rows._asdict().items() if name in ("logps", *needed)}
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch import Tensor
 
 from .function import head
 from .operators import Inputs, Outputs
 from .options import Options, choose_options
 from .validation import check_linear
+from .vocabulary_shard import take_shard
 
 
 def linear_logps(
@@ -23,6 +25,7 @@ def linear_logps(
     ignore_index: int = -100,
     return_entropy: bool = False,
     outputs: Sequence[str] = (),
+    process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
     validate: bool | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
@@ -39,6 +42,10 @@ def linear_logps(
             "lse" (log-sum-exp), "mean_logit" (over the vocabulary), which are differentiable; "top1" (int64, the most
             likely token) and "log_sum_p2" (log of the sum of squared probabilities), which are not.
         return_entropy: short for outputs=("entropy",).
+        process_group: the vocabulary is sharded over its ranks, which have the same hidden, labels and upstream
+            gradients: weight (V of this rank, H), or a DTensor that is Shard(0) over the group, and bias likewise;
+            labels and "top1" count over all ranks, in their order. Shards may differ in size, or be empty; rows that
+            only pad a vocabulary are cut off by the caller. One gather a call, one sum of the gradient of hidden.
         backend: "fused" (Triton matmuls), "chunked" (vendor matmuls over slices of the vocabulary, Triton epilogues),
             "torch" (slices in plain torch: any device and dtype) or "auto", the rule in `dispatch`.
         validate: read label values, which synchronises; default: on the CPU only. Unchecked bad labels give NaN.
@@ -53,13 +60,14 @@ def linear_logps(
         derivatives. DoubleBackwardError: a gradient of a gradient. ReleasedTensorError: in the backward pass, where
         the weight's memory is gone.
     """
-    check_linear(hidden, weight, labels, bias, temperature)
+    weight, bias, shard = take_shard(weight, bias, process_group)
+    check_linear(hidden, weight, labels, bias, temperature, sharded=process_group is not None)
     if return_entropy and outputs:
         raise ValueError("return_entropy is short for outputs=('entropy',); name everything in outputs")
     outputs = ("entropy",) if return_entropy else tuple(outputs)
     options = choose_options(
         hidden, weight, bias, softcap=softcap, temperature=temperature, ignore_index=ignore_index, outputs=outputs,
-        backend=backend, validate=validate,
+        backend=backend, validate=validate, shard=shard,
     )  # fmt: skip
     found = label_logps(hidden, weight, labels, bias, temperature, options)
     results = [getattr(found, name).reshape(labels.shape) for name in ("logps", *outputs)]

@@ -18,6 +18,7 @@ from .kept_rows import KeptRows
 from .options import SCHEMA, Options
 from .problem import Forward, Gradients, Problem, RowStatistics
 from .validation import check_labels
+from .vocabulary_shard import sum_over_ranks
 
 
 class Inputs(NamedTuple):
@@ -82,6 +83,8 @@ def _problem(inputs: Inputs, options: Options, kept: KeptRows | None) -> Problem
             hidden=kept.take(inputs.hidden), labels=kept.take(inputs.labels),
             row_temperature=kept.take(inputs.row_temperature, fill=1),
         )  # fmt: skip
+    if options.group:
+        inputs = inputs._replace(labels=inputs.labels - options.first)
     problem = Problem(*inputs[:4], options, *inputs[4:], None if kept is None else kept.count)
     return problem if options.backend == "torch" else problem.for_triton()
 
@@ -104,12 +107,14 @@ def _forward(*arguments):
     inputs, options = Inputs(*arguments[:6]), Options(*arguments[6:])
     hidden = inputs.hidden
     if options.check_labels:
-        check_labels(inputs.labels, inputs.weight.shape[0], options.ignore_index)
+        check_labels(inputs.labels, options.vocabulary or inputs.weight.shape[0], options.ignore_index)
     dispatch.count(options.backend, options.mode)
     kept = KeptRows.of(inputs.labels, options)
     # Triton launches on the current device, and autocast must not round operands anew; so in both operators.
     with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
         forward = _implementation(options.backend).forward(_problem(inputs, options, kept))
+        if options.group and forward.unit_d_hidden is not None:
+            sum_over_ranks(options.group, forward.unit_d_hidden)
     rows = forward.rows
     of_rows = [
         rows.logps, rows.entropy, rows.lse, rows.mean_logit, rows.top1, rows.log_sum_p2, rows.maximum, rows.log_sum,
@@ -168,6 +173,8 @@ def _backward(*arguments):
             gradients, need_hidden=needed[0], d_weight=d_weight, d_bias=d_bias,
         )  # fmt: skip
     if d_hidden is not None:
+        if options.group:
+            sum_over_ranks(options.group, d_hidden)
         d_hidden = d_hidden.to(hidden.dtype)
         d_hidden = d_hidden if kept is None else kept.put(d_hidden)
     return tuple(_empty(hidden, 0) if x is None else x for x in (d_hidden, d_weight, d_bias))

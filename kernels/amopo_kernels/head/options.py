@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from .shard import WHOLE, VocabularyShard
 
 # What else a pass can return of every row. The first three are differentiable.
 OUTPUTS = ("entropy", "lse", "mean_logit", "top1", "log_sum_p2")
@@ -29,6 +30,9 @@ class Options:
     cache_bytes: int  # for the probabilities that mode "cached" keeps
     check_labels: bool  # read them and refuse bad ones
     read_rows: bool  # read which rows are ignored, so that the others alone are computed
+    group: str = ""  # as VocabularyShard has them, for a vocabulary that is sharded
+    first: int = 0
+    vocabulary: int = 0
 
     def flat(self) -> tuple:
         """The fields in order, as a torch operator takes them; Options(*flat) is the way back."""
@@ -63,6 +67,7 @@ def choose_options(
     backend: str,
     validate: bool | None,
     cache_bytes: int = 0,
+    shard: VocabularyShard = WHOLE,
 ) -> Options:
     """The options of a call with checked shapes: the matmuls' dtype by torch's rules, backend and mode by `dispatch`.
 
@@ -92,4 +97,5 @@ def choose_options(
     return Options(
         softcap, number, ignore_index, ",".join(outputs), dtype, backend, mode, cache_bytes,
         check_labels=read, read_rows=read or on_cpu and backend == "torch",
+        group=shard.group, first=shard.first, vocabulary=shard.vocabulary,
     )  # fmt: skip

@@ -13,6 +13,8 @@ Leaving out tiles of negligible gradient ("filtered") was tried and removed: doc
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,8 @@ from .layout import Layout
 from .log_sum_exp import LogSumExp
 from .logit_gradient import LogitGradient
 from .merge_strips import merge_strips
-from .problem import Exponentials, Forward, Gradients, Problem, StripStatistics, Upstream
+from .problem import Exponentials, Forward, Gradients, Problem, RowStatistics, StripStatistics, Upstream
+from .vocabulary_shard import gather_strips
 
 
 def forward(problem: Problem) -> Forward:
@@ -44,7 +47,18 @@ def forward(problem: Problem) -> Forward:
             engine.scores.score_slice(problem, begin, end, layout.strip, LogSumExp.of(statistics, None))
     # A view would keep all of it.
     strip_maximum = statistics.tables.maximum[: layout.cached_strips].clone() if layout.cached else None
-    return Forward(merge_strips(problem, statistics), cache=cache, strip_maximum=strip_maximum)
+    return Forward(_merge(problem, statistics), cache=cache, strip_maximum=strip_maximum)
+
+
+def _merge(problem: Problem, statistics: StripStatistics) -> RowStatistics:
+    if not problem.options.group:
+        return merge_strips(problem, statistics)
+    scoring = problem.scoring
+    scale = scoring.scale if scoring.row_scale is None else scoring.row_scale
+    tables, label_logit = gather_strips(problem, statistics.tables, statistics.label_logit, scale, torch.exp2)
+    return merge_strips(
+        replace(problem, labels=problem.labels_of_all_ranks), StripStatistics(statistics.strip, tables, label_logit)
+    )
 
 
 def _forward_with_unit_gradient(
@@ -52,7 +66,7 @@ def _forward_with_unit_gradient(
 ) -> Forward:
     """Also accumulates sum over columns of 2^((z - reference) scale) cap' W without the label's, and makes dX of it."""
     if not problem.rows:
-        return Forward(merge_strips(problem, statistics), _no_rows(problem))
+        return Forward(_merge(problem, statistics), _no_rows(problem))
     # How far a strip may exceed its row's reference, and how far above 1 the largest one is put, in bits.
     # float16 holds up to 2^16, and small probabilities keep their digits above 2^-14.
     limit, headroom = (15.0, 14.0) if problem.hidden.dtype == torch.float16 else (32.0, 0.0)
@@ -67,7 +81,7 @@ def _forward_with_unit_gradient(
             problem, p, begin, end, statistics, reference, rescale, limit, headroom
         )
         engine.gradients.add_d_hidden(problem, begin, end, p, parts, rescale)
-    d_hidden, rows = _sum(parts), merge_strips(problem, statistics)
+    d_hidden, rows = _sum(parts), _merge(problem, statistics)
     kept_probabilities.finish_unit_gradient(problem, rows, reference, d_hidden)
     return Forward(rows, d_hidden)
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .options import Options
 
+LOWEST = -1e30  # a logit that adds nothing; finite, so that differences of two of them are numbers
+
 
 class Scoring(NamedTuple):
     """What makes scores of products, and says which of them count."""
@@ -37,7 +39,7 @@ class Problem:
     hidden: Tensor  # (N, H); of the Triton backends in the matmuls' dtype, last dimension contiguous
     weight: Tensor  # (V, H) likewise
     bias: Tensor | None  # (V,)
-    labels: Tensor  # (N,) int64
+    labels: Tensor  # (N,) int64, counted from the weight's first row
     options: Options
     temperature: Tensor | None = None  # (N,) float; None: options.temperature
     mean_shares: Tensor | None = None  # (V,) float; None: 1 / V
@@ -54,6 +56,15 @@ class Problem:
     @property
     def vocabulary(self) -> int:
         return self.weight.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """In the vocabulary, on all ranks."""
+        return self.options.vocabulary or self.vocabulary
+
+    @property
+    def labels_of_all_ranks(self) -> Tensor:
+        return self.labels + self.options.first
 
     @property
     def inverse_temperature(self) -> float | Tensor:
@@ -77,7 +88,7 @@ class Problem:
         row_scale = None if self.temperature is None else math.log2(math.e) / self.temperature.float()
         return Scoring(
             self.bias, self.labels, self.rows, self.count, self.vocabulary, self.options.softcap,
-            math.log2(math.e) / self.options.temperature, row_scale, 1 / max(self.vocabulary, 1), self.mean_shares,
+            math.log2(math.e) / self.options.temperature, row_scale, 1 / max(self.tokens, 1), self.mean_shares,
         )  # fmt: skip
 
 
@@ -214,7 +225,7 @@ class Upstream:
             size = size + self.label.abs()
         if self.mean is not None:
             shares = problem.mean_shares
-            size = size + self.mean.abs() * (1 / problem.vocabulary if shares is None else shares.abs().amax())
+            size = size + self.mean.abs() * (1 / problem.tokens if shares is None else shares.abs().amax())
         size = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)
         largest = size.amax()
         raised = 2.0**9 / size

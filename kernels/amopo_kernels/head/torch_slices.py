@@ -15,10 +15,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .problem import Forward, Gradients, Problem, RowStatistics, Tables, Upstream
+from .problem import LOWEST, Forward, Gradients, Problem, RowStatistics, Tables, Upstream
+from .vocabulary_shard import gather_strips
 
 SLICE_COLUMNS = 2048
-_LOWEST = -1e30  # a logit that adds nothing; finite, so that differences of two of them are numbers
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -103,7 +103,7 @@ def forward(problem: Problem) -> Forward:
     slices = list(_slices(problem.vocabulary))
     tables = Tables.empty(problem, len(slices), result)
     label_logit = torch.full((problem.rows,), float("nan"), dtype=result, device=x.device)  # outside the vocabulary
-    maximum = torch.full_like(label_logit, _LOWEST)[:, None]
+    maximum = torch.full_like(label_logit, LOWEST)[:, None]
     expected = torch.zeros(x.shape, dtype=result, device=x.device) if options.mode == "frozen" else None
     for i, (begin, end) in enumerate(slices):
         z = _logits(problem, x, begin, end)
@@ -112,7 +112,7 @@ def forward(problem: Problem) -> Forward:
         label_logit = torch.where(inside, z.gather(1, column), label_logit[:, None]).squeeze(1)
         if tables.mean is not None:
             tables.mean[i] = z @ _shares(problem, begin, end, z)
-        _replace_(z, inside, column, _LOWEST)
+        _replace_(z, inside, column, LOWEST)
         if tables.top is not None:
             tables.top[i] = z.argmax(1) + begin
         before, maximum = maximum, torch.maximum(maximum, z.amax(1, keepdim=True))  # so far
@@ -121,7 +121,7 @@ def forward(problem: Problem) -> Forward:
         tables.maximum[i] = maximum.squeeze(1)
         tables.total[i] = exponentials.sum(1)
         if tables.weighted is not None:
-            tables.weighted[i] = scores.clamp_(min=_LOWEST).mul_(exponentials).sum(1)
+            tables.weighted[i] = scores.clamp_(min=LOWEST).mul_(exponentials).sum(1)
         if tables.squares is not None:
             tables.squares[i] = exponentials.square().sum(1)
         if expected is not None:
@@ -129,7 +129,9 @@ def forward(problem: Problem) -> Forward:
             exponentials = exponentials if cap_slope is None else exponentials.mul_(cap_slope)
             w = _operand(problem.weight[begin:end], options.dtype)
             _mm_into(expected, exponentials.to(x.dtype), w, add=True)
-    rows = merge(tables, label_logit, problem.labels, problem.inverse_temperature)
+    if options.group:
+        tables, label_logit = gather_strips(problem, tables, label_logit, problem.inverse_temperature, torch.exp)
+    rows = merge(tables, label_logit, problem.labels_of_all_ranks, problem.inverse_temperature)
     if expected is None:
         return Forward(rows)
     share = _scale_((maximum - rows.maximum[:, None]), problem.inverse_temperature).sub_(rows.log_sum[:, None]).exp_()
@@ -141,7 +143,12 @@ def _unit_d_hidden(problem: Problem, rows: RowStatistics, label_logit: Tensor, e
     at_label = rows.miss
     if problem.options.softcap is not None:
         at_label = at_label * _cap_slope(label_logit, problem.options.softcap)
-    w = problem.weight.index_select(0, problem.labels.clamp(0, problem.vocabulary - 1)).to(problem.options.dtype)
+    if not problem.vocabulary:
+        return -expected
+    inside, label = _label_column(problem.labels, 0, problem.vocabulary)
+    w = problem.weight.index_select(0, label.squeeze(1)).to(problem.options.dtype)
+    if problem.options.group:
+        w = w.masked_fill(~inside, 0)  # it is another rank's
     return torch.addcmul(-expected, w.to(expected.dtype), at_label[:, None])
 
 
@@ -157,7 +164,7 @@ def merge(
     # log of the others' exponentials relative to the label's
     difference = total.log() + (others - label_logit) * inverse_temperature
     logps = -(difference.clamp(min=0) + difference.abs().neg().exp().log1p())
-    label_score, score = (((z - maximum) * inverse_temperature).clamp(min=_LOWEST) for z in (label_logit, others))
+    label_score, score = (((z - maximum) * inverse_temperature).clamp(min=LOWEST) for z in (label_logit, others))
     # Where the label is the largest, log(1 + the others) = -logp keeps its digits.
     log_sum = torch.where(label_logit >= others, -logps, (total * score.exp() + label_score.exp()).log())
     result = RowStatistics(logps, maximum, log_sum, miss=difference.sigmoid())
@@ -220,7 +227,7 @@ def _logit_gradient_(scores: Tensor, rows: RowStatistics, upstream: Upstream) ->
     """In place: from scores minus the row's largest to dS without the label, the mean and cap'."""
     if upstream.entropy is None:
         return _exponentials_(scores).mul_((-upstream.probability * rows.log_sum.neg().exp())[:, None])
-    log_p = scores.sub_(rows.log_sum[:, None]).clamp_(min=_LOWEST)  # 0 log 0 = 0
+    log_p = scores.sub_(rows.log_sum[:, None]).clamp_(min=LOWEST)  # 0 log 0 = 0
     p = _exponentials_(log_p.clone())
     slope = log_p.add_(rows.entropy[:, None]).mul_(upstream.entropy[:, None]).add_(upstream.probability[:, None])
     return slope.mul_(p).neg_()
@@ -232,12 +239,12 @@ def _label_gradient(rows: RowStatistics, upstream: Upstream) -> Tensor:
     if upstream.label is not None:
         gradient = gradient + upstream.label
     if upstream.entropy is not None:
-        gradient = gradient - upstream.entropy * rows.logps.exp() * (rows.logps.clamp(min=_LOWEST) + rows.entropy)
+        gradient = gradient - upstream.entropy * rows.logps.exp() * (rows.logps.clamp(min=LOWEST) + rows.entropy)
     return gradient
 
 
 def _shares(problem: Problem, begin: int, end: int, like: Tensor) -> Tensor:
     """(end - begin,) of the tokens in the mean of the logits."""
     if problem.mean_shares is None:
-        return like.new_full((end - begin,), 1 / problem.vocabulary)
+        return like.new_full((end - begin,), 1 / problem.tokens)
     return problem.mean_shares[begin:end].to(like.dtype)

@@ -9,9 +9,12 @@ from ..validation import INTEGERS, check_tensor
 
 
 def check_linear(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, temperature: float | Tensor
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, temperature: float | Tensor,
+    sharded: bool = False,
 ) -> None:
     """hidden (..., H), weight (V, H), labels (...), bias (V,), temperature a number or (...); on one device.
+
+    A rank of a sharded vocabulary may have no token.
 
     Raises:
         TypeError, ValueError, ShardedTensorError: `check_tensor`. BackendUnavailableError: tensors without values.
@@ -19,7 +22,7 @@ def check_linear(
     check_tensor("hidden", hidden, ("...", "H"))
     device = hidden.device
     check_tensor("weight", weight, ("V", "H"), device=device)
-    if 0 in weight.shape:
+    if not weight.shape[1] or not weight.shape[0] and not sharded:
         raise ValueError(f"weight must be (V, H) without a size of 0, got {tuple(weight.shape)}")
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden is {tuple(hidden.shape)}, weight {tuple(weight.shape)}: the last sizes must agree")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
@@ -64,6 +65,7 @@ class LinearLogps:
         *,
         temperature: float | Tensor = 1.0,
         outputs: Sequence[str] = (),
+        process_group: dist.ProcessGroup | None = None,
         backend: str = "auto",
         validate: bool | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
@@ -73,7 +75,7 @@ class LinearLogps:
             x, weight, bias = operands(self.head, hidden.to(linear_of(self.head).weight.device))
             return linear_logps(
                 x, weight, labels.to(x.device), bias, softcap=self.softcap, temperature=self.temperature * temperature,
-                outputs=outputs, backend=backend, validate=validate,
+                outputs=outputs, process_group=process_group, backend=backend, validate=validate,
             )  # fmt: skip
 
         return call_as_forward(self.head, self.head, logps, hidden)

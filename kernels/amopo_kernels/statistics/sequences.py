@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import dispatch
 from ..head.logps import label_logps
 from ..head.options import choose_options
 from ..head.validation import check_linear
+from ..head.vocabulary_shard import take_shard
 from ..types import SequenceStats
 from ..validation import INTEGERS, check_tensor, wants_values
 
@@ -80,6 +82,7 @@ def linear_sequence_stats(
     *,
     softcap: float | None = None,
     temperature: float | Tensor = 1.0,
+    process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
     validate: bool | None = None,
     logits_cache_bytes: int = 0,
@@ -95,13 +98,14 @@ def linear_sequence_stats(
     Raises:
         UnsupportedError: an option that the backend does not have; otherwise as `linear_logps` and `sequence_stats`.
     """
-    check_linear(hidden, weight, labels, bias, temperature)
+    weight, bias, shard = take_shard(weight, bias, process_group)
+    check_linear(hidden, weight, labels, bias, temperature, sharded=process_group is not None)
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be (N, H), got {tuple(hidden.shape)}")
     check_cu_seqlens(cu_seqlens, labels, validate)
     options = choose_options(
         hidden, weight, bias, softcap=softcap, temperature=temperature, ignore_index=None, outputs=(), backend=backend,
-        validate=validate, cache_bytes=logits_cache_bytes,
+        validate=validate, cache_bytes=logits_cache_bytes, shard=shard,
     )  # fmt: skip
     logps = label_logps(hidden, weight, labels, bias, temperature, options).logps
     if options.backend == "torch":

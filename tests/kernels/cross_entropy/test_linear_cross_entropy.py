@@ -58,8 +58,8 @@ def test_everything_at_once(backend, reduction, weights, smoothing, z_loss):
                "temperature": 0.8}  # fmt: skip
     exact = in_float64(hidden, weight, bias)
     found = linear_cross_entropy(hidden, weight, labels, linear_bias=bias, weight=classes, backend=backend, **options)
-    expected = reference.linear_cross_entropy(*exact[:2], labels, linear_bias=exact[2],
-                                              weight=None if classes is None else classes.double(), **options)  # fmt: skip
+    classes = None if classes is None else classes.double()
+    expected = reference.linear_cross_entropy(*exact[:2], labels, linear_bias=exact[2], weight=classes, **options)
     compare(found, expected, (hidden, weight, bias), exact, 2e-5)
 
 
