@@ -56,7 +56,7 @@ class Layout:
 
     def other_slices(self, *, at_once: bool = False) -> Iterator[tuple[int, int]]:
         """What is not cached; with `at_once`, as one."""
-        return _slices(self.cached, self.vocabulary, self.vocabulary if at_once else self.step)
+        return _slices(self.cached, self.vocabulary, max(self.vocabulary, 1) if at_once else self.step)
 
 
 def _slices(begin: int, end: int, step: int) -> Iterator[tuple[int, int]]:

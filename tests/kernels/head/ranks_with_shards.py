@@ -35,6 +35,7 @@ def run(rank, folder):
                     results[f"{ranks}-{backend}-{mode}"] = case(rank, ranks, group, backend, mode)
                 except Exception:
                     results[f"{ranks}-{backend}-{mode}"] = traceback.format_exc()
+                    return Path(folder, f"{rank}.json").write_text(json.dumps(results))
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
