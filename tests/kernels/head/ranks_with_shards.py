@@ -1,4 +1,4 @@
-"""What the ranks of test_vocabulary_shards.py do: every case on a rank's shard, against float64 on the whole vocabulary."""
+"""What the ranks of test_vocabulary_shards.py do: each case on a shard, against float64 on the whole vocabulary."""
 
 import json
 import traceback
