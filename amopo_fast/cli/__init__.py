@@ -1,5 +1,5 @@
-"""The command line `amopo-fast`. Exit codes: 0 done, 1 failed or bad data, 2 bad usage, 3 stopped by SIGTERM after
-saving a checkpoint, 4 a NaN or infinite number.
+"""The command line `amopo-fast`. Exit codes: 0 done, 1 failed or bad data, 2 bad usage, 3 stopped by a signal, with a
+checkpoint of every step that was trained, 4 a NaN or infinite number, 130 stopped at once by Ctrl-C.
 
 One module per command; each has `add_parser(commands)`, which makes its parser and names the function that runs it.
 """
@@ -56,3 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(redact(f"amopo-fast {arguments.command}: error: {error}"), file=sys.stderr)
         return 4 if isinstance(error, NumbersError) else 1
+    except KeyboardInterrupt:
+        print(f"amopo-fast {arguments.command}: stopped by SIGINT; what was saved before is whole", file=sys.stderr)
+        return 130

@@ -24,7 +24,7 @@ except ImportError:  # no Triton for this platform; update.py serves
     triton = None
 
 TILE = 1024  # elements of a program
-NUM_WARPS = 8  # 4 elements a thread: 32 to 48 registers, nothing on the stack (tests/kernels/test_compiling_adamw.py)
+NUM_WARPS = 8  # 4 elements a thread: 32 to 48 registers, nothing on the stack (benchmarks/compile_report.py)
 
 
 def eligible(parameter: Tensor, state: dict[str, Tensor]) -> bool:
@@ -109,10 +109,14 @@ if triton is not None:
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         at = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        inside = at < numel
+        count = numel
+        if HAS_GRAD_SCALE:
+            scale = tl.load(grad_scale_ptr)
+            count = tl.where(scale == scale, numel, 0)  # nothing is written where it is NaN
+        inside = at < count
         g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if HAS_GRAD_SCALE:
-            g *= tl.load(grad_scale_ptr)
+            g *= scale
         p = tl.load(p_ptr + at, mask=inside, other=0.0).to(tl.float32)
         m = _decode(m_ptr, m_scale_ptr, m_map_ptr, row, inside, ROWS, BLOCK, BITS)
         v = _decode(v_ptr, v_scale_ptr, v_map_ptr, row, inside, ROWS, BLOCK, BITS)
@@ -124,7 +128,8 @@ if triton is not None:
         p -= lr * (m / correction1) / (tl.sqrt(v) / correction2_sqrt + eps)
         if STOCHASTIC:
             bits = p.to(tl.int32, bitcast=True) + _noise(seed, row, ROWS, BLOCK)
-            p = (bits & -65536).to(tl.float32, bitcast=True)
+            # CUDA's NaN is 0x7fffffff: noise would carry it over the sign bit and leave -0
+            p = tl.where(p == p, (bits & -65536).to(tl.float32, bitcast=True), float("nan"))
         tl.store(p_ptr + at, p.to(p_ptr.dtype.element_ty), mask=inside)
 
 
@@ -141,7 +146,7 @@ def update_(
     exp_avg: Moment,
     exp_avg_sq: Moment,
     step: Step,
-    grad_scale: Tensor | None = None,  # () float32
+    grad_scale: Tensor | None = None,  # () float32; NaN: leave everything as it is
 ) -> None:
     """Update parameter and moments in place; update.update_ but for the random bits drawn."""
     options = launch_options(exp_avg.states)
@@ -150,22 +155,23 @@ def update_(
         quantised = moment.scale is not None
         # Without quantisation the scale and map pointers are never read.
         pointers += [moment.codes, moment.scale if quantised else grad, moment.map if quantised else grad]
-    _adamw_kernel[(triton.cdiv(parameter.numel(), TILE),)](
-        parameter,
-        grad,
-        *pointers,
-        grad if grad_scale is None else grad_scale,
-        parameter.numel(),
-        step.seed or 0,
-        step.lr,
-        step.lr * step.weight_decay,
-        1 - step.beta1,
-        1 - step.beta2,
-        step.bias_correction1,
-        step.bias_correction2_sqrt,
-        step.eps,
-        **options,
-        HAS_GRAD_SCALE=grad_scale is not None,
-        STOCHASTIC=step.seed is not None,
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(parameter):  # Triton launches on the current device
+        _adamw_kernel[(triton.cdiv(parameter.numel(), TILE),)](
+            parameter,
+            grad,
+            *pointers,
+            grad if grad_scale is None else grad_scale,
+            parameter.numel(),
+            step.seed or 0,
+            step.lr,
+            step.lr * step.weight_decay,
+            1 - step.beta1,
+            1 - step.beta2,
+            step.bias_correction1,
+            step.bias_correction2_sqrt,
+            step.eps,
+            **options,
+            HAS_GRAD_SCALE=grad_scale is not None,
+            STOCHASTIC=step.seed is not None,
+            num_warps=NUM_WARPS,
+        )

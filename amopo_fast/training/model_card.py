@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from transformers import TrainerState
 
 from amopo_fast.data.sources.candidate import NO_OBJECT
 from amopo_fast.prompts.recipe import Recipe
 
 _METRICS = ("loss", "accuracy/mean", "margin/mean")
+
+
+def write_model_card(output_dir: str | Path, recipe: Recipe, state: TrainerState, *, adapter: bool) -> None:
+    """README.md of a run's folder."""
+    folder = Path(output_dir)
+    plot = "metrics.png" if (folder / "metrics.png").is_file() else None
+    text = model_card(recipe, state.log_history, name=folder.resolve().name, plot=plot, adapter=adapter)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def model_card(recipe: Recipe, log: Sequence[dict[str, Any]], *, name: str, adapter: bool, plot: str | None) -> str:
@@ -28,7 +39,7 @@ def model_card(recipe: Recipe, log: Sequence[dict[str, Any]], *, name: str, adap
     )  # fmt: skip
     scored = [dimension for dimension in recipe.dimensions if dimension != NO_OBJECT]
     parts = ["---", meta.to_yaml().strip(), "---", "", f"# {name}", ""]
-    made = f"{'A LoRA adapter over' if adapter else 'Trained from'} {f'`{base}`' if base else 'a model'}"
+    made = f"{'A LoRA adapter, trained over' if adapter else 'Trained from'} {f'`{base}`' if base else 'a model'}"
     parts += [
         f"{made} with amopo_fast on pairs of answers that are scored by dimension: {', '.join(scored) or 'none'}. "
         f"Objective: {_objective(recipe)} ([arXiv 2506.07165](https://arxiv.org/abs/2506.07165)).",

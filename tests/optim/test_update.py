@@ -1,8 +1,6 @@
 """The update of one tensor: torchao's arithmetic, the Triton kernel against it, rounding, compiling."""
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
+import contextlib
 
 import pytest
 import torch
@@ -162,6 +160,53 @@ def test_rounding_is_unbiased_between_neighbours_and_repeats(kernel):
         assert not torch.equal(p, rounded(rounding_seed(*other)))
 
 
+NOT_FINITE = [0x7FFFFFFF, 0x7F800001, 0x7FC00000, 0xFFFFFFFF, 0xFF800001, 0x7F800000, 0xFF800000]  # NaN, infinities
+
+
+def from_bits(patterns):
+    return torch.tensor(patterns, dtype=torch.int64).to(torch.int32).view(torch.float32)
+
+
+def test_rounding_keeps_every_pattern_that_is_not_finite():
+    """0x7fffffff is the NaN that CUDA makes; a carry would leave -0 of it, and infinity of 0x7f800001."""
+    values = from_bits(NOT_FINITE).repeat_interleave(512)
+    rounded = round_stochastically(values, torch.Generator().manual_seed(0)).float()
+    assert torch.equal(rounded.isnan(), values.isnan())
+    assert torch.equal(rounded[values.isinf()], values[values.isinf()])
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's, under the interpreter
+def test_the_kernel_keeps_nan_and_overflows_to_infinity():
+    nan = [pattern for pattern in NOT_FINITE if from_bits([pattern]).isnan()]
+    g = torch.cat([from_bits(nan).repeat_interleave(512), torch.ones(1536)])
+    p = torch.full(g.shape, -2e38, dtype=torch.bfloat16)
+    step = Step(3e38, 0.9, 0.99, 0.0, 0.0, 1, rounding_seed(0, 1, 0))  # a weight moves by lr
+    update_triton.update_(p, g, *moments_of(new_state(p, "fp32")), step)
+    assert p[: 512 * len(nan)].isnan().all()
+    assert (p[512 * len(nan) :] == -torch.inf).all()
+
+
+def test_the_kernel_is_launched_on_the_parameters_device(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        entered.append(tensor)
+        yield
+        entered.clear()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launched.append(list(entered))
+
+    launched = []
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(update_triton, "_adamw_kernel", Kernel())
+    p = torch.randn(4096)
+    update_triton.update_(p, p, *moments_of(new_state(p, "8bit")), hyper(1))
+    assert len(launched) == 1 and launched[0][0] is p
+
+
 def test_bytes_of_states():
     for kind in KINDS:
         for shape in ((100,), (4096,), (4097,), (300, 256)):
@@ -169,3 +214,37 @@ def test_bytes_of_states():
             actual = sum(t.numel() * t.element_size() for t in new_state(p, kind).values())
             assert moment_bytes(p.numel(), kind) == actual, (kind, shape)
     assert isinstance(moments_of(new_state(torch.empty(4096), "4bit"))[0], Moment)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("update", [update_, update_triton.update_])
+def test_a_scale_that_is_nan_leaves_everything_as_it_is(kind, update):
+    n = 5 * 256 + 24 * (kind == "fp32")
+    parameter = torch.randn(n).bfloat16()
+    state = new_state(parameter, kind)
+    update(parameter, torch.randn(n), *moments_of(state), hyper(1, seed=2**62), torch.tensor(1.0))
+    before = [parameter.clone(), *(tensor.clone() for tensor in state.values())]
+    gradient = torch.randn(n)
+    gradient[3] = float("inf")
+    update(parameter, gradient, *moments_of(state), hyper(2, seed=2**62), torch.tensor(float("nan")))
+    assert all(map(torch.equal, before, [parameter, *state.values()]))
+    update(parameter, torch.randn(n), *moments_of(state), hyper(2, seed=2**62), torch.tensor(0.5))
+    assert not torch.equal(before[0], parameter)
+
+
+@pytest.mark.parametrize("states", KINDS)
+def test_in_backward_nothing_changes_after_a_gradient_that_is_not_finite(states):
+    from amopo_fast.optim import AdamW
+
+    layers = [torch.nn.Parameter(torch.randn(70, 64)) for _ in range(4)]
+    optimizer = AdamW(layers, lr=0.1, states=states, in_backward=True)
+    before = [layer.detach().clone() for layer in layers]
+    x = torch.randn(3, 64)
+    for number, layer in enumerate(layers):
+        x = (x @ layer.T)[:, :64]
+        if number == 1:
+            layer.register_hook(lambda grad: grad * float("inf"))
+    x.sum().backward()
+    assert [bool(done) for done in optimizer.applied().values()] == [True, True, False, False]
+    assert [torch.equal(a, b) for a, b in zip(before, layers, strict=True)] == [True, True, False, False]
+    assert optimizer.grad_norm().isfinite().item() is False

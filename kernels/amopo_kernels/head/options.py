@@ -82,7 +82,9 @@ def choose_options(
         if output not in OUTPUTS:
             raise ValueError(f"outputs has {output!r}; choose among {', '.join(OUTPUTS)}")
     device = hidden.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # torch 2.11 cannot trace the first question; what is compiled is on a device that has autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    autocast = available and torch.is_autocast_enabled(device)
     if autocast and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     else:
