@@ -79,7 +79,8 @@ def score_pairs(
             here = [pairs[index] for index in row]
             plan = build_plan(here).to(device)
             stats = score(model, plan, attention_backend=attention_backend, backend=kernel_backend)
-            batch = Batch(len(dimensions), score_gaps=_gaps(here, len(dimensions)).to(device))
+            gaps = torch.from_numpy(np.stack([pair.gaps() for pair in here])).to(device)
+            batch = Batch(len(dimensions), score_gaps=gaps)
             tables.append(objective(stats, batch).table().double().cpu().numpy())
             probabilities += _histogram(stats, len(dimensions))
     finally:
@@ -89,13 +90,8 @@ def score_pairs(
     lengths = np.array([(len(pair.chosen), len(pair.rejected)) for pair in pairs])
     return Scores(
         tuple(dimensions), records, table, lengths, probabilities, objective,
-        score_gaps=_gaps(pairs, len(dimensions)).numpy(), prompts=np.array([pair.prompt_id for pair in pairs]),
+        score_gaps=np.stack([pair.gaps() for pair in pairs]), prompts=np.array([pair.prompt_id for pair in pairs]),
     )  # fmt: skip
-
-
-def _gaps(pairs: Sequence[PairTokens], num_dimensions: int) -> torch.Tensor:
-    unknown = np.full(num_dimensions, np.nan)
-    return torch.from_numpy(np.stack([unknown if pair.score_gaps is None else pair.score_gaps for pair in pairs]))
 
 
 def _histogram(stats, num_dimensions: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from amopo_fast import hub
+from amopo_fast.models.architecture import vocabulary_of
 from amopo_fast.models.loading import check_base, load_adapter, load_whole, model_errors
 from amopo_fast.models.saving import SHARD_SIZE, prepare_generation
 from amopo_fast.prompts.recipe import Recipe
@@ -64,7 +65,7 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, *, base: str | No
     with model_errors(str(adapter)):
         adapted = load_adapter(model, adapter)
     tokenizer = load_tokenizer(str(adapter) if (adapter / "tokenizer.json").is_file() else base)
-    known = [i for i in tokenizer(_TEXT)["input_ids"] if i < model.get_input_embeddings().weight.shape[0]]
+    known = [i for i in tokenizer(_TEXT)["input_ids"] if i < vocabulary_of(model)]
     ids = torch.tensor([known])
     before = _logps(adapted, ids)
     # float32 adapters are added in float32 and rounded once, instead of a product that is rounded on its way

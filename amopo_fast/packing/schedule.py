@@ -274,11 +274,5 @@ class Collator:
             "num_pairs": torch.tensor(float(count)),
             "num_chosen_tokens": torch.tensor(float(labels)),
             "weight": torch.tensor(weight),
-            "score_gaps": torch.from_numpy(np.stack([_score_gaps(pair) for pair in pairs])),
+            "score_gaps": torch.from_numpy(np.stack([pair.gaps() for pair in pairs])).float(),
         }
-
-
-def _score_gaps(pair: PairTokens) -> np.ndarray:
-    """(K,) float32."""
-    gaps = pair.score_gaps
-    return np.full(len(pair.prompts), np.nan, np.float32) if gaps is None else gaps.astype(np.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from array import array
 from collections.abc import Iterable, Sequence
@@ -51,8 +50,7 @@ class TokenStore(Sequence[PairTokens]):
             for pair in pairs:
                 parts = [*pair.prompts, pair.chosen, pair.rejected]
                 lengths = [_ABSENT if part is None else len(part) for part in parts]
-                gaps = [math.nan] * len(pair.prompts) if pair.score_gaps is None else pair.score_gaps
-                bits = np.asarray(gaps, dtype=np.float64).view(np.int64)
+                bits = pair.gaps().view(np.int64)
                 array("q", [tokens, pair.record, pair.prompt_id, int(pair.truncated), *lengths, *bits]).tofile(index)
                 for part in parts:
                     if part is not None:

@@ -28,3 +28,7 @@ class PairTokens:
     truncated: bool
     score_gaps: np.ndarray | None = None
     prompt_id: int = 0
+
+    def gaps(self) -> np.ndarray:
+        """(K,) float64, `score_gaps`, all NaN where nothing is known of them."""
+        return np.full(len(self.prompts), np.nan) if self.score_gaps is None else self.score_gaps

@@ -118,7 +118,6 @@ class AMoPOTrainer(Trainer):
         check_data([train_dataset or (), *evals.values()], model, processing_class, dimensions)
         callbacks = list(callbacks or [])
         if train_dataset is not None:
-            # A fractional last epoch ends by max_steps, so the plan covers it whole.
             sizes = PairSizes.of(train_dataset)
             schedule = plan_epochs(
                 sizes.computed,
