@@ -95,8 +95,8 @@ def linear_cross_entropy(
     shares = None
     if weight is not None and label_smoothing:
         shares = weight.detach().float()[shard.first : shard.first + len(linear_weight)] / vocabulary
-    rows = label_logps(input, linear_weight, target, linear_bias, temperature, options, shares)
-    rows = {name: x.reshape(target.shape) for name, x in rows._asdict().items() if name in ("logps", *needed)}
+    computed = label_logps(input, linear_weight, target, linear_bias, temperature, options, shares)._asdict()
+    rows = {name: computed[name].reshape(target.shape) for name in ("logps", *needed)}
 
     scored = target != ignore_index
     share = scored.to(rows["logps"].dtype)  # of a row in the loss: its label's weight

@@ -89,11 +89,10 @@ def gather_strips(
 def _one_strip(tables: Tables, problem: Problem, scale: float | Tensor, exp: Callable[[Tensor], Tensor]) -> Tables:
     """(N,) each, of all columns of this rank; tokens as all ranks count them."""
     if not len(tables.maximum):
-        rows = tables.maximum.new_zeros(problem.rows)
-        return Tables(
-            rows + LOWEST, *(None if x is None else rows for x in tables[1:-1]),
-            None if tables.top is None else torch.full_like(rows, _NO_TOKEN, dtype=torch.int32),
-        )  # fmt: skip
+        nothing = tables.maximum.new_zeros(problem.rows)
+        no_token = torch.full_like(nothing, _NO_TOKEN, dtype=torch.int32)
+        rows = {name: None if x is None else nothing for name, x in tables._asdict().items()}
+        return Tables(**rows | {"maximum": nothing + LOWEST, "top": None if tables.top is None else no_token})
     maximum = tables.maximum.amax(0)
     distance = (tables.maximum - maximum) * scale
     share = exp(distance)
