@@ -14,7 +14,15 @@ import harness
 from amopo_kernels import SequenceStats, reference
 from amopo_kernels.loss import amopo
 
-OPTIONS = {"beta": 0.8, "gamma": 2.0, "num_pairs": None, "weighting": "gaussian", "compat": "paper", "sft_coef": 0.0}
+OPTIONS = {
+    "order": "alternating",
+    "beta": 0.8,
+    "gamma": 2.0,
+    "num_pairs": None,
+    "weighting": "gaussian",
+    "compat": "paper",
+    "sft_coef": 0.0,
+}
 TOLERANCE = 1e-5
 
 

@@ -163,8 +163,9 @@ class Step:
             records = batch.records if isinstance(batch, Padded) else batch.records.tolist()
             eps = torch.from_numpy(np.stack([noise(0, 0, record, K) for record in records])).to(self.device)
             loss = amopo_loss(
-                self.stats(batch), num_dimensions=K, beta=0.8, gamma=2.0, noise=eps, num_pairs=len(self.pairs)
-            ).loss
+                self.stats(batch), order="alternating", num_dimensions=K, beta=0.8, gamma=2.0, noise=eps,
+                num_pairs=len(self.pairs),
+            ).loss  # fmt: skip
             loss.backward()
             total += loss.detach()
         return total

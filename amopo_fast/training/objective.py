@@ -123,8 +123,8 @@ class AMoPO(Objective):
     def __call__(self, stats: SequenceStats, batch: Batch) -> Outcome:
         """Raises ValueError as `amopo_kernels.amopo_loss`: for weighting "gaussian" without noise, say."""
         result = amopo_loss(
-            stats, num_dimensions=batch.num_dimensions, num_pairs=batch.num_pairs, noise=batch.noise,
-            **dataclasses.asdict(self),
+            stats, order="alternating", num_dimensions=batch.num_dimensions, num_pairs=batch.num_pairs,
+            noise=batch.noise, **dataclasses.asdict(self),
         )  # fmt: skip
         chosen, rejected = list(_statistics(stats, batch.num_dimensions))[:2]
         own = {

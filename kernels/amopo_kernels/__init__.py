@@ -1,7 +1,14 @@
 """Preference-loss kernels over a language-model head, for any trainer. `reference` is the readable oracle of each."""
 
 from . import reference
-from .errors import BackendUnavailableError, DoubleBackwardError, ShardedTensorError, UnsupportedError
+from .cross_entropy import linear_cross_entropy
+from .errors import (
+    BackendUnavailableError,
+    DoubleBackwardError,
+    ReleasedTensorError,
+    ShardedTensorError,
+    UnsupportedError,
+)
 from .head import linear_logps
 from .loss import amopo_loss, linear_amopo_loss
 from .rows import gather_rows, inverse_index, segment_sum_rows
@@ -12,6 +19,7 @@ __all__ = [
     "AMoPOLoss",
     "BackendUnavailableError",
     "DoubleBackwardError",
+    "ReleasedTensorError",
     "SequenceStats",
     "ShardedTensorError",
     "UnsupportedError",
@@ -19,6 +27,7 @@ __all__ = [
     "gather_rows",
     "inverse_index",
     "linear_amopo_loss",
+    "linear_cross_entropy",
     "linear_logps",
     "linear_sequence_stats",
     "reference",

@@ -27,23 +27,22 @@ MODES = ("exact", "cached", "frozen")
 
 @dataclass(frozen=True)
 class Support:
-    """What a backend does when a mode is asked for. Every one takes a bias, a softcap and a temperature."""
+    """What a backend does when a mode is asked for. Every one takes a bias, a softcap, temperatures and all outputs."""
 
     mode: str  # what runs
     dtypes: tuple[torch.dtype, ...]  # of the matmuls
-    entropy: str | None  # what runs if entropies are asked for too, None: refused
 
 
 _ALL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SUPPORT = {
-    ("torch", "exact"): Support("exact", _ALL, "exact"),
-    ("torch", "frozen"): Support("exact", _ALL, "exact"),  # without the weight's third of the backward
-    ("chunked", "exact"): Support("exact", _ALL[1:], "exact"),
-    ("chunked", "cached"): Support("cached", _ALL[1:], None),
-    ("chunked", "frozen"): Support("frozen", _ALL[1:], "exact"),
-    ("fused", "exact"): Support("exact", _ALL[1:], "exact"),
-    ("fused", "cached"): Support("cached", _ALL[1:], None),
-    ("fused", "frozen"): Support("frozen", _ALL[1:], "exact"),
+    ("torch", "exact"): Support("exact", _ALL),
+    ("torch", "frozen"): Support("frozen", _ALL),
+    ("chunked", "exact"): Support("exact", _ALL[1:]),
+    ("chunked", "cached"): Support("cached", _ALL[1:]),
+    ("chunked", "frozen"): Support("frozen", _ALL[1:]),
+    ("fused", "exact"): Support("exact", _ALL[1:]),
+    ("fused", "cached"): Support("cached", _ALL[1:]),
+    ("fused", "frozen"): Support("frozen", _ALL[1:]),
 }
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "torch", "chunked", "fused")
@@ -112,7 +111,7 @@ def _log_once(chosen: str, why: str) -> None:
     log.info("backend auto: %s (%s)", chosen, why)
 
 
-def choose_mode(backend: str, dtype: torch.dtype, *, entropy: bool, cache_bytes: int, frozen: bool) -> str:
+def choose_mode(backend: str, dtype: torch.dtype, *, cache_bytes: int, frozen: bool) -> str:
     """How the backend gets the gradient: one of MODES. A frozen head needs no cache.
 
     Raises:
@@ -125,24 +124,19 @@ def choose_mode(backend: str, dtype: torch.dtype, *, entropy: bool, cache_bytes:
         raise UnsupportedError(f"backend {backend!r} does not have logits_cache_bytes; use {able}, or leave it out")
     if dtype not in support.dtypes:
         raise UnsupportedError(f"backend {backend!r} does not compute in {dtype}; use 'torch' or another dtype")
-    if not entropy:
-        return support.mode
-    if support.entropy is None:
-        raise UnsupportedError(f"backend {backend!r} has no entropies in mode {asked!r}; leave one of them out")
-    return support.entropy
+    return support.mode
 
 
 def support_matrix() -> str:
     """SUPPORT as the table of docs/kernels.md."""
     names = {"exact": "exact", "cached": "logits_cache_bytes", "frozen": "frozen weight"}
-    lines = ["| backend | gradient | runs | bias, softcap, temperature | entropy | dtypes |", "|---" * 6 + "|"]
+    lines = ["| backend | gradient | runs | bias, softcap, temperature, outputs | dtypes |", "|---" * 5 + "|"]
     for backend in ("torch", "chunked", "fused"):
         for mode in MODES:
             support = SUPPORT.get((backend, mode))
             if support is None:
-                lines.append(f"| {backend} | {names[mode]} | refused | | | |")
+                lines.append(f"| {backend} | {names[mode]} | refused | | |")
                 continue
             dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in support.dtypes)
-            entropy = support.entropy or "refused"
-            lines.append(f"| {backend} | {names[mode]} | {support.mode} | yes | {entropy} | {dtypes} |")
+            lines.append(f"| {backend} | {names[mode]} | {support.mode} | yes | {dtypes} |")
     return "\n".join(lines)

@@ -19,6 +19,10 @@ class DoubleBackwardError(RuntimeError):
     """A gradient of a gradient was asked for."""
 
 
+class ReleasedTensorError(RuntimeError):
+    """The backward pass needs an input whose memory was released after the forward pass."""
+
+
 def refuse_double_backward(function: str, twice_differentiable: str) -> None:
     """In a backward pass: raise where that pass itself is to be differentiated (create_graph=True)."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

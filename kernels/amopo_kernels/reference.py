@@ -12,18 +12,49 @@ from .types import AMoPOLoss, SequenceStats
 
 
 def linear_logps(hidden, weight, labels, bias=None, *, softcap=None, temperature=1.0, ignore_index=-100,
-                 return_entropy=False):  # fmt: skip
-    """log softmax(head(hidden))[label]; see amopo_kernels.linear_logps."""
+                 return_entropy=False, outputs=()):  # fmt: skip
+    """log softmax(head(hidden))[label], and what `outputs` names; see amopo_kernels.linear_logps."""
+    ignored = labels == ignore_index
+    hidden = hidden.masked_fill(ignored[..., None], 0.0)  # whatever an ignored row holds touches nothing
     logits = F.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    all_logps = torch.log_softmax(logits / temperature, dim=-1)
-    ignored = labels == ignore_index
-    logps = all_logps.gather(-1, labels.masked_fill(ignored, 0).long()[..., None]).squeeze(-1).masked_fill(ignored, 0.0)
-    if not return_entropy:
-        return logps
-    return logps, -(all_logps.exp() * all_logps).sum(-1).masked_fill(ignored, 0.0)
+    temperature = temperature[..., None] if isinstance(temperature, Tensor) else temperature
+    scores = logits / temperature
+    all_logps = torch.log_softmax(scores, dim=-1)
+    probabilities = all_logps.exp()
+    found = {
+        "logps": all_logps.gather(-1, labels.masked_fill(ignored, 0).long()[..., None]).squeeze(-1),
+        # masked_fill: a token of probability 0 adds nothing, though its log is infinite
+        "entropy": -(probabilities * all_logps.masked_fill(probabilities == 0, 0.0)).sum(-1),
+        "lse": scores.logsumexp(-1),
+        "mean_logit": scores.mean(-1),
+        "top1": scores.argmax(-1),
+        "log_sum_p2": (2 * all_logps.detach()).logsumexp(-1),
+    }
+    names = ("logps", "entropy") if return_entropy else ("logps", *outputs)
+    wanted = [found[name].masked_fill(ignored, 0) for name in names]
+    return tuple(wanted) if len(wanted) > 1 else wanted[0]
+
+
+def linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean",
+                         ignore_index=-100, label_smoothing=0.0, z_loss=0.0, shift=False, softcap=None,
+                         temperature=1.0):  # fmt: skip
+    """See amopo_kernels.linear_cross_entropy; the loss alone, by torch's own."""
+    if shift:
+        input, target = input[..., :-1, :], target[..., 1:]
+    logits = F.linear(input, linear_weight, linear_bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    scores = (logits / temperature).flatten(0, -2)
+    labels = target.flatten()
+    loss = F.cross_entropy(scores, labels.long(), weight, ignore_index=ignore_index, reduction=reduction,
+                           label_smoothing=label_smoothing)  # fmt: skip
+    squares = z_loss * scores.logsumexp(-1).square().masked_fill(labels == ignore_index, 0)
+    if reduction == "none":
+        return (loss + squares).view(target.shape)
+    return loss + (squares.sum() if reduction == "sum" else squares.sum() / (labels != ignore_index).sum())
 
 
 def sequence_stats(logps, cu_seqlens) -> SequenceStats:
@@ -46,7 +77,7 @@ def linear_sequence_stats(hidden, weight, labels, cu_seqlens, bias=None, *, soft
     return sequence_stats(logps, cu_seqlens)
 
 
-def amopo_loss(stats, *, num_dimensions, beta, gamma, noise=None, num_pairs=None, weighting="gaussian",
+def amopo_loss(stats, *, order, num_dimensions, beta, gamma, noise=None, num_pairs=None, weighting="gaussian",
                compat="paper", sft_coef=0.0) -> AMoPOLoss:  # fmt: skip
     """See amopo_kernels.amopo_loss; one pair and one dimension at a time."""
     K = num_dimensions
@@ -56,7 +87,8 @@ def amopo_loss(stats, *, num_dimensions, beta, gamma, noise=None, num_pairs=None
     scores = {}  # (pair, dimension) -> what the softmax sees
     for p in range(P):
         for k in range(K):
-            index = [(p * K + k) * 2 + side for side in (0, 1)]
+            entry = p * K + k
+            index = [entry * 2 + side if order == "alternating" else side * P * K + entry for side in (0, 1)]
             if any(stats.length[i] == 0 for i in index):
                 continue
             for side, i in enumerate(index):

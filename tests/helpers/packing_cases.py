@@ -109,7 +109,7 @@ def separate_stats(model, pairs):
 def loss_and_gradients(model, stats, dimensions=3):
     model.zero_grad()
     noise = torch.randn(stats.length.numel() // (2 * dimensions), dimensions, 2, generator=torch.manual_seed(3))
-    loss = amopo_loss(stats, num_dimensions=dimensions, beta=2.0, gamma=0.3, noise=noise).loss
+    loss = amopo_loss(stats, order="alternating", num_dimensions=dimensions, beta=2.0, gamma=0.3, noise=noise).loss
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

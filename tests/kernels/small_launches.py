@@ -50,7 +50,7 @@ def _loss(cc: int, K: int, weighting: str, upstream: bool) -> Launch:
         "relative_ptr": torch.float32 if weighting == "tensor" else None,
         "normaliser_ptr": torch.float32 if upstream else None,
         "K": K, "BLOCK_P": amopo_triton.TILE // block_k, "BLOCK_K": block_k,
-        "WEIGHTING": weighting, "UPSTREAM": upstream,
+        "WEIGHTING": weighting, "UPSTREAM": upstream, "STACKED": upstream,
     }  # fmt: skip
     return Launch(
         "amopo_kernels.loss.amopo_triton:amopo_loss_kernel", arguments, cc=cc,

@@ -18,7 +18,8 @@ import amopo_kernels
 SOURCE = Path(__file__).parents[2] / "kernels"
 PACKAGE = SOURCE / "amopo_kernels"
 # What a room may import of its neighbours; all of them take what lies beside them (dispatch, errors, types, ...).
-BELOW = {"head": set(), "rows": set(), "statistics": {"head"}, "loss": {"head", "statistics"}}
+BELOW = {"head": set(), "rows": set(), "cross_entropy": {"head"}, "statistics": {"head"},
+         "loss": {"head", "statistics"}, "integrations": {"head"}}  # fmt: skip
 
 ALONE = """
 import importlib.abc, json, sys
@@ -43,7 +44,7 @@ hidden = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
 weight = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
 labels = torch.randint(30, (10,))
 cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-options = {"num_dimensions": 2, "beta": 0.8, "gamma": 1.5, "weighting": "mean"}
+options = {"order": "alternating", "num_dimensions": 2, "beta": 0.8, "gamma": 1.5, "weighting": "mean"}
 gradients = []
 for functions in (amopo_kernels, amopo_kernels.reference):
     loss = functions.linear_amopo_loss(hidden, weight, labels, cu_seqlens, **options).loss

@@ -27,7 +27,7 @@ def stats_of_one_pair():
 def test_paper_loss_weights_and_gradient_by_hand():
     stats = stats_of_one_pair()
     noise = torch.tensor([[[1.0, 7.0], [-0.5, 2.0]]])
-    result = reference.amopo_loss(stats, num_dimensions=2, beta=0.8, gamma=2.0, noise=noise)
+    result = reference.amopo_loss(stats, order="alternating", num_dimensions=2, beta=0.8, gamma=2.0, noise=noise)
     margins = [0.8 * (-1 + 2) - 2, 0.8 * (-3 + 1) - 2]  # -1.2, -3.6
     scores = [(0.5 + 0.1) + 0.2, (0.1 - 0.1) + (0.4 + 0.6)]  # 0.8, 1.0
     first = 1 / (1 + math.exp(scores[1] - scores[0]))
@@ -44,7 +44,7 @@ def test_paper_loss_weights_and_gradient_by_hand():
 
 
 def test_upstream_at_one_pair_is_paper_over_the_dimensions():
-    options = {"num_dimensions": 2, "beta": 0.8, "gamma": 2.0, "weighting": "mean"}
+    options = {"order": "alternating", "num_dimensions": 2, "beta": 0.8, "gamma": 2.0, "weighting": "mean"}
     paper = reference.amopo_loss(stats_of_one_pair(), **options)
     upstream = reference.amopo_loss(stats_of_one_pair(), **options, compat="upstream")
     assert upstream.loss.item() == pytest.approx(paper.loss.item() / 2, rel=1e-12)
@@ -53,14 +53,18 @@ def test_upstream_at_one_pair_is_paper_over_the_dimensions():
 def test_upstream_softmax_runs_over_all_pairs_together():
     one = stats_of_one_pair()
     two = SequenceStats(*(torch.cat([field.detach(), field.detach()]) for field in one))
-    result = reference.amopo_loss(two, num_dimensions=2, beta=0.8, gamma=2.0, weighting="uniform", compat="upstream")
+    result = reference.amopo_loss(
+        two, order="alternating", num_dimensions=2, beta=0.8, gamma=2.0, weighting="uniform", compat="upstream"
+    )
     assert result.weights.flatten().tolist() == pytest.approx([0.25] * 4)
     assert result.loss.item() == pytest.approx((softplus(1.2) + softplus(3.6)) * 2 * 0.25 / 4, rel=1e-12)
 
 
 def test_absent_dimension_leaves_softmax_loss_and_sft_term():
     stats = stats_of_one_pair()._replace(length=torch.tensor([2, 3, 0, 0], dtype=torch.int32))
-    result = reference.amopo_loss(stats, num_dimensions=2, beta=0.8, gamma=2.0, weighting="mean", sft_coef=0.5)
+    result = reference.amopo_loss(
+        stats, order="alternating", num_dimensions=2, beta=0.8, gamma=2.0, weighting="mean", sft_coef=0.5
+    )
     assert result.loss.item() == pytest.approx(softplus(1.2) + 0.5 * 1.0, rel=1e-12)
     assert result.weights[0].tolist() == [1.0, 0.0]
 

@@ -186,7 +186,7 @@ def test_amopo_is_the_kernels_loss():
     _, stats = random_stats(2, [(1, 1)])
     noise = torch.randn(PAIRS, 2, 2)
     result = AMoPO(1.5, 0.5)(stats, Batch(2, 3, noise))
-    expected = amopo_loss(stats, num_dimensions=2, beta=1.5, gamma=0.5, noise=noise, num_pairs=3)
+    expected = amopo_loss(stats, order="alternating", num_dimensions=2, beta=1.5, gamma=0.5, noise=noise, num_pairs=3)
     assert torch.equal(result.loss, expected.loss)
     assert torch.equal(result.columns["weight"].nan_to_num(), expected.weights)
     shares = torch.nansum(result.columns["loss"]) / 3

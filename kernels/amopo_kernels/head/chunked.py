@@ -1,6 +1,6 @@
-"""`chunked`: vendor matmuls over slices of the vocabulary, and the epilogue of a slice of float32 logits in Triton.
+"""`chunked`: vendor matmuls over slices of the vocabulary, and the epilogue of a slice of float32 products in Triton.
 
-The device functions that finish a tile of scores in `fused` finish a block that is loaded here. Reads 4 bytes per
+The device functions that finish a tile of products in `fused` finish a block that is loaded here. Reads 4 bytes per
 logit, writes what the epilogue writes. One program per (ROWS, STRIP) block: bound by memory, no reuse.
 """
 
@@ -21,17 +21,17 @@ from .tiles import load_tile
 
 def _block() -> tuple[int, int]:
     """Rows and columns of a program."""
-    return (8, 64) if launch.INTERPRETED else (16, 256)
+    return (32, 64) if launch.INTERPRETED else (16, 256)
 
 
 @triton.jit
 def _slice_kernel(
-    logits, scoring, epilogue, begin, end, logits_stride,
+    products, scoring, epilogue, begin, end, stride,
     ROWS: tl.constexpr, STRIP: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS
     column = tl.program_id(1) * STRIP
-    block = load_tile(logits, row, column, scoring.rows, end - begin, logits_stride, ROWS, STRIP, False)
+    block = load_tile(products, row, column, scoring.rows, end - begin, stride, ROWS, STRIP, False)
     finish_strip(block, row, begin + column, begin, scoring, epilogue, ROWS, STRIP, GRADIENT)
 
 
@@ -56,12 +56,12 @@ def row_blocks(problem: Problem) -> int:
 
 
 def score_slice(problem: Problem, begin: int, end: int, strip: int, epilogue: LogSumExp | LogitGradient) -> None:
-    """As score_loop.score_slice, for one slice whose logits fit in memory."""
-    logits = torch.empty(problem.rows, end - begin, dtype=torch.float32, device=problem.hidden.device)
-    matmul(problem.hidden, problem.weight[begin:end].T, logits)
+    """As score_loop.score_slice, for one slice whose products fit in memory."""
+    products = torch.empty(problem.rows, end - begin, dtype=torch.float32, device=problem.hidden.device)
+    matmul(problem.hidden, problem.weight[begin:end].T, products)
     height, _ = _block()
     _slice_kernel[(triton.cdiv(problem.rows, height), triton.cdiv(end - begin, strip))](
-        logits, problem.scoring, epilogue, begin, end, logits.stride(0), ROWS=height, STRIP=strip,
+        products, problem.scoring, epilogue, begin, end, products.stride(0), ROWS=height, STRIP=strip,
         GRADIENT=isinstance(epilogue, LogitGradient), num_warps=4,
     )  # fmt: skip
 

@@ -1,15 +1,17 @@
-"""Passes over label-excluded probabilities that the forward kept, for a backward that does not recompute scores.
+"""Passes over label-excluded exponentials that the forward kept, for a backward that does not recompute logits.
 
-Logit cache. The forward keeps Q = 2^(u - strip_lse) cap' of some columns, relative to their own strip, in the matmuls'
-dtype, rounded as dS is, where a kept logit would be rounded at its own magnitude. dS is then elementwise:
+Logit cache. The forward keeps Q = 2^((z - strip's maximum) scale) cap' of some columns, in the matmuls' dtype, rounded
+as dS is, where a kept logit would be rounded at its own magnitude. With share = 2^((strip's maximum - maximum) scale -
+log_sum), dS is then elementwise:
 
-    dS = g (1[y] (1 - p_y) cap'_y - Q 2^(strip_lse - lse))           reads 2 N, writes 2 N bytes per column in bf16
+    dS = g (1[y] (1 - p_y) cap'_y - Q share)           reads 2 N, writes 2 N bytes per column in bf16
 
-Frozen head. The forward accumulates dX32 += P W over the slices, P = 2^(u - reference) cap', and no backward pass over
-the vocabulary is left. The reference of a row is raised when a strip exceeds it by more than the dtype can hold:
+Frozen head. The forward accumulates dX32 += P W over the slices, P = 2^((z - reference) scale) cap', and no backward
+pass over the vocabulary is left. The reference of a row, a logit, is raised when a strip exceeds it by more than the
+dtype can hold:
 
-    raise:   reference' = max_j strip_lse[j],  P *= 2^(base - reference'),  dX32 *= 2^(reference - reference')
-    finish:  dX[n] per unit of g = (1 - p_y) cap'_y W[y] - dX32 2^(reference - lse)
+    raise:   new = max_j maximum[j],  P *= 2^((base - new) scale),  dX32 *= 2^((reference - new) scale)
+    finish:  dX[n] per unit of g = (1 - p_y) cap'_y W[y] - dX32 2^((reference - maximum) scale - log_sum)
 
 The label is outside P: inside it, rounding P to bf16 would leave no digit of 1 - p_y where p_y is near 1.
 """
@@ -24,88 +26,101 @@ from ..numerics import LOG2E
 from . import launch
 from .logit_gradient import LogitGradient, store_gradient
 from .problem import Problem, RowStatistics, StripStatistics
-from .tiles import load_labels, narrow
+from .tiles import load_labels, load_scale, narrow, rows_to_compute
 
 
 @triton.jit
-def _label_slope(logp, lse, scoring):
-    """cap' at the label, from its score."""
-    slope = tl.full(lse.shape, 1.0, tl.float32)
-    if scoring.softcap is not None:
-        t = (lse + logp * LOG2E) / (scoring.softcap * scoring.scale)
-        slope = tl.maximum((1 - t) * (1 + t), 0.0)  # an ignored row's lse is huge; its slope must stay finite
+def _label_slope(rows, r, real, scale, softcap):
+    """(ROWS,) cap' at the label, from its logit."""
+    slope = tl.full(scale.shape, 1.0, tl.float32)
+    if softcap is not None:
+        log_sum = tl.load(rows.log_sum + r, mask=real, other=0.0)
+        logp = tl.load(rows.logps + r, mask=real, other=0.0)
+        t = (tl.load(rows.maximum + r, mask=real, other=0.0) + (log_sum + logp * LOG2E) / scale) / softcap
+        slope = (1 - t) * (1 + t)
     return slope
 
 
 @triton.jit
+def _share(rows, r, real, scale, reference):
+    """(ROWS,) 2^((reference - maximum) scale - log_sum), which makes probabilities of exponentials."""
+    distance = reference - tl.load(rows.maximum + r, mask=real, other=0.0)
+    return tl.exp2(distance * scale - tl.load(rows.log_sum + r, mask=real, other=0.0))
+
+
+@triton.jit
 def _cached_gradient_kernel(
-    cache, strip_lse, scoring, out, begin, cache_stride, ROWS: tl.constexpr, STRIP: tl.constexpr
+    cache, strip_maximum, scoring, out, begin, cache_stride, ROWS: tl.constexpr, STRIP: tl.constexpr
 ):
     row = tl.program_id(0) * ROWS
     r = row + tl.arange(0, ROWS)
-    real = r < scoring.rows
+    real = r < rows_to_compute(scoring)
     place = tl.program_id(1) * STRIP + tl.arange(0, STRIP)
     c = begin + place
-    label = load_labels(scoring, row, ROWS)
-    lse = tl.load(out.lse + r, mask=real, other=0.0)
-    miss = tl.load(out.miss + r, mask=real, other=0.0)
-    logp = tl.load(out.logps + r, mask=real, other=0.0)
-    g = tl.load(out.grad + r, mask=real, other=0.0)
+    scale = load_scale(scoring, row, ROWS)
     strip = (begin // STRIP + tl.program_id(1)).to(tl.int64)
-    share = tl.exp2(tl.load(strip_lse + strip * scoring.rows + r, mask=real, other=0.0) - lse)
+    reference = tl.load(strip_maximum + strip * scoring.rows + r, mask=real, other=0.0)
+    share = _share(out.rows, r, real, scale, reference)
     q = tl.load(cache + r.to(tl.int64)[:, None] * cache_stride + c[None, :], mask=real[:, None], other=0.0)
-    at_label = miss * _label_slope(logp, lse, scoring)
-    gradient = tl.where(c[None, :] == label[:, None], at_label[:, None], -q.to(tl.float32) * share[:, None])
-    gradient *= g[:, None]
+    miss = tl.load(out.rows.miss + r, mask=real, other=0.0)
+    at_label = miss * _label_slope(out.rows, r, real, scale, scoring.softcap)
+    is_label = c[None, :] == load_labels(scoring, row, ROWS)[:, None]
+    gradient = tl.where(is_label, at_label[:, None], -q.to(tl.float32) * share[:, None])
+    gradient *= tl.load(out.probability + r, mask=real, other=0.0)[:, None]
     gradient = tl.where((c < scoring.vocabulary)[None, :], gradient, 0.0)
-    store_gradient(gradient, r, place, tl.program_id(0), scoring, out)
+    store_gradient(gradient, row, place, tl.program_id(0), scoring, out, ROWS)
 
 
 @triton.jit
 def _raise_kernel(
-    probabilities, strip_lse, reference, rescale, rows, strips, stride, limit, headroom,
+    exponentials, strip_maximum, reference, rescale, scoring, strips, stride, limit, headroom,
     ROWS: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = r < rows
+    row = tl.program_id(0) * ROWS
+    r = row + tl.arange(0, ROWS)
+    rows = scoring.rows
+    real = r < rows_to_compute(scoring)
+    scale = load_scale(scoring, row, ROWS)
     before = tl.load(reference + r, mask=real, other=0.0)
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     for first in range(0, strips, STRIPS):
         t = first + tl.arange(0, STRIPS)
-        place = strip_lse + t.to(tl.int64)[:, None] * rows + r[None, :]
+        place = strip_maximum + t.to(tl.int64)[:, None] * rows + r[None, :]
         values = tl.load(place, mask=(t < strips)[:, None] & real[None, :], other=float("-inf"))
         largest = tl.maximum(largest, tl.max(values, 0))
-    raised = largest - before > limit
-    after = tl.where(raised, largest - headroom, before)
+    raised = (largest - before) * scale > limit
+    after = tl.where(raised, largest - headroom / scale, before)
     tl.store(reference + r, after, mask=real)
-    tl.store(rescale + r, tl.exp2(before - after), mask=real)
+    tl.store(rescale + r, tl.exp2((before - after) * scale), mask=real)
     if tl.max(raised.to(tl.int32), 0) > 0:  # rare after the first slice
         for strip in range(0, strips):
-            lse = tl.load(strip_lse + tl.cast(strip, tl.int64) * rows + r, mask=real, other=0.0)
-            base = tl.where(lse - before > limit, lse, before)
-            factor = tl.exp2(base - after)
+            maximum = tl.load(strip_maximum + tl.cast(strip, tl.int64) * rows + r, mask=real, other=0.0)
+            base = tl.where((maximum - before) * scale > limit, maximum, before)
+            factor = tl.exp2((base - after) * scale)
             c = strip * STRIP + tl.arange(0, STRIP)
-            places = probabilities + r.to(tl.int64)[:, None] * stride + c[None, :]
+            places = exponentials + r.to(tl.int64)[:, None] * stride + c[None, :]
             inside = (real & raised)[:, None]
             p = tl.load(places, mask=inside, other=0.0).to(tl.float32)
-            tl.store(places, narrow(p * factor[:, None], probabilities.dtype.element_ty), mask=inside)
+            tl.store(places, narrow(p * factor[:, None], exponentials.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _finish_kernel(
-    d_hidden, weight, scoring, lse, miss, logps, reference, features, weight_stride, FEATURES: tl.constexpr
-):
-    r = tl.program_id(0)
+def _finish_kernel(d_hidden, weight, scoring, rows, reference, features, weight_stride, FEATURES: tl.constexpr):
+    n = tl.program_id(0)
+    r = n + tl.arange(0, 1)
+    real = r < rows_to_compute(scoring)
     h = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    label = tl.load(scoring.labels + r)
-    row_lse = tl.load(lse + r)
-    at_label = tl.load(miss + r) * _label_slope(tl.load(logps + r), row_lse, scoring)
-    inside = h < features
-    readable = h < tl.where((label >= 0) & (label < scoring.vocabulary), features, 0)
-    w = tl.load(weight + label.to(tl.int64) * weight_stride + h, mask=readable, other=0.0).to(tl.float32)
-    place = d_hidden + r.to(tl.int64) * features + h
-    others = tl.load(place, mask=inside, other=0.0) * tl.exp2(tl.load(reference + r) - row_lse)
-    tl.store(place, at_label * w - others, mask=inside)
+    scale = load_scale(scoring, n, 1)
+    label = load_labels(scoring, n, 1)
+    at_label = tl.load(rows.miss + r, mask=real, other=0.0) * _label_slope(rows, r, real, scale, scoring.softcap)
+    share = _share(rows, r, real, scale, tl.load(reference + r, mask=real, other=0.0))
+    inside = (h < features)[None, :] & real[:, None]
+    readable = (h < features)[None, :] & (label >= 0)[:, None]
+    places = weight + label.to(tl.int64)[:, None] * weight_stride + h[None, :]
+    w = tl.load(places, mask=readable, other=0.0).to(tl.float32)
+    place = d_hidden + r.to(tl.int64)[:, None] * features + h[None, :]
+    others = tl.load(place, mask=inside, other=0.0) * share[:, None]
+    tl.store(place, at_label[:, None] * w - others, mask=inside)
 
 
 def cached_gradient(
@@ -114,19 +129,19 @@ def cached_gradient(
     end: int,
     strip: int,
     cache: Tensor,  # (N, C) matmul dtype
-    strip_lse: Tensor,  # (strips of C, N) float32
+    strip_maximum: Tensor,  # (strips of C, N) float32
     out: LogitGradient,
 ) -> None:
-    """dS of the columns begin to end, which lie in the cache; with no gradient of the entropy."""
+    """dS of the columns begin to end, which lie in the cache; with a gradient of the log-probabilities alone."""
     block = _block_rows(strip)
     _cached_gradient_kernel[(triton.cdiv(problem.rows, block), triton.cdiv(end - begin, strip))](
-        cache, strip_lse, problem.scoring, out, begin, cache.stride(0), ROWS=block, STRIP=strip, num_warps=4
+        cache, strip_maximum, problem.scoring, out, begin, cache.stride(0), ROWS=block, STRIP=strip, num_warps=4
     )
 
 
 def _block_rows(strip: int) -> int:
     """Rows of a block of cached_gradient: 4096 values in all."""
-    return 8 if launch.INTERPRETED else 4096 // strip
+    return 32 if launch.INTERPRETED else 4096 // strip
 
 
 def row_blocks(problem: Problem, strip: int) -> int:
@@ -135,20 +150,21 @@ def row_blocks(problem: Problem, strip: int) -> int:
 
 
 def raise_reference(
-    probabilities: Tensor,  # (N, width) of one slice, changed in place
+    problem: Problem,
+    exponentials: Tensor,  # (N, width) of one slice, changed in place
     begin: int,
     end: int,
     statistics: StripStatistics,
-    reference: Tensor,  # (N,) float32, in bits, changed in place
+    reference: Tensor,  # (N,) float32, a logit, changed in place
     rescale: Tensor,  # (N,) float32, written: what the sum so far must be multiplied by
     limit: float,
     headroom: float,
 ) -> None:
-    rows, strip, block = probabilities.shape[0], statistics.strip, 8 if launch.INTERPRETED else 16
+    strip, block = statistics.strip, 32 if launch.INTERPRETED else 16
     strips = triton.cdiv(end - begin, strip)
-    _raise_kernel[(triton.cdiv(rows, block),)](
-        probabilities, statistics.lse[begin // strip :], reference, rescale, rows, strips, probabilities.stride(0),
-        limit, headroom, ROWS=block, STRIP=strip, STRIPS=64, num_warps=4,
+    _raise_kernel[(triton.cdiv(problem.rows, block),)](
+        exponentials, statistics.tables.maximum[begin // strip :], reference, rescale, problem.scoring, strips,
+        exponentials.stride(0), limit, headroom, ROWS=block, STRIP=strip, STRIPS=64, num_warps=4,
     )  # fmt: skip
 
 
@@ -160,6 +176,6 @@ def finish_unit_gradient(
 ) -> None:
     block = 64 if launch.INTERPRETED else 1024
     _finish_kernel[(problem.rows, triton.cdiv(problem.features, block))](
-        d_hidden, problem.weight, problem.scoring, rows.lse, rows.miss, rows.logps, reference, problem.features,
-        problem.weight.stride(0), FEATURES=block, num_warps=4,
+        d_hidden, problem.weight, problem.scoring, rows, reference, problem.features, problem.weight.stride(0),
+        FEATURES=block, num_warps=4,
     )  # fmt: skip

@@ -22,7 +22,7 @@ class Layout:
 
     vocabulary: int
     step: int  # of a slice
-    strip: int  # of what the forward's epilogue finishes at a time and writes one log-sum-exp of
+    strip: int  # of what the forward's epilogue finishes at a time and writes the statistics of
     cached: int  # the first ones, whose probabilities are kept: whole slices, or the whole vocabulary
 
     @staticmethod
@@ -33,7 +33,7 @@ class Layout:
         if options.mode == "cached" and hidden.shape[0]:
             fit = options.cache_bytes // (hidden.shape[0] * options.dtype.itemsize)
             cached = vocabulary if fit >= vocabulary else fit // step * step
-        narrow = options.entropy or options.mode == "frozen" or cached > 0
+        narrow = options.extra_tables or options.mode == "frozen" or cached > 0
         strip = ENGINES[options.backend].scores.strip_columns(hidden.device, options.dtype, narrow)
         return Layout(vocabulary, step, strip, cached)
 
@@ -56,7 +56,7 @@ class Layout:
 
     def other_slices(self, *, at_once: bool = False) -> Iterator[tuple[int, int]]:
         """What is not cached; with `at_once`, as one."""
-        return _slices(self.cached, self.vocabulary, self.vocabulary if at_once else self.step)
+        return _slices(self.cached, self.vocabulary, max(self.vocabulary, 1) if at_once else self.step)
 
 
 def _slices(begin: int, end: int, step: int) -> Iterator[tuple[int, int]]:

@@ -1,10 +1,11 @@
-"""Forward epilogue of the head: what is kept of a strip of scores, none of which reaches memory.
+"""Forward epilogue of the head: what is kept of a strip of logits, none of which reaches memory.
 
-    strip_lse[j, n] = log2 sum_{v in strip j, v != y_n} 2^u_nv          label_score[n] = u_{n, y_n}
+    maximum[j, n] = max_{v in strip j, v != y_n} z_nv         total[j, n] = sum 2^((z_nv - maximum[j, n]) scale)
+    label_logit[n] = z_{n, y_n}
 
-Writes 4 bytes a row and strip, twice with entropy. Each (row, strip) is written by one program, so that the result
-does not depend on the number of programs. `merge_strips.py` merges strips. Optionally the strip's probabilities are
-kept, for a backward that does not recompute the scores (see `passes.py`).
+Writes 8 bytes a row and strip, 4 more for every other statistic. Each (row, strip) is written by one program, so that
+the result does not depend on the number of programs. `merge_strips.py` merges strips. Optionally the strip's
+exponentials are kept, for a backward that does not recompute the logits (see `passes.py`).
 """
 
 from __future__ import annotations
@@ -15,70 +16,64 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .problem import Probabilities, StripStatistics
-from .tiles import load_labels, narrow, score_tile
+from .problem import Exponentials, StripStatistics, Tables
+from .tiles import load_labels, load_mean_shares, load_scale, logit_tile, narrow, rows_to_compute
 
 
 class LogSumExp(NamedTuple):
-    """Where the epilogue writes; None: not wanted. Fields as in StripStatistics and Probabilities."""
+    """Where the epilogue writes; None: not wanted. Fields as in StripStatistics and Exponentials."""
 
-    strip_lse: Tensor
-    strip_entropy: Tensor | None
-    label_score: Tensor
-    probabilities: Tensor | None
-    probabilities_stride: int
+    tables: Tables
+    label_logit: Tensor
+    exponentials: Tensor | None
+    stride: int  # of its rows
     reference: Tensor | None
     limit: float
 
     @staticmethod
-    def of(statistics: StripStatistics, probabilities: Probabilities | None) -> LogSumExp:
-        kept = (None, 0, None, 0.0)
-        if probabilities is not None:
-            kept = (probabilities.out, probabilities.out.stride(0), probabilities.reference, probabilities.limit)
-        return LogSumExp(statistics.lse, statistics.entropy, statistics.label_score, *kept)
+    def of(statistics: StripStatistics, kept: Exponentials | None) -> LogSumExp:
+        where = (None, 0, None, 0.0) if kept is None else (kept.out, kept.out.stride(0), kept.reference, kept.limit)
+        return LogSumExp(statistics.tables, statistics.label_logit, *where)
 
 
 @triton.jit
-def _strip_statistics(u, ENTROPY: tl.constexpr):
-    """Per row (log2 sum 2^u, entropy in bits, maximum, 2^(u - maximum)); u = -inf adds nothing."""
-    maximum = tl.maximum(tl.max(u, 1), -1e30)  # finite, so that a strip of nothing but the label gives 0 and not NaN
-    shifted = u - maximum[:, None]
-    exponentials = tl.exp2(shifted)
-    total = tl.sum(exponentials, 1)
-    lse = maximum + tl.log2(total)
-    entropy = total
-    if ENTROPY:
-        weighted = tl.sum(tl.where(exponentials > 0, exponentials * shifted, 0.0), 1)
-        entropy = tl.where(total > 0, tl.log2(total) - weighted / total, 0.0)
-    return lse, entropy, maximum, exponentials
-
-
-@triton.jit
-def finish_log_sum_exp(logits, row, column, begin, scoring, out, ROWS: tl.constexpr, STRIP: tl.constexpr):
-    """One strip, (ROWS, STRIP) logits without bias at (row, column); `begin` is the first column of the slice."""
+def finish_log_sum_exp(products, row, column, begin, scoring, out, ROWS: tl.constexpr, STRIP: tl.constexpr):
+    """One strip, (ROWS, STRIP) products x . w at (row, column); `begin` is the first column of the slice."""
     r = row + tl.arange(0, ROWS)
     c = column + tl.arange(0, STRIP)
-    u, slope = score_tile(logits, c, scoring)
+    rows = rows_to_compute(scoring)
+    z, slope = logit_tile(products, c, scoring)
     label = load_labels(scoring, row, ROWS)
     is_label = c[None, :] == label[:, None]
     here = (label >= column) & (label < column + STRIP)
-    tl.store(out.label_score + r, tl.sum(tl.where(is_label, u, 0.0), 1), mask=here)
-    u = tl.where(is_label | (c >= scoring.vocabulary)[None, :], float("-inf"), u)
-    lse, entropy, maximum, exponentials = _strip_statistics(u, out.strip_entropy is not None)
+    tl.store(out.label_logit + r, tl.sum(tl.where(is_label, z, 0.0), 1), mask=here & (r < rows))
     place = (column // STRIP).to(tl.int64) * scoring.rows + r
     # The last tile may have whole strips past the vocabulary.
-    counts = r < tl.where(column < scoring.vocabulary, scoring.rows, 0)
-    tl.store(out.strip_lse + place, lse, mask=counts)
-    if out.strip_entropy is not None:
-        tl.store(out.strip_entropy + place, entropy, mask=counts)
-    if out.probabilities is not None:
-        base = lse
+    counts = r < tl.where(column < scoring.vocabulary, rows, 0)
+    if out.tables.mean is not None:
+        shares = load_mean_shares(scoring, c)[None, :]
+        tl.store(out.tables.mean + place, tl.sum(tl.where(shares != 0, z * shares, 0.0), 1), mask=counts)
+    z = tl.where(is_label | (c >= scoring.vocabulary)[None, :], float("-inf"), z)
+    maximum = tl.maximum(tl.max(z, 1), -1e30)  # finite, so that a strip of nothing but the label gives 0 and not NaN
+    if out.tables.top is not None:
+        best = tl.where(z == maximum[:, None], c[None, :], 2147483647)
+        tl.store(out.tables.top + place, tl.min(best, 1), mask=counts)
+    scale = load_scale(scoring, row, ROWS)
+    exponents = (z - maximum[:, None]) * scale[:, None]
+    exponentials = tl.exp2(exponents)
+    tl.store(out.tables.maximum + place, maximum, mask=counts)
+    tl.store(out.tables.total + place, tl.sum(exponentials, 1), mask=counts)
+    if out.tables.weighted is not None:
+        weighted = tl.where(exponentials > 0, exponentials * exponents, 0.0)
+        tl.store(out.tables.weighted + place, tl.sum(weighted, 1), mask=counts)
+    if out.tables.squares is not None:
+        tl.store(out.tables.squares + place, tl.sum(exponentials * exponentials, 1), mask=counts)
+    if out.exponentials is not None:
         if out.reference is not None:
-            reference = tl.load(out.reference + r, mask=r < scoring.rows, other=0.0)
-            base = tl.where(lse - reference > out.limit, lse, reference)
-        # A strip without anything but the label has lse = -inf; maximum - base must not be inf.
-        p = exponentials * tl.exp2(maximum - tl.maximum(base, -1e30))[:, None]
+            reference = tl.load(out.reference + r, mask=r < rows, other=0.0)
+            base = tl.where((maximum - reference) * scale > out.limit, maximum, reference)
+            exponentials *= tl.exp2((maximum - base) * scale)[:, None]
         if scoring.softcap is not None:
-            p *= slope
-        places = out.probabilities + r.to(tl.int64)[:, None] * out.probabilities_stride + (c - begin)[None, :]
-        tl.store(places, narrow(p, out.probabilities.dtype.element_ty), mask=(r < scoring.rows)[:, None])
+            exponentials *= slope
+        places = out.exponentials + r.to(tl.int64)[:, None] * out.stride + (c - begin)[None, :]
+        tl.store(places, narrow(exponentials, out.exponentials.dtype.element_ty), mask=(r < rows)[:, None])

@@ -1,7 +1,7 @@
-"""Backward epilogue of the head: a strip of recomputed scores becomes the gradient of its logits.
+"""Backward epilogue of the head: a strip of recomputed logits becomes the gradient of its products x . w.
 
-    dS[n, v] = g_n (1[v = y_n] - p_nv) cap'(z_nv)            p_nv = 2^(u_nv - lse_n);  1 - p at the label from `miss`
-               - h_n p_nv (log p_nv + entropy_n) cap'(z_nv)  with a gradient h of the entropy
+    dS[n, v] = (mean_n share_v - probability_n p_nv - entropy_n p_nv (log p_nv + entropy of n)) cap'(z_nv)
+    p_nv = 2^((z_nv - maximum_n) scale - log_sum_n);  at the label 1 - p from `miss`, as problem.Upstream has it
 
 Writes dS in the matmul dtype (2 N bytes per column in bf16) and, for a bias, column sums of every block of rows in
 float32.
@@ -17,18 +17,17 @@ from torch import Tensor
 
 from ..numerics import LN2
 from .problem import RowStatistics, Upstream
-from .tiles import load_labels, narrow, score_tile
+from .tiles import load_labels, load_mean_shares, load_scale, logit_tile, narrow, rows_to_compute
 
 
 class LogitGradient(NamedTuple):
     """What the epilogue reads of every row, (N,) float32, and where it writes."""
 
-    lse: Tensor  # in bits
-    miss: Tensor  # 1 - p_y
-    logps: Tensor  # in nats
-    entropy: Tensor | None  # in nats
-    grad: Tensor  # holds 1 / temperature, as grad_entropy
-    grad_entropy: Tensor | None  # None: no gradient of the entropy
+    rows: RowStatistics
+    probability: Tensor  # the gradients of an Upstream
+    label: Tensor | None
+    mean: Tensor | None
+    entropy: Tensor | None
     row_scale: Tensor | None  # what the row's dS was divided by
     d_logits: Tensor  # (N, width) matmul dtype
     width: int  # a multiple of a tile's columns
@@ -37,43 +36,53 @@ class LogitGradient(NamedTuple):
     @staticmethod
     def of(rows: RowStatistics, upstream: Upstream, out: Tensor, d_bias: Tensor | None) -> LogitGradient:
         return LogitGradient(
-            rows.lse, rows.miss, rows.logps, rows.entropy, upstream.grad, upstream.grad_entropy, upstream.hidden_scale,
+            rows, upstream.probability, upstream.label, upstream.mean, upstream.entropy, upstream.hidden_scale,
             out, out.stride(0), d_bias,
         )  # fmt: skip
 
 
 @triton.jit
-def finish_logit_gradient(logits, row, column, begin, scoring, out, ROWS: tl.constexpr, STRIP: tl.constexpr):
-    """One strip, (ROWS, STRIP) logits without bias at (row, column); `begin` is the first column of the slice."""
+def finish_logit_gradient(products, row, column, begin, scoring, out, ROWS: tl.constexpr, STRIP: tl.constexpr):
+    """One strip, (ROWS, STRIP) products x . w at (row, column); `begin` is the first column of the slice."""
     r = row + tl.arange(0, ROWS)
     c = column + tl.arange(0, STRIP)
-    real = r < scoring.rows
-    u, slope = score_tile(logits, c, scoring)
-    label = load_labels(scoring, row, ROWS)
-    lse = tl.load(out.lse + r, mask=real, other=0.0)
-    miss = tl.load(out.miss + r, mask=real, other=0.0)
-    g = tl.load(out.grad + r, mask=real, other=0.0)
-    is_label = c[None, :] == label[:, None]
-    shifted = u - lse[:, None]
-    p = tl.exp2(shifted)
-    gradient = tl.where(is_label, miss[:, None], -p) * g[:, None]
-    if out.grad_entropy is not None:
-        logp = tl.load(out.logps + r, mask=real, other=0.0)
-        entropy = tl.load(out.entropy + r, mask=real, other=0.0)
-        g_entropy = tl.load(out.grad_entropy + r, mask=real, other=0.0)
-        log_p = tl.where(is_label, logp[:, None], shifted * LN2)
-        p = tl.where(is_label, (1 - miss)[:, None], p)
-        gradient -= tl.where(p > 0, p * (log_p + entropy[:, None]) * g_entropy[:, None], 0.0)
+    real = r < rows_to_compute(scoring)
+    z, slope = logit_tile(products, c, scoring)
+    maximum = tl.load(out.rows.maximum + r, mask=real, other=0.0)
+    log_sum = tl.load(out.rows.log_sum + r, mask=real, other=0.0)
+    log_p = (z - maximum[:, None]) * load_scale(scoring, row, ROWS)[:, None] - log_sum[:, None]
+    p = tl.exp2(log_p)
+    miss = tl.load(out.rows.miss + r, mask=real, other=0.0)
+    g = tl.load(out.probability + r, mask=real, other=0.0)
+    at_label = miss * g
+    gradient = -p * g[:, None]
+    if out.entropy is not None:
+        entropy = tl.load(out.rows.entropy + r, mask=real, other=0.0)
+        g_entropy = tl.load(out.entropy + r, mask=real, other=0.0)
+        slope_of_entropy = p * (log_p * LN2 + entropy[:, None]) * g_entropy[:, None]
+        gradient -= tl.where(p > 0, slope_of_entropy, 0.0)  # 0 log 0 = 0
+        logp = tl.load(out.rows.logps + r, mask=real, other=0.0)
+        at_label -= tl.where(miss < 1, (1 - miss) * (logp + entropy) * g_entropy, 0.0)
+    if out.label is not None:
+        at_label += tl.load(out.label + r, mask=real, other=0.0)
+    is_label = c[None, :] == load_labels(scoring, row, ROWS)[:, None]
+    gradient = tl.where(is_label, at_label[:, None], gradient)
+    if out.mean is not None:
+        g_mean = tl.load(out.mean + r, mask=real, other=0.0)
+        gradient += load_mean_shares(scoring, c)[None, :] * g_mean[:, None]
     if scoring.softcap is not None:
         gradient *= slope
-    # Not a product with the mask: a row whose lse is NaN must not leak into the columns past the vocabulary.
+    # Not a product with the mask: a row whose log_sum is NaN must not leak into the columns past the vocabulary.
     gradient = tl.where((c < scoring.vocabulary)[None, :], gradient, 0.0)
-    store_gradient(gradient, r, c - begin, row // ROWS, scoring, out)
+    store_gradient(gradient, row, c - begin, row // ROWS, scoring, out, ROWS)
 
 
 @triton.jit
-def store_gradient(gradient, r, place, block, scoring, out):
-    """(ROWS, STRIP) of dS at rows r and columns `place` of the slice, and its column sums for block `block` of rows."""
+def store_gradient(gradient, row, place, block, scoring, out, ROWS: tl.constexpr):
+    """(ROWS, STRIP) of dS from `row` on, at columns `place` of the slice, and its column sums for a block of rows."""
+    r = row + tl.arange(0, ROWS)
+    if scoring.count is not None:  # what stands behind is read with its tile
+        gradient = tl.where((r < rows_to_compute(scoring))[:, None], gradient, 0.0)
     real = r < scoring.rows
     places = out.d_logits + r.to(tl.int64)[:, None] * out.width + place[None, :]
     tl.store(places, narrow(gradient, out.d_logits.dtype.element_ty), mask=real[:, None])

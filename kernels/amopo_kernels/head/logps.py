@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
+import torch.distributed as dist
 from torch import Tensor
 
-from .. import dispatch
-from ..validation import wants_values
-from . import torch_slices
+from .function import head
+from .operators import Inputs, Outputs
 from .options import Options, choose_options
-from .validation import check_labels, check_linear
+from .validation import check_linear
+from .vocabulary_shard import take_shard
 
 
 def linear_logps(
@@ -19,61 +21,69 @@ def linear_logps(
     bias: Tensor | None = None,
     *,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    outputs: Sequence[str] = (),
+    process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
     validate: bool | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """log softmax(cap(hidden @ weight.T + bias) / temperature)[labels].
 
     Args:
         hidden: (..., H) floating point. weight: (V, H). labels: (...) int64 or int32: the token that each row
             predicts; nothing is shifted. bias: (V,).
         softcap: cap(x) = softcap * tanh(x / softcap), applied after the bias and before the temperature.
-        ignore_index: rows with this label give 0.0 and no gradient.
-        return_entropy: also return the entropy of each row's distribution, in nats.
+        temperature: a number, or a tensor (...), one of each row, without gradient.
+        ignore_index: rows with this label give 0 in every output and no gradient, whatever they hold, and are not
+            computed. On a GPU that skips whole tiles of rows, unless `validate` allows to read how many there are.
+        outputs: what else to return of each row's scores, in this order, from the same pass: "entropy" (in nats),
+            "lse" (log-sum-exp), "mean_logit" (over the vocabulary), which are differentiable; "top1" (int64, the most
+            likely token) and "log_sum_p2" (log of the sum of squared probabilities), which are not.
+        return_entropy: short for outputs=("entropy",).
+        process_group: the vocabulary is sharded over its ranks, which have the same hidden, labels and upstream
+            gradients: weight (V of this rank, H), or a DTensor that is Shard(0) over the group, and bias likewise;
+            labels and "top1" count over all ranks, in their order. Shards may differ in size, or be empty; rows that
+            only pad a vocabulary are cut off by the caller. One gather a call, one sum of the gradient of hidden.
         backend: "fused" (Triton matmuls), "chunked" (vendor matmuls over slices of the vocabulary, Triton epilogues),
             "torch" (slices in plain torch: any device and dtype) or "auto", the rule in `dispatch`.
-        validate: check label values, which synchronises; default: on the CPU only. Unchecked bad labels give NaN.
+        validate: read label values, which synchronises; default: on the CPU only. Unchecked bad labels give NaN.
 
     Returns:
-        logps (...), or (logps, entropy): float32, float64 for float64 inputs. Differentiable once, for any gradient
-        per token, in hidden, weight and bias.
+        logps (...), or (logps, *outputs): float32, float64 for float64 inputs. Differentiable once, in reverse mode,
+        for any gradient per token, in hidden, weight and bias.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices, labels. ShardedTensorError: a DTensor.
-        BackendUnavailableError: the backend cannot run here. UnsupportedError: it cannot do this.
-        DoubleBackwardError: a gradient of a gradient.
+        ValueError, TypeError: shapes, dtypes, devices, options, labels. ShardedTensorError: a DTensor.
+        BackendUnavailableError: the backend cannot run here. UnsupportedError: it cannot do this; forward-mode
+        derivatives. DoubleBackwardError: a gradient of a gradient. ReleasedTensorError: in the backward pass, where
+        the weight's memory is gone.
     """
-    check_linear(hidden, weight, labels, bias)
-    if wants_values(validate, labels):
-        check_labels(labels, weight.shape[0], ignore_index)
+    weight, bias, shard = take_shard(weight, bias, process_group)
+    check_linear(hidden, weight, labels, bias, temperature, sharded=process_group is not None)
+    if return_entropy and outputs:
+        raise ValueError("return_entropy is short for outputs=('entropy',); name everything in outputs")
+    outputs = ("entropy",) if return_entropy else tuple(outputs)
     options = choose_options(
-        hidden, weight, bias, softcap=softcap, temperature=temperature, ignore_index=ignore_index,
-        entropy=return_entropy, backend=backend,
+        hidden, weight, bias, softcap=softcap, temperature=temperature, ignore_index=ignore_index, outputs=outputs,
+        backend=backend, validate=validate, shard=shard,
     )  # fmt: skip
-    logps, entropy = label_logps(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), bias, options)
-    logps = logps.reshape(labels.shape)
-    return (logps, entropy.reshape(labels.shape)) if return_entropy else logps
+    found = label_logps(hidden, weight, labels, bias, temperature, options)
+    results = [getattr(found, name).reshape(labels.shape) for name in ("logps", *outputs)]
+    return tuple(results) if outputs else results[0]
 
 
 def label_logps(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    labels: Tensor,  # (N,)
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
     bias: Tensor | None,
+    temperature: float | Tensor,
     options: Options,
-) -> tuple[Tensor, Tensor | None]:
-    """(logps (N,), entropy (N,) or None) of checked shapes and labels."""
-    labels = labels.long()
-    with torch.autocast(hidden.device.type, enabled=False):
-        if options.backend == "torch":
-            dispatch.count("torch", options.mode)
-            ignored = labels == options.ignore_index
-            labels = labels.masked_fill(ignored, -1)
-            return torch_slices.LinearLogps.apply(hidden, weight, bias, labels, ignored, options)
-        from . import operators
-
-        logps, entropy = operators.linear_logps(hidden, weight, bias, labels, *options.flat())[:2]
-    return logps, entropy if options.entropy else None
+    mean_shares: Tensor | None = None,  # (V,) of the tokens in "mean_logit"; None: equal ones
+) -> Outputs:
+    """Outputs of checked arguments, each row's (N,), N of them in `labels`."""
+    temperature = temperature.detach().reshape(-1) if isinstance(temperature, Tensor) else None
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return head(Inputs(rows, weight, bias, labels.reshape(-1).long(), temperature, mean_shares), options)

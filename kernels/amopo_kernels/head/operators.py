@@ -1,137 +1,209 @@
-"""The head of `fused` and `chunked` as torch operators: fake, autograd, compile.
+"""The head as two torch operators, forward and backward, for every backend: what torch traces, fakes and maps.
 
-An operator takes and returns tensors; what is not wanted is returned empty. The forward returns everything that its
-backward needs, so that autograd keeps it when it differentiates and drops it when it does not. The numbers and strings
-of a call are the fields of Options, in their order.
+An operator takes and returns tensors; what is not wanted is returned empty. The numbers and strings of a call are the
+fields of Options, in their order. `function.py` makes one differentiable function of the two.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..errors import refuse_double_backward
-from . import passes
-from .layout import Layout
+from ..errors import ReleasedTensorError
+from .kept_rows import KeptRows
 from .options import SCHEMA, Options
-from .problem import Problem, RowStatistics
+from .problem import Forward, Gradients, Problem, RowStatistics
+from .validation import check_labels
+from .vocabulary_shard import sum_over_ranks
 
 
-def _problem(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: Options) -> Problem:
-    def operand(x: Tensor) -> Tensor:
-        x = x.to(options.dtype)
-        return x if x.stride(1) == 1 else x.contiguous()
+class Inputs(NamedTuple):
+    """The tensors of a call; Problem says what they are."""
 
-    bias = bias if bias is None else bias.contiguous()
-    return Problem(operand(hidden), operand(weight), bias, labels.contiguous(), options)
-
-
-def _float32(hidden: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=hidden.device)
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    row_temperature: Tensor | None
+    mean_shares: Tensor | None
 
 
-@torch.library.custom_op(
-    "amopo_kernels::linear_logps",
-    mutates_args=(),
-    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, {SCHEMA}) -> ({', '.join(['Tensor'] * 7)})",
-)
-def linear_logps(hidden, weight, bias, labels, *options):
-    """hidden (N, H), weight (V, H), bias (V,), labels (N,) -> logps, entropy, lse in bits, 1 - p_y, each (N,) float32;
-    mode "frozen": dX per unit of gradient (N, H) float32; mode "cached": probabilities (N, C) in the matmuls' dtype and
-    the log-sum-exp of their strips of columns, (strips, N) float32.
-    """
-    problem = _problem(hidden, weight, bias, labels, Options(*options))
-    dispatch.count(problem.options.backend, problem.options.mode)
-    with torch.cuda.device_of(hidden):  # Triton launches on the current device; so in every operator here
-        forward = passes.forward(problem)
+class Outputs(NamedTuple):
+    """Of the forward operator; RowStatistics and Forward say what they are. Not wanted: empty."""
+
+    logps: Tensor
+    entropy: Tensor
+    lse: Tensor
+    mean_logit: Tensor
+    top1: Tensor
+    log_sum_p2: Tensor
+    maximum: Tensor
+    log_sum: Tensor
+    miss: Tensor
+    unit_d_hidden: Tensor
+    cache: Tensor
+    strip_maximum: Tensor
+
+
+class Kept(NamedTuple):
+    """What the backward operator takes of the forward's outputs."""
+
+    logps: Tensor
+    entropy: Tensor
+    maximum: Tensor
+    log_sum: Tensor
+    miss: Tensor
+    cache: Tensor
+    strip_maximum: Tensor
+
+
+_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? row_temperature, Tensor? mean_shares"
+# Not torch.library.custom_op, whose first call imports torch._dynamo: seconds, and Triton.
+_LIBRARY = torch.library.Library("amopo_kernels", "FRAGMENT")
+
+
+def _implementation(backend: str) -> ModuleType:
+    """`forward` and `backward` of a Problem; Triton is imported where it runs."""
+    if backend == "torch":
+        from . import torch_slices
+
+        return torch_slices
+    from . import passes
+
+    return passes
+
+
+def _problem(inputs: Inputs, options: Options, kept: KeptRows | None) -> Problem:
+    if kept is not None:
+        inputs = inputs._replace(
+            hidden=kept.take(inputs.hidden), labels=kept.take(inputs.labels),
+            row_temperature=kept.take(inputs.row_temperature, fill=1),
+        )  # fmt: skip
+    if options.group:
+        inputs = inputs._replace(labels=inputs.labels - options.first)
+    problem = Problem(*inputs[:4], options, *inputs[4:], None if kept is None else kept.count)
+    return problem if options.backend == "torch" else problem.for_triton()
+
+
+def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+_LIBRARY.define(f"linear_logps({_INPUTS}, {SCHEMA}) -> ({', '.join(['Tensor'] * len(Outputs._fields))})")
+_LIBRARY.define(f"""linear_logps_backward(
+    {", ".join(f"Tensor? grad_{name}" for name in Gradients._fields)}, {_INPUTS},
+    {", ".join(f"Tensor {name}" for name in Kept._fields)},
+    bool need_hidden, bool need_weight, bool need_bias, {SCHEMA}
+) -> (Tensor, Tensor, Tensor)""")
+
+
+@torch.library.impl(_LIBRARY, "linear_logps", "CompositeExplicitAutograd")
+def _forward(*arguments):
+    """Inputs and Options -> Outputs."""
+    inputs, options = Inputs(*arguments[:6]), Options(*arguments[6:])
+    hidden = inputs.hidden
+    if options.check_labels:
+        check_labels(inputs.labels, options.vocabulary or inputs.weight.shape[0], options.ignore_index)
+    dispatch.count(options.backend, options.mode)
+    kept = KeptRows.of(inputs.labels, options)
+    # Triton launches on the current device, and autocast must not round operands anew; so in both operators.
+    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+        forward = _implementation(options.backend).forward(_problem(inputs, options, kept))
+        if options.group and forward.unit_d_hidden is not None:
+            sum_over_ranks(options.group, forward.unit_d_hidden)
     rows = forward.rows
-    wanted = (rows.logps, rows.entropy, rows.lse, rows.miss, forward.unit_d_hidden, forward.cache, forward.strip_lse)
-    return tuple(_float32(hidden, 0) if x is None else x for x in wanted)
+    of_rows = [
+        rows.logps, rows.entropy, rows.lse, rows.mean_logit, rows.top1, rows.log_sum_p2, rows.maximum, rows.log_sum,
+        rows.miss, forward.unit_d_hidden,
+    ]  # fmt: skip
+    if kept is not None:
+        of_rows = [kept.put(x) for x in of_rows]
+    return tuple(_empty(hidden, 0) if x is None else x for x in (*of_rows, forward.cache, forward.strip_maximum))
 
 
-@linear_logps.register_fake
-def _(hidden, weight, bias, labels, *flat):
-    options, N = Options(*flat), hidden.shape[0]
-    layout = Layout.of(hidden, weight.shape[0], options)
-    unit, cache, strips = (_float32(hidden, 0) for _ in range(3))
-    if options.mode == "frozen":
-        unit = _float32(hidden, *hidden.shape)
-    if layout.cached:
-        cache = torch.empty(N, layout.cache_width, dtype=options.dtype, device=hidden.device)
-        strips = _float32(hidden, layout.cached_strips, N)
-    entropy = _float32(hidden, N if options.entropy else 0)
-    return _float32(hidden, N), entropy, _float32(hidden, N), _float32(hidden, N), unit, cache, strips
+@torch.library.register_fake("amopo_kernels::linear_logps", lib=_LIBRARY)
+def _fake_forward(*arguments):
+    inputs, options = Inputs(*arguments[:6]), Options(*arguments[6:])
+    hidden, N = inputs.hidden, inputs.hidden.shape[0]
+    result = torch.promote_types(options.dtype, torch.float32)
+
+    def per_row(wanted: str | None = None, dtype: torch.dtype = result) -> Tensor:
+        there = wanted is None or options.wants(wanted)
+        return _empty(hidden, N, dtype=dtype) if there else _empty(hidden, 0)
+
+    cache, strip_maximum = _empty(hidden, 0), _empty(hidden, 0)
+    if options.mode == "cached":
+        from .layout import Layout
+
+        layout = Layout.of(hidden, inputs.weight.shape[0], options)
+        if layout.cached:
+            cache = _empty(hidden, N, layout.cache_width, dtype=options.dtype)
+            strip_maximum = _empty(hidden, layout.cached_strips, N)
+    return Outputs(
+        logps=per_row(), entropy=per_row("entropy"), lse=per_row("lse"), mean_logit=per_row("mean_logit"),
+        top1=per_row("top1", torch.int64), log_sum_p2=per_row("log_sum_p2"),
+        maximum=per_row(), log_sum=per_row(), miss=per_row(),
+        unit_d_hidden=_empty(hidden, *hidden.shape, dtype=result) if options.mode == "frozen" else _empty(hidden, 0),
+        cache=cache, strip_maximum=strip_maximum,
+    )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "amopo_kernels::linear_logps_backward",
-    mutates_args=(),
-    schema=f"""(
-        Tensor grad, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels,
-        Tensor logps, Tensor entropy, Tensor lse, Tensor miss, Tensor cache, Tensor strip_lse,
-        bool need_hidden, bool need_weight, bool need_bias, {SCHEMA}
-    ) -> (Tensor, Tensor, Tensor)""",
-)
-def linear_logps_backward(
-    grad, grad_entropy, hidden, weight, bias, labels, logps, entropy, lse, miss, cache, strip_lse,
-    need_hidden, need_weight, need_bias, *options,
-):  # fmt: skip
-    """The gradients that are needed, in their tensors' dtypes, the others empty."""
-    problem = _problem(hidden, weight, bias, labels, Options(*options))
-    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None
-    d_bias = torch.empty_like(bias) if need_bias else None
-    forward = passes.Forward(RowStatistics(logps, lse, miss, entropy), cache=cache, strip_lse=strip_lse)
-    with torch.cuda.device_of(hidden):
-        d_hidden = passes.backward(
-            problem, forward, grad, grad_entropy, need_hidden=need_hidden, d_weight=d_weight, d_bias=d_bias
-        )
-    if need_hidden:
+@torch.library.impl(_LIBRARY, "linear_logps_backward", "CompositeExplicitAutograd")
+def _backward(*arguments):
+    """Gradients, Inputs, Kept, what is needed and Options -> those gradients in their tensors' dtypes, others empty."""
+    gradients, inputs, saved, needed, options = _backward_arguments(arguments)
+    hidden, weight, bias = inputs[:3]
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if x is not None:
+            _refuse_released(name, x)
+    kept = KeptRows.of(inputs.labels, options)
+    entropy = saved.entropy if options.wants("entropy") else None
+    rows = RowStatistics(saved.logps, saved.maximum, saved.log_sum, saved.miss, entropy)
+    if kept is not None:
+        gradients, rows = Gradients(*map(kept.take, gradients)), RowStatistics(*map(kept.take, rows))
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if needed[1] else None
+    d_bias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device) if needed[2] else None
+    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+        d_hidden = _implementation(options.backend).backward(
+            _problem(inputs, options, kept), Forward(rows, cache=saved.cache, strip_maximum=saved.strip_maximum),
+            gradients, need_hidden=needed[0], d_weight=d_weight, d_bias=d_bias,
+        )  # fmt: skip
+    if d_hidden is not None:
+        if options.group:
+            sum_over_ranks(options.group, d_hidden)
         d_hidden = d_hidden.to(hidden.dtype)
-    return tuple(_float32(hidden, 0) if x is None else x for x in (d_hidden, d_weight, d_bias))
+        d_hidden = d_hidden if kept is None else kept.put(d_hidden)
+    return tuple(_empty(hidden, 0) if x is None else x for x in (d_hidden, d_weight, d_bias))
 
 
-@linear_logps_backward.register_fake
-def _(
-    grad, grad_entropy, hidden, weight, bias, labels, logps, entropy, lse, miss, cache, strip_lse,
-    need_hidden, need_weight, need_bias, *options,
-):  # fmt: skip
-    def like(x, needed):
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else _float32(hidden, 0)
-
-    return like(hidden, need_hidden), like(weight, need_weight), like(bias, need_bias)
-
-
-def _save_for_backward(ctx, inputs, output):
-    tensors, ctx.options = inputs[:4], inputs[4:]
-    options = Options(*ctx.options)
-    logps, entropy, lse, miss, unit, cache, strip_lse = output
-    ctx.mark_non_differentiable(*(output[2:] if options.entropy else output[1:]))
-    ctx.set_materialize_grads(False)
-    ctx.hidden_dtype = tensors[0].dtype
-    if options.mode == "frozen":
-        ctx.save_for_backward(unit)
-    else:
-        ctx.save_for_backward(*tensors, logps, entropy, lse, miss, cache, strip_lse)
-
-
-def _backward(ctx, grad, grad_entropy, *_):
-    refuse_double_backward("linear_logps", "amopo_kernels.reference.linear_logps")
-    options = Options(*ctx.options)
-    nothing = (None,) * len(ctx.options)
-    if grad is None and grad_entropy is None:
-        return None, None, None, None, *nothing
-    if options.mode == "frozen":
-        (unit,) = ctx.saved_tensors
-        d_hidden = (unit * (grad / options.temperature)[:, None]).to(ctx.hidden_dtype)
-        return d_hidden, None, None, None, *nothing
-    logps = ctx.saved_tensors[4]
-    grad = torch.zeros_like(logps) if grad is None else grad
-    needed = ctx.needs_input_grad[:3]
-    gradients = torch.ops.amopo_kernels.linear_logps_backward(
-        grad, grad_entropy, *ctx.saved_tensors, *needed, *ctx.options
+@torch.library.register_fake("amopo_kernels::linear_logps_backward", lib=_LIBRARY)
+def _fake_backward(*arguments):
+    _, inputs, _, needed, _ = _backward_arguments(arguments)
+    return tuple(
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else _empty(inputs.hidden, 0)
+        for x, need in zip(inputs, needed, strict=False)
     )
-    return *(x if need else None for x, need in zip(gradients, needed, strict=True)), None, *nothing
 
 
-linear_logps.register_autograd(_backward, setup_context=_save_for_backward)
+def _backward_arguments(arguments: tuple) -> tuple[Gradients, Inputs, Kept, tuple[bool, bool, bool], Options]:
+    gradients, inputs, kept = arguments[:4], arguments[4:10], arguments[10:17]
+    return Gradients(*gradients), Inputs(*inputs), Kept(*kept), arguments[17:20], Options(*arguments[20:])
+
+
+def _refuse_released(name: str, x: Tensor) -> None:
+    """FSDP and ZeRO-3 empty a gathered parameter after the forward of its module."""
+    last = x.storage_offset() + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    if x.numel() and x.untyped_storage().nbytes() < (last + 1) * x.element_size():
+        raise ReleasedTensorError(
+            f"the memory of {name} was released between the forward and the backward pass, which computes with it; "
+            "call linear_logps inside the forward of the module that FSDP or ZeRO-3 wraps, so that it is gathered for "
+            "both passes"
+        )
+
+
+linear_logps = torch.ops.amopo_kernels.linear_logps.default
+linear_logps_backward = torch.ops.amopo_kernels.linear_logps_backward.default

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
+from .shard import WHOLE, VocabularyShard
+
+# What else a pass can return of every row. The first three are differentiable.
+OUTPUTS = ("entropy", "lse", "mean_logit", "top1", "log_sum_p2")
 
 
 @dataclass(frozen=True)
@@ -15,22 +21,36 @@ class Options:
     """Everything of a call but its tensors."""
 
     softcap: float | None
-    temperature: float
-    ignore_index: int
-    entropy: bool
+    temperature: float  # 1 where every row has its own
+    ignore_index: int | None  # None: no row is ignored
+    outputs: str  # of OUTPUTS, with commas
     dtype: torch.dtype  # of the matmuls' inputs
     backend: str  # "torch", "chunked" or "fused"
     mode: str  # how the gradient is had, one of dispatch.MODES
     cache_bytes: int  # for the probabilities that mode "cached" keeps
+    check_labels: bool  # read them and refuse bad ones
+    read_rows: bool  # read which rows are ignored, so that the others alone are computed
+    group: str = ""  # as VocabularyShard has them, for a vocabulary that is sharded
+    first: int = 0
+    vocabulary: int = 0
 
     def flat(self) -> tuple:
         """The fields in order, as a torch operator takes them; Options(*flat) is the way back."""
         return tuple([getattr(self, name) for name in NAMES])
 
+    def wants(self, output: str) -> bool:
+        return output in self.outputs.split(",")
+
+    @property
+    def extra_tables(self) -> bool:
+        """Whether an output needs more of a strip than its maximum and its sum."""
+        return any(self.wants(output) for output in OUTPUTS if output != "lse")
+
 
 NAMES = tuple(field.name for field in fields(Options))
 _SCHEMA_TYPES = {
-    "float | None": "float?", "float": "float", "int": "int", "bool": "bool", "str": "str", "torch.dtype": "ScalarType",
+    "float | None": "float?", "int | None": "int?", "float": "float", "int": "int", "bool": "bool", "str": "str",
+    "torch.dtype": "ScalarType",
 }  # fmt: skip
 SCHEMA = ", ".join(f"{_SCHEMA_TYPES[str(field.type)]} {field.name}" for field in fields(Options))
 
@@ -41,19 +61,26 @@ def choose_options(
     bias: Tensor | None,
     *,
     softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    entropy: bool,
+    temperature: float | Tensor,
+    ignore_index: int | None,
+    outputs: Sequence[str],
     backend: str,
+    validate: bool | None,
     cache_bytes: int = 0,
+    shard: VocabularyShard = WHOLE,
 ) -> Options:
     """The options of a call with checked shapes: the matmuls' dtype by torch's rules, backend and mode by `dispatch`.
 
     Raises:
-        ValueError: softcap, temperature, backend. BackendUnavailableError, UnsupportedError: as `dispatch`.
+        ValueError: softcap, temperature, outputs, backend. BackendUnavailableError, UnsupportedError: as `dispatch`.
     """
-    if softcap is not None and softcap <= 0 or temperature <= 0:
-        raise ValueError(f"softcap and temperature must be positive, got {softcap} and {temperature}")
+    number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+    for name, value in (("temperature", number), ("softcap", 1.0 if softcap is None else float(softcap))):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    for output in outputs:
+        if output not in OUTPUTS:
+            raise ValueError(f"outputs has {output!r}; choose among {', '.join(OUTPUTS)}")
     device = hidden.device.type
     # torch 2.11 cannot trace the first question; what is compiled is on a device that has autocast.
     available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
@@ -64,9 +91,13 @@ def choose_options(
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
     backend = dispatch.choose_backend(backend, hidden, dtype)
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    mode = dispatch.choose_mode(
-        backend, dtype, entropy=entropy, cache_bytes=cache_bytes, frozen=needed == [True, False, False]
-    )
+    mode = dispatch.choose_mode(backend, dtype, cache_bytes=cache_bytes, frozen=needed == [True, False, False])
     if not any(needed):
         mode = "exact"  # which keeps nothing
-    return Options(softcap, temperature, ignore_index, entropy, dtype, backend, mode, cache_bytes)
+    on_cpu = hidden.device.type == "cpu"
+    read = on_cpu if validate is None else validate
+    return Options(
+        softcap, number, ignore_index, ",".join(outputs), dtype, backend, mode, cache_bytes,
+        check_labels=read, read_rows=read or on_cpu and backend == "torch",
+        group=shard.group, first=shard.first, vocabulary=shard.vocabulary,
+    )  # fmt: skip

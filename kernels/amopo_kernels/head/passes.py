@@ -13,7 +13,7 @@ Leaving out tiles of negligible gradient ("filtered") was tried and removed: doc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,15 +24,8 @@ from .layout import Layout
 from .log_sum_exp import LogSumExp
 from .logit_gradient import LogitGradient
 from .merge_strips import merge_strips
-from .problem import Probabilities, Problem, RowStatistics, StripStatistics, Upstream
-
-
-@dataclass(frozen=True)
-class Forward:
-    rows: RowStatistics
-    unit_d_hidden: Tensor | None = None  # (N, H) float32: dX per unit of upstream gradient / temperature
-    cache: Tensor | None = None  # (N, C) matmul dtype: label-excluded probabilities of the first C columns
-    strip_lse: Tensor | None = None  # (strips, N) float32: of the cache's columns
+from .problem import Exponentials, Forward, Gradients, Problem, RowStatistics, StripStatistics, Upstream
+from .vocabulary_shard import gather_strips
 
 
 def forward(problem: Problem) -> Forward:
@@ -48,34 +41,47 @@ def forward(problem: Problem) -> Forward:
         if layout.cached:
             cache = problem.hidden.new_empty(problem.rows, layout.cache_width)
         for begin, end in layout.cached_slices():
-            epilogue = LogSumExp.of(statistics, Probabilities(cache[:, begin:]))
+            epilogue = LogSumExp.of(statistics, Exponentials(cache[:, begin:]))
             engine.scores.score_slice(problem, begin, end, layout.strip, epilogue)
         for begin, end in layout.other_slices(at_once=not engine.slices_forward):
             engine.scores.score_slice(problem, begin, end, layout.strip, LogSumExp.of(statistics, None))
     # A view would keep all of it.
-    strip_lse = statistics.lse[: layout.cached_strips].clone() if layout.cached else None
-    return Forward(merge_strips(problem, statistics), cache=cache, strip_lse=strip_lse)
+    strip_maximum = statistics.tables.maximum[: layout.cached_strips].clone() if layout.cached else None
+    return Forward(_merge(problem, statistics), cache=cache, strip_maximum=strip_maximum)
+
+
+def _merge(problem: Problem, statistics: StripStatistics) -> RowStatistics:
+    if not problem.options.group:
+        return merge_strips(problem, statistics)
+    scoring = problem.scoring
+    scale = scoring.scale if scoring.row_scale is None else scoring.row_scale
+    tables, label_logit = gather_strips(problem, statistics.tables, statistics.label_logit, scale, torch.exp2)
+    return merge_strips(
+        replace(problem, labels=problem.labels_of_all_ranks), StripStatistics(statistics.strip, tables, label_logit)
+    )
 
 
 def _forward_with_unit_gradient(
     problem: Problem, engine: Engine, layout: Layout, statistics: StripStatistics
 ) -> Forward:
-    """Also accumulates sum over columns of 2^(u - reference) cap' W without the label's, and makes dX of it."""
+    """Also accumulates sum over columns of 2^((z - reference) scale) cap' W without the label's, and makes dX of it."""
     if not problem.rows:
-        return Forward(merge_strips(problem, statistics), _no_rows(problem))
+        return Forward(_merge(problem, statistics), _no_rows(problem))
     # How far a strip may exceed its row's reference, and how far above 1 the largest one is put, in bits.
     # float16 holds up to 2^16, and small probabilities keep their digits above 2^-14.
     limit, headroom = (15.0, 14.0) if problem.hidden.dtype == torch.float16 else (32.0, 0.0)
     parts = engine.gradients.new_d_hidden(problem)
-    reference = torch.full_like(statistics.label_score, -1e30)
+    reference = torch.full_like(statistics.label_logit, -1e30)
     rescale = torch.empty_like(reference)
     p = problem.hidden.new_empty(problem.rows, layout.width)
-    epilogue = LogSumExp.of(statistics, Probabilities(p, reference, limit))
+    epilogue = LogSumExp.of(statistics, Exponentials(p, reference, limit))
     for begin, end in layout.other_slices():
         engine.scores.score_slice(problem, begin, end, layout.strip, epilogue)
-        kept_probabilities.raise_reference(p, begin, end, statistics, reference, rescale, limit, headroom)
+        kept_probabilities.raise_reference(
+            problem, p, begin, end, statistics, reference, rescale, limit, headroom
+        )
         engine.gradients.add_d_hidden(problem, begin, end, p, parts, rescale)
-    d_hidden, rows = _sum(parts), merge_strips(problem, statistics)
+    d_hidden, rows = _sum(parts), _merge(problem, statistics)
     kept_probabilities.finish_unit_gradient(problem, rows, reference, d_hidden)
     return Forward(rows, d_hidden)
 
@@ -83,18 +89,15 @@ def _forward_with_unit_gradient(
 def backward(
     problem: Problem,
     forward: Forward,
-    grad: Tensor,
-    grad_entropy: Tensor | None,
+    gradients: Gradients,
     *,
     need_hidden: bool,
     d_weight: Tensor | None,
     d_bias: Tensor | None,
 ) -> Tensor | None:
-    """Write d_weight and d_bias where given; return dX (N, H) float32 where needed. For modes but "frozen".
+    """Write d_weight (V, H) and d_bias (V,) where given; return dX (N, H) float32 where needed. For modes but "frozen".
 
-    Args:
-        grad, grad_entropy: (N,), of the log-probabilities and of the entropies.
-        d_weight: (V, H). d_bias: (V,). Any floating dtype.
+    Kept exponentials serve the gradient of log-probabilities; with others everything is recomputed.
     """
     if not problem.rows:
         for gradient in (d_weight, d_bias):
@@ -104,21 +107,25 @@ def backward(
     options = problem.options
     engine = ENGINES[options.backend]
     layout = Layout.of(problem.hidden, problem.vocabulary, options)
-    upstream = Upstream.of(problem, forward.rows, grad, grad_entropy)
-    strip = engine.scores.strip_columns(problem.hidden.device, options.dtype, grad_entropy is not None)
+    upstream = Upstream.of(problem, forward.rows, gradients)
+    if problem.hidden.dtype == torch.float16:
+        upstream = upstream.scaled_for_float16(problem, forward.rows)
+    of_logps_alone = not any(x is not None for x in gradients[1:])
+    strip = engine.scores.strip_columns(problem.hidden.device, options.dtype, not of_logps_alone)
     ds = problem.hidden.new_empty(problem.rows, layout.width)
     parts = engine.gradients.new_d_hidden(problem) if need_hidden else None
     for begin, end in [*layout.cached_slices(), *layout.other_slices()]:
-        cached = end <= layout.cached
+        cached = of_logps_alone and end <= layout.cached
         partial = None
         if d_bias is not None:
             of_cache = kept_probabilities.row_blocks(problem, layout.strip)
             blocks = of_cache if cached else engine.scores.row_blocks(problem)
-            partial = torch.empty(blocks, layout.width, dtype=torch.float32, device=grad.device)
+            # Not empty: tiles of rows that do not count are skipped.
+            partial = torch.zeros(blocks, layout.width, dtype=torch.float32, device=ds.device)
         epilogue = LogitGradient.of(forward.rows, upstream, ds, partial)
         if cached:
             kept_probabilities.cached_gradient(
-                problem, begin, end, layout.strip, forward.cache, forward.strip_lse, epilogue
+                problem, begin, end, layout.strip, forward.cache, forward.strip_maximum, epilogue
             )
         else:
             engine.scores.score_slice(problem, begin, end, strip, epilogue)

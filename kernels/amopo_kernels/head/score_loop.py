@@ -1,8 +1,8 @@
 """`fused`: the loop over tiles of scores, with one epilogue in the forward and another in the backward.
 
-    u = log2(e) cap(X W^T + b) / temperature            log_sum_exp.py: its statistics;  logit_gradient.py: its gradient
+    z = cap(X W^T + b)            log_sum_exp.py: its statistics;  logit_gradient.py: its gradient
 
-Work: 2 N H FLOP per column. Reads X and W (W once per group of row tiles); scores stay in registers, and what is
+Work: 2 N H FLOP per column. Reads X and W (W once per group of row tiles); logits stay in registers, and what is
 written is the epilogue's. Order: a persistent grid walks the tiles, GROUP row tiles together, columns outermost. The
 walk and the sum are one loop (`flatten`), so that the next tile's loads are in flight during the epilogue.
 """
@@ -17,18 +17,18 @@ from . import launch
 from .log_sum_exp import LogSumExp, finish_log_sum_exp
 from .logit_gradient import LogitGradient, finish_logit_gradient
 from .problem import Problem
-from .tiles import dot, grouped_tile, load_tile, strips_of
+from .tiles import dot, grouped_tile, load_tile, rows_to_compute, strips_of
 
 
 @triton.jit
 def finish_strip(
-    logits, row, column, begin, scoring, epilogue, ROWS: tl.constexpr, STRIP: tl.constexpr, GRADIENT: tl.constexpr
+    products, row, column, begin, scoring, epilogue, ROWS: tl.constexpr, STRIP: tl.constexpr, GRADIENT: tl.constexpr
 ):
     """The epilogue of one strip: `epilogue` is a LogitGradient if GRADIENT, else a LogSumExp."""
     if GRADIENT:
-        finish_logit_gradient(logits, row, column, begin, scoring, epilogue, ROWS, STRIP)
+        finish_logit_gradient(products, row, column, begin, scoring, epilogue, ROWS, STRIP)
     else:
-        finish_log_sum_exp(logits, row, column, begin, scoring, epilogue, ROWS, STRIP)
+        finish_log_sum_exp(products, row, column, begin, scoring, epilogue, ROWS, STRIP)
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def _score_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
     GRADIENT: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row_tiles = tl.cdiv(scoring.rows, ROWS)
+    row_tiles = tl.cdiv(rows_to_compute(scoring), ROWS)
     column_tiles = tl.cdiv(end - begin, COLUMNS)
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=DESCRIPTORS):
         row_tile, column_tile = grouped_tile(tile, row_tiles, column_tiles, GROUP)
@@ -55,7 +55,7 @@ def _score_kernel(
 
 def strip_columns(device: torch.device, dtype: torch.dtype, narrow: bool) -> int:
     """Columns of a strip: what the epilogue can hold in registers besides the accumulators; `narrow` if it does more
-    than the log-sum-exp or the gradient of log-probabilities."""
+    than log-sum-exp or the gradient of log-probabilities."""
     return min(launch.tiles(device, dtype).scores.columns, 32 if narrow else 64)
 
 

@@ -21,8 +21,16 @@ from .tiles import dot, grouped_tile, load_tile, narrow, strips_of
 
 
 @triton.jit
+def _first(rows, count):
+    """How many rows to compute: `count` is Scoring.count."""
+    if count is not None:
+        rows = tl.load(count)
+    return rows
+
+
+@triton.jit
 def _d_weight_kernel(
-    d_logits, hidden, d_weight, scale,
+    d_logits, hidden, d_weight, scale, count,
     rows, features, width, begin, end, hidden_stride, d_weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
@@ -34,7 +42,7 @@ def _d_weight_kernel(
         v = row_tile * ROWS
         h = column_tile * COLUMNS
         accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for step in range(0, tl.cdiv(rows, DEPTH)):  # a range of rows would spill in float32
+        for step in range(0, tl.cdiv(_first(rows, count), DEPTH)):  # a range of rows would spill in float32
             n = step * DEPTH
             s = load_tile(d_logits, n, v, rows, width, width, DEPTH, ROWS, DESCRIPTORS)
             x = load_tile(hidden, n, h, rows, features, hidden_stride, DEPTH, COLUMNS, DESCRIPTORS)
@@ -52,17 +60,17 @@ def _d_weight_kernel(
 
 @triton.jit
 def _d_hidden_kernel(
-    d_logits, weight, d_hidden, rescale, splits,
+    d_logits, weight, d_hidden, rescale, count, splits,
     rows, features, width, begin, end, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row_tiles = tl.cdiv(rows, ROWS)
+    row_tiles = tl.cdiv(_first(rows, count), ROWS)
     column_tiles = tl.cdiv(features, COLUMNS)
-    count = row_tiles * column_tiles
-    for index in tl.range(tl.program_id(0), count * splits, tl.num_programs(0), flatten=DESCRIPTORS):
-        split = index // count
-        row_tile, column_tile = grouped_tile(index % count, row_tiles, column_tiles, GROUP)
+    tiles = row_tiles * column_tiles
+    for index in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0), flatten=DESCRIPTORS):
+        split = index // tiles
+        row_tile, column_tile = grouped_tile(index % tiles, row_tiles, column_tiles, GROUP)
         row = row_tile * ROWS
         h = column_tile * COLUMNS
         accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -99,7 +107,7 @@ def d_weight_slice(
     hidden = upstream.hidden
     _d_weight_kernel[launch.grid(problem, end - begin, problem.features, tile)](
         launch.source(d_logits, (tile.depth, tile.rows), descriptors),
-        launch.source(hidden, (tile.depth, tile.columns), descriptors), out, upstream.weight_scale,
+        launch.source(hidden, (tile.depth, tile.columns), descriptors), out, upstream.weight_scale, problem.count,
         problem.rows, problem.features, d_logits.stride(0), begin, end, hidden.stride(0), out.stride(0),
         STRIP=min(tile.columns, 64), **launch.matmul(configuration, tile, hidden.dtype),
     )  # fmt: skip
@@ -130,8 +138,8 @@ def add_d_hidden(
     tile, descriptors = configuration.d_hidden, configuration.descriptors
     _d_hidden_kernel[launch.grid(problem, problem.rows * out.shape[0], problem.features, tile)](
         launch.source(d_logits, (tile.rows, tile.depth), descriptors),
-        launch.source(problem.weight, (tile.depth, tile.columns), descriptors), out, rescale, out.shape[0],
-        problem.rows, problem.features, d_logits.stride(0), begin, end, problem.weight.stride(0),
+        launch.source(problem.weight, (tile.depth, tile.columns), descriptors), out, rescale, problem.count,
+        out.shape[0], problem.rows, problem.features, d_logits.stride(0), begin, end, problem.weight.stride(0),
         # Rows of no whole 16 numbers are read and written one by one, and need the registers.
         STRIP=min(tile.columns, 32 if problem.features % 16 else 64),
         **launch.matmul(configuration, tile, problem.weight.dtype),

@@ -1,8 +1,9 @@
 """Device functions that the head's kernels share: tiles of operands, tiles of scores, strips of a tile.
 
-A score is u = log2(e) * cap(x . w_v + b_v) / temperature, so that 2^u is the exponential of the logit. The label is
-left out of every sum: its score comes from the same accumulator, and 1 - p_y keeps its digits where p_y rounds to 1.
-Columns past the vocabulary score -inf. Dot products accumulate in float32; nothing here uses an atomic.
+A logit is z = cap(x . w_v + b_v), a score in bits (z - reference) * scale with scale = log2(e) / temperature: the
+difference comes first, since logits that have much in common leave few digits to a product. The label is left out of
+every sum: its logit comes from the same accumulator, and 1 - p_y keeps its digits where p_y rounds to 1. Columns past
+the vocabulary count as -inf. Dot products accumulate in float32; nothing here uses an atomic.
 """
 
 from __future__ import annotations
@@ -67,15 +68,43 @@ def capped(logits, softcap):
 
 
 @triton.jit
-def score_tile(logits, columns, scoring):
-    """float32 logits without bias -> (u, derivative of cap). `scoring` is a problem.Scoring."""
-    slope = logits
+def logit_tile(products, columns, scoring):
+    """float32 products x . w -> (logits, derivative of cap). `scoring` is a problem.Scoring."""
+    slope = products
     if scoring.bias is not None:
         bias = tl.load(scoring.bias + columns, mask=columns < scoring.vocabulary, other=0.0)
-        logits += bias.to(tl.float32)[None, :]
+        products += bias.to(tl.float32)[None, :]
     if scoring.softcap is not None:
-        logits, slope = capped(logits, scoring.softcap)
-    return logits * scoring.scale, slope
+        products, slope = capped(products, scoring.softcap)
+    return products, slope
+
+
+@triton.jit
+def rows_to_compute(scoring):
+    rows = scoring.rows
+    if scoring.count is not None:
+        rows = tl.load(scoring.count)
+    return rows
+
+
+@triton.jit
+def load_scale(scoring, row, ROWS: tl.constexpr):
+    """(ROWS,) from differences of logits to bits."""
+    scale = tl.full((ROWS,), scoring.scale, tl.float32)
+    if scoring.row_scale is not None:
+        r = row + tl.arange(0, ROWS)
+        scale = tl.load(scoring.row_scale + r, mask=r < scoring.rows, other=1.0)
+    return scale
+
+
+@triton.jit
+def load_mean_shares(scoring, columns):
+    """(COLUMNS,) of the tokens in the mean of the logits, 0 past the vocabulary."""
+    inside = columns < scoring.vocabulary
+    shares = tl.where(inside, scoring.mean_share, 0.0)
+    if scoring.mean_shares is not None:
+        shares = tl.load(scoring.mean_shares + columns, mask=inside, other=0.0)
+    return shares
 
 
 @triton.jit

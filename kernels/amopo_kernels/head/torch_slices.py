@@ -1,38 +1,41 @@
-"""logp and entropy of labels under softmax(head(hidden)), in plain torch, one vocabulary slice at a time.
+"""Backend `torch`: the head in plain torch, one slice of the vocabulary at a time.
 
-    z = cap(X W^T + b) / temperature        cap(x) = softcap * tanh(x / softcap), or x
-    logp = z_y - lse(z) = -softplus(log sum_{v != y} e^z_v - z_y)          1 - p_y = -expm1(logp)
+    logp = s_y - lse = -log(1 + e^d)      1 - p_y = 1 / (1 + e^-d)      d = log sum_{v != y} e^s_v - s_y
 
-Forward: per slice of columns the logits, an online (maximum, sum) that leaves the label out, the label's logit.
-Backward, vocabulary outermost: recompute the slice's logits, turn them into dz in place, write dW[slice] once and add
-dz W[slice] to dX. One slice of logits (N x 2048, float32) is alive at a time. 8 N V H FLOP in all, no atomics.
-The label-excluded sum keeps 1 - p_y exact near p_y = 1, where p_y itself rounds to 1.
+with scores s = cap(X W^T + b) / temperature. Forward: per slice of columns the logits, their largest and the sum of
+exponentials relative to it, without the label, and the label's logit; a few operations on (slices, N) tables end it.
+Backward, vocabulary outermost: recompute the slice's logits, turn them into dS in place, write dW[slice] once and add
+dS W[slice] to dX. One slice of logits (N x 2048, float32) is alive at a time. 8 N V H FLOP in all, no atomics.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from ..errors import refuse_double_backward
-from .options import Options
+from .problem import LOWEST, Forward, Gradients, Problem, RowStatistics, Tables, Upstream
+from .vocabulary_shard import gather_strips
 
 SLICE_COLUMNS = 2048
-_EXCLUDED = -1e30  # a logit that adds nothing; finite, so that 0 * _EXCLUDED is 0 in the entropy
-_MAXIMUM_START = -1e29
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _matmul_dtype(x: Tensor, options: Options) -> torch.dtype:
-    """CPU matmuls have no float32 output for 16-bit inputs: the rounded inputs are multiplied in float32."""
-    return options.dtype if x.is_cuda else _accumulator(options.dtype)
+def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to the matmuls' dtype. CPU matmuls have no float32 output for 16-bit inputs: they multiply in float32."""
+    x = x.to(dtype)
+    return x if x.is_cuda else x.to(_accumulator(dtype))
 
 
-def _operand(x: Tensor, options: Options) -> Tensor:
-    return x.to(options.dtype).to(_matmul_dtype(x, options))
+def _native_bfloat16(problem: Problem, d_weight: Tensor) -> bool:
+    """Whether dW can be had from a CPU's own bfloat16 products, which accumulate in float32 and round once to dW's
+    dtype; logits and dX are needed in float32, for which no CPU product takes bfloat16."""
+    dtypes = {problem.options.dtype, d_weight.dtype, problem.hidden.dtype}
+    return dtypes == {torch.bfloat16} and not d_weight.is_cuda and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
@@ -51,18 +54,16 @@ def _mm_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
         out.copy_(_mm(a, b))
 
 
-def _slices(vocabulary: int):
+def _slices(vocabulary: int) -> Iterator[tuple[int, int]]:
     return ((begin, min(begin + SLICE_COLUMNS, vocabulary)) for begin in range(0, vocabulary, SLICE_COLUMNS))
 
 
-def _logits(x: Tensor, w: Tensor, bias: Tensor | None, begin: int, end: int, options: Options) -> Tensor:
-    z = _mm(x, w.T)
-    if bias is not None:
-        z += bias[begin:end].to(z.dtype)
-    if options.softcap is not None:
-        z.div_(options.softcap).tanh_().mul_(options.softcap)
-    if options.temperature != 1.0:
-        z.div_(options.temperature)
+def _logits(problem: Problem, x: Tensor, begin: int, end: int) -> Tensor:
+    z = _mm(x, _operand(problem.weight[begin:end], problem.options.dtype).T)
+    if problem.bias is not None:
+        z += problem.bias[begin:end].to(z.dtype)
+    if problem.options.softcap is not None:
+        z.div_(problem.options.softcap).tanh_().mul_(problem.options.softcap)
     return z
 
 
@@ -72,106 +73,178 @@ def _label_column(labels: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]
     return inside, (labels - begin).clamp(0, end - begin - 1)[:, None]
 
 
-class LinearLogps(torch.autograd.Function):
-    """hidden (N, H), weight (V, H), bias (V,) or None, labels (N,) int64, -1 where ignored -> (logps, entropy) (N,)."""
+def _replace_(z: Tensor, inside: Tensor, column: Tensor, value: Tensor | float) -> None:
+    """Put `value` at the rows' labels that lie in the slice."""
+    z.scatter_(1, column, torch.where(inside, value, z.gather(1, column)))
 
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, ignored, options: Options):
-        x = _operand(hidden, options)
-        total_dtype = _accumulator(options.dtype)
-        rows = hidden.shape[0]
-        maximum = torch.full((rows, 1), _MAXIMUM_START, dtype=total_dtype, device=hidden.device)
-        total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)
-        label_logit = torch.full_like(maximum, float("nan"))  # a label outside the vocabulary stays NaN
-        for begin, end in _slices(weight.shape[0]):
-            z = _logits(x, _operand(weight[begin:end], options), bias, begin, end, options)
-            inside, column = _label_column(labels, begin, end)
-            at_label = z.gather(1, column)
-            label_logit = torch.where(inside, at_label, label_logit)
-            z.scatter_(1, column, torch.where(inside, torch.full_like(at_label, _EXCLUDED), at_label))
-            raised = torch.maximum(maximum, z.amax(1, keepdim=True))
-            scale = torch.exp(maximum - raised)
-            z.sub_(raised)
-            if options.entropy:
-                exponentials = torch.exp(z)
-                moved = weighted + (maximum - raised) * total
-                weighted = moved * scale + z.mul_(exponentials).sum(1, keepdim=True)
-            else:
-                exponentials = z.exp_()
-            total = total * scale + exponentials.sum(1, keepdim=True)
-            maximum = raised
-        others = maximum + total.log()
-        logps = -torch.nn.functional.softplus(others - label_logit, threshold=1e9)
-        # softplus overflows in its exponential for a large argument; there it is its argument
-        logps = torch.where(others - label_logit > 50, label_logit - others, logps)
-        lse = torch.logaddexp(others, label_logit)
-        entropy = None
-        if options.entropy:
-            # -sum p log p with logits relative to the maximum: lse - sum p z would cancel for large logits.
-            entropy = torch.exp(maximum - lse) * (total * (lse - maximum) - weighted) - logps.exp() * logps
-            entropy = entropy.squeeze(1).masked_fill(ignored, 0.0)
-        logps = logps.squeeze(1).masked_fill(ignored, 0.0)
-        lse = lse.squeeze(1).masked_fill(ignored, -_EXCLUDED)  # makes every p of the row 0
-        ctx.save_for_backward(hidden, weight, bias, labels, lse, logps, entropy)
-        ctx.options = options
-        return logps, entropy
 
-    @staticmethod
-    def backward(ctx, grad_logps, grad_entropy):
-        refuse_double_backward("linear_logps", "amopo_kernels.reference.linear_logps")
-        # Called inside an autocast region, backward would meet matmuls that round their operands anew.
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            return LinearLogps._gradients(ctx, grad_logps, grad_entropy)
+def _exponentials_(scores: Tensor) -> Tensor:
+    """In place, of scores of at most 0. What is no normal number is 0: exp takes 13 times longer where it makes one."""
+    lowest, smallest = (-708.0, 3.4e-308) if scores.dtype == torch.float64 else (-87.3, 1.23e-38)
+    return torch.nn.functional.threshold_(scores.clamp_(min=lowest).exp_(), smallest, 0.0)
 
-    @staticmethod
-    def _gradients(ctx, grad_logps, grad_entropy):
-        hidden, weight, bias, labels, lse, logps, entropy = ctx.saved_tensors
-        options = ctx.options
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        x = _operand(hidden, options)
-        grad_logps = torch.zeros_like(logps) if grad_logps is None else grad_logps
-        with_entropy = options.entropy and grad_entropy is not None
-        # 32- and 64-bit: g stays off the N x V slice and goes on the rows of X and dX. In bf16, rounding g X once more
-        # would cost accuracy, so dz is scaled instead.
-        factored = not with_entropy and not need_bias and x.dtype in (torch.float32, torch.float64)
-        slope = (grad_logps / options.temperature)[:, None]
-        row_scale = -slope if factored else None  # what is left of dz is p, and p_y - 1 at the label
-        x_scaled = x * row_scale if factored else x
 
-        d_hidden = torch.zeros_like(x, dtype=lse.dtype) if need_hidden else None
-        d_weight = torch.empty_like(weight) if need_weight else None
-        d_bias = torch.empty_like(bias) if need_bias else None
-        lse, logps = lse[:, None], logps[:, None]
-        for begin, end in _slices(weight.shape[0]):
-            w = _operand(weight[begin:end], options)
-            z = _logits(x, w, bias, begin, end, options)
-            inside, column = _label_column(labels, begin, end)
-            at_label = torch.expm1(logps)
-            cap_slope = None
-            if options.softcap is not None:
-                cap_slope = 1 - (z * (options.temperature / options.softcap)).square_()
-            if with_entropy:
-                e_slope = (grad_entropy / options.temperature)[:, None]
-                log_p = z.sub_(lse)
-                dz = log_p.exp()
-                dz.mul_(log_p.add_(entropy[:, None]).mul_(e_slope).add_(slope)).neg_()
-                at_label = -slope * at_label - e_slope * logps.exp() * (logps + entropy[:, None])
-            else:
-                dz = z.sub_(lse).exp_()
-                if not factored:
-                    dz.mul_(-slope)
-                    at_label = -slope * at_label
-            dz.scatter_(1, column, torch.where(inside, at_label, dz.gather(1, column)))
-            if cap_slope is not None:
-                dz.mul_(cap_slope)
-            if need_bias:
-                d_bias[begin:end] = dz.sum(0)
-            dz = dz.to(x.dtype)
-            if need_weight:
-                _mm_into(d_weight[begin:end], dz.T, x_scaled)
-            if need_hidden:
-                _mm_into(d_hidden, dz, w, add=True)
+def _cap_slope(capped: Tensor, softcap: float | None) -> Tensor | None:
+    """cap' of logits, from what they are capped to."""
+    return None if softcap is None else 1 - (capped / softcap).square_()
+
+
+def _scale_(z: Tensor, inverse_temperature: float | Tensor) -> Tensor:
+    if isinstance(inverse_temperature, Tensor):
+        return z.mul_(inverse_temperature[:, None])
+    return z if inverse_temperature == 1 else z.mul_(inverse_temperature)
+
+
+def forward(problem: Problem) -> Forward:
+    """Statistics of every row, and of a frozen head dX per unit of gradient."""
+    options = problem.options
+    x = _operand(problem.hidden, options.dtype)
+    result = _accumulator(options.dtype)
+    slices = list(_slices(problem.vocabulary))
+    tables = Tables.empty(problem, len(slices), result)
+    label_logit = torch.full((problem.rows,), float("nan"), dtype=result, device=x.device)  # outside the vocabulary
+    maximum = torch.full_like(label_logit, LOWEST)[:, None]
+    expected = torch.zeros(x.shape, dtype=result, device=x.device) if options.mode == "frozen" else None
+    for i, (begin, end) in enumerate(slices):
+        z = _logits(problem, x, begin, end)
+        cap_slope = None if expected is None else _cap_slope(z, options.softcap)
+        inside, column = _label_column(problem.labels, begin, end)
+        label_logit = torch.where(inside, z.gather(1, column), label_logit[:, None]).squeeze(1)
+        if tables.mean is not None:
+            tables.mean[i] = z @ _shares(problem, begin, end, z)
+        _replace_(z, inside, column, LOWEST)
+        if tables.top is not None:
+            tables.top[i] = z.argmax(1) + begin
+        before, maximum = maximum, torch.maximum(maximum, z.amax(1, keepdim=True))  # so far
+        scores = _scale_(z.sub_(maximum), problem.inverse_temperature)
+        exponentials = _exponentials_(scores if tables.weighted is None else scores.clone())
+        tables.maximum[i] = maximum.squeeze(1)
+        tables.total[i] = exponentials.sum(1)
+        if tables.weighted is not None:
+            tables.weighted[i] = scores.clamp_(min=LOWEST).mul_(exponentials).sum(1)
+        if tables.squares is not None:
+            tables.squares[i] = exponentials.square().sum(1)
+        if expected is not None:
+            expected.mul_(_scale_(before - maximum, problem.inverse_temperature).exp_())
+            exponentials = exponentials if cap_slope is None else exponentials.mul_(cap_slope)
+            w = _operand(problem.weight[begin:end], options.dtype)
+            _mm_into(expected, exponentials.to(x.dtype), w, add=True)
+    if options.group:
+        tables, label_logit = gather_strips(problem, tables, label_logit, problem.inverse_temperature, torch.exp)
+    rows = merge(tables, label_logit, problem.labels_of_all_ranks, problem.inverse_temperature)
+    if expected is None:
+        return Forward(rows)
+    share = _scale_((maximum - rows.maximum[:, None]), problem.inverse_temperature).sub_(rows.log_sum[:, None]).exp_()
+    return Forward(rows, _unit_d_hidden(problem, rows, label_logit, expected.mul_(share)))
+
+
+def _unit_d_hidden(problem: Problem, rows: RowStatistics, label_logit: Tensor, expected: Tensor) -> Tensor:
+    """(1 - p_y) cap'_y W[y] - expected, the sum of p_v cap'_v W[v] over the others."""
+    at_label = rows.miss
+    if problem.options.softcap is not None:
+        at_label = at_label * _cap_slope(label_logit, problem.options.softcap)
+    if not problem.vocabulary:
+        return -expected
+    inside, label = _label_column(problem.labels, 0, problem.vocabulary)
+    w = problem.weight.index_select(0, label.squeeze(1)).to(problem.options.dtype)
+    if problem.options.group:
+        w = w.masked_fill(~inside, 0)  # it is another rank's
+    return torch.addcmul(-expected, w.to(expected.dtype), at_label[:, None])
+
+
+def merge(
+    tables: Tables, label_logit: Tensor, labels: Tensor, inverse_temperature: float | Tensor
+) -> RowStatistics:
+    """All strips of a row and its label, (N,)."""
+    others = tables.maximum.amax(0)
+    maximum = torch.maximum(others, label_logit)
+    distance = (tables.maximum - others) * inverse_temperature
+    share = distance.exp()
+    total = (share * tables.total).sum(0)
+    # log of the others' exponentials relative to the label's
+    difference = total.log() + (others - label_logit) * inverse_temperature
+    logps = -(difference.clamp(min=0) + difference.abs().neg().exp().log1p())
+    label_score, score = (((z - maximum) * inverse_temperature).clamp(min=LOWEST) for z in (label_logit, others))
+    # Where the label is the largest, log(1 + the others) = -logp keeps its digits.
+    log_sum = torch.where(label_logit >= others, -logps, (total * score.exp() + label_score.exp()).log())
+    result = RowStatistics(logps, maximum, log_sum, miss=difference.sigmoid())
+    result = result._replace(lse=maximum * inverse_temperature + log_sum)
+    if tables.weighted is not None:
+        # Every term is of one sign, where lse - sum p z would cancel.
+        weighted = (share * (tables.weighted + tables.total * distance)).sum(0) + total * score
+        weighted = weighted * score.exp() + label_score * label_score.exp()
+        result = result._replace(entropy=log_sum - weighted * log_sum.neg().exp())
+    if tables.squares is not None:
+        squares = (share.square() * tables.squares).sum(0) * score.exp().square() + label_score.exp().square()
+        result = result._replace(log_sum_p2=squares.log() - 2 * log_sum)
+    if tables.mean is not None:
+        result = result._replace(mean_logit=tables.mean.sum(0) * inverse_temperature)
+    if tables.top is not None:
+        top = tables.top.gather(0, tables.maximum.argmax(0, keepdim=True)).squeeze(0).long()
+        label_is_top = (label_logit > others) | (label_logit == others) & (labels < top)  # the first of equal ones
+        result = result._replace(top1=torch.where(label_is_top, labels, top))
+    return result
+
+
+def backward(
+    problem: Problem,
+    forward: Forward,
+    gradients: Gradients,
+    *,
+    need_hidden: bool,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+) -> Tensor | None:
+    """Write d_weight (V, H) and d_bias (V,) where given; return dX (N, H), float32 or float64, where needed."""
+    rows = forward.rows
+    upstream = Upstream.of(problem, rows, gradients)
+    at_label = _label_gradient(rows, upstream)[:, None]
+    x = _operand(problem.hidden, problem.options.dtype)
+    d_hidden = torch.zeros(x.shape, dtype=rows.logps.dtype, device=x.device) if need_hidden else None
+    native = d_weight is not None and _native_bfloat16(problem, d_weight)
+    for begin, end in _slices(problem.vocabulary):
+        z = _logits(problem, x, begin, end)
+        cap_slope = _cap_slope(z, problem.options.softcap)
+        scores = _scale_(z.sub_(rows.maximum[:, None]), problem.inverse_temperature)
+        ds = _logit_gradient_(scores, rows, upstream)
+        _replace_(ds, *_label_column(problem.labels, begin, end), at_label)
+        if upstream.mean is not None:
+            ds.addr_(upstream.mean, _shares(problem, begin, end, ds))
+        if cap_slope is not None:
+            ds.mul_(cap_slope)
+        if d_bias is not None:
+            d_bias[begin:end] = ds.sum(0)
+        ds = ds.to(x.dtype)
+        if d_weight is not None:
+            left, right = (ds.bfloat16(), problem.hidden) if native else (ds, x)
+            _mm_into(d_weight[begin:end], left.T, right)
         if need_hidden:
-            d_hidden = (d_hidden * row_scale if factored else d_hidden).to(hidden.dtype)
-        return d_hidden, d_weight, d_bias, None, None, None
+            _mm_into(d_hidden, ds, _operand(problem.weight[begin:end], problem.options.dtype), add=True)
+    return d_hidden
 
+
+def _logit_gradient_(scores: Tensor, rows: RowStatistics, upstream: Upstream) -> Tensor:
+    """In place: from scores minus the row's largest to dS without the label, the mean and cap'."""
+    if upstream.entropy is None:
+        return _exponentials_(scores).mul_((-upstream.probability * rows.log_sum.neg().exp())[:, None])
+    log_p = scores.sub_(rows.log_sum[:, None]).clamp_(min=LOWEST)  # 0 log 0 = 0
+    p = _exponentials_(log_p.clone())
+    slope = log_p.add_(rows.entropy[:, None]).mul_(upstream.entropy[:, None]).add_(upstream.probability[:, None])
+    return slope.mul_(p).neg_()
+
+
+def _label_gradient(rows: RowStatistics, upstream: Upstream) -> Tensor:
+    """(N,) of dS at the label without the mean and cap'."""
+    gradient = upstream.probability * rows.miss
+    if upstream.label is not None:
+        gradient = gradient + upstream.label
+    if upstream.entropy is not None:
+        gradient = gradient - upstream.entropy * rows.logps.exp() * (rows.logps.clamp(min=LOWEST) + rows.entropy)
+    return gradient
+
+
+def _shares(problem: Problem, begin: int, end: int, like: Tensor) -> Tensor:
+    """(end - begin,) of the tokens in the mean of the logits."""
+    if problem.mean_shares is None:
+        return like.new_full((end - begin,), 1 / problem.tokens)
+    return problem.mean_shares[begin:end].to(like.dtype)

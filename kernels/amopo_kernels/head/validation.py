@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..errors import ShardedTensorError
+from ..errors import BackendUnavailableError
+from ..validation import INTEGERS, check_tensor
 
 
-def check_linear(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if type(tensor).__name__ == "DTensor":
-            raise ShardedTensorError(
-                f"{name} is a DTensor; call this inside the wrapped forward, where FSDP has gathered it, "
-                "or pass tensor.full_tensor()"
-            )
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}; move them to one device")
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"weight must be (V, H) with V > 0, got {tuple(weight.shape)}")
-    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+def check_linear(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, temperature: float | Tensor,
+    sharded: bool = False,
+) -> None:
+    """hidden (..., H), weight (V, H), labels (...), bias (V,), temperature a number or (...); on one device.
+
+    A rank of a sharded vocabulary may have no token.
+
+    Raises:
+        TypeError, ValueError, ShardedTensorError: `check_tensor`. BackendUnavailableError: tensors without values.
+    """
+    check_tensor("hidden", hidden, ("...", "H"))
+    device = hidden.device
+    check_tensor("weight", weight, ("V", "H"), device=device)
+    if not weight.shape[1] or not weight.shape[0] and not sharded:
+        raise ValueError(f"weight must be (V, H) without a size of 0, got {tuple(weight.shape)}")
+    if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden is {tuple(hidden.shape)}, weight {tuple(weight.shape)}: the last sizes must agree")
-    if labels.shape != hidden.shape[:-1]:
-        expected, found = tuple(hidden.shape[:-1]), tuple(labels.shape)
-        raise ValueError(f"labels must be {expected}, as hidden without its last size, got {found}")
-    if labels.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"labels must be int32 or int64, got {labels.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    check_tensor("labels", labels, hidden.shape[:-1], device=device, dtypes=INTEGERS)
+    if bias is not None:
+        check_tensor("bias", bias, weight.shape[:1], device=device)
+    if isinstance(temperature, Tensor):
+        check_tensor("temperature", temperature, hidden.shape[:-1], device=device)
+        if temperature.requires_grad:
+            raise ValueError("temperature requires a gradient, which is not computed; pass temperature.detach()")
+    elif not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a number or a tensor like labels, got {type(temperature).__name__}")
+    if device.type == "meta":
+        raise BackendUnavailableError(
+            "the tensors are on meta and hold no values; for shapes alone, run under torch's FakeTensorMode"
+        )
 
 
 def check_labels(labels: Tensor, vocabulary: int, ignore_index: int | None) -> None:

@@ -13,11 +13,13 @@ from ..statistics import linear_sequence_stats
 from ..types import AMoPOLoss, SequenceStats
 
 WEIGHTINGS = ("gaussian", "mean", "uniform")
+ORDERS = ("alternating", "stacked")
 
 
 def amopo_loss(
     stats: SequenceStats,
     *,
+    order: str,
     num_dimensions: int,
     beta: float,
     gamma: float,
@@ -33,7 +35,10 @@ def amopo_loss(
     elsewhere it is plain torch. Both give the same bits in every run.
 
     Args:
-        stats: S = P * K * 2 sequences, index (pair * K + dimension) * 2 + side, side 0 chosen, 1 rejected.
+        stats: of S = P * K * 2 sequences.
+        order: where a sequence's side stands, 0 chosen, 1 rejected. "alternating": index (pair * K + dimension) * 2 +
+            side. "stacked": all chosen, then all rejected, index side * P * K + pair * K + dimension, as TRL has them.
+            There is no default: taken for the other, either gives another loss in silence.
         noise: (P, K, 2) standard normal, required for weighting "gaussian".
         num_pairs: normaliser, default P; int or 0-d tensor (best on the device of `stats`: another is copied there).
         weighting: "gaussian" (paper), "mean" (no deviation), "uniform", or a tensor (K,) of relative weights.
@@ -53,14 +58,16 @@ def amopo_loss(
     if K < 1 or sequences % (2 * K):
         raise ValueError(f"{sequences} sequences are no multiple of 2 * num_dimensions = {2 * K}")
     P = sequences // (2 * K)
+    if order not in ORDERS:
+        raise ValueError(f"order={order!r}; choose 'alternating' (chosen, rejected, chosen, ...) or 'stacked'")
     if compat not in ("paper", "upstream"):
         raise ValueError(f"compat={compat!r}; choose 'paper' or 'upstream'")
     if isinstance(num_pairs, Tensor) and num_pairs.dim():
         raise ValueError(f"num_pairs must be an int or a 0-d tensor, got {tuple(num_pairs.shape)}")
     _check_weighting(weighting, noise, P, K)
     return _implementation(stats)(
-        stats, num_dimensions=K, beta=beta, gamma=gamma, noise=noise, num_pairs=num_pairs, weighting=weighting,
-        compat=compat, sft_coef=sft_coef,
+        stats, order=order, num_dimensions=K, beta=beta, gamma=gamma, noise=noise, num_pairs=num_pairs,
+        weighting=weighting, compat=compat, sft_coef=sft_coef,
     )  # fmt: skip
 
 
@@ -84,17 +91,24 @@ def _check_weighting(weighting: str | Tensor, noise: Tensor | None, P: int, K: i
         raise ValueError(f"weighting 'gaussian' needs noise ({P}, {K}, 2), standard normal; got {found}")
 
 
-def _torch_loss(stats, *, num_dimensions, beta, gamma, noise, num_pairs, weighting, compat, sft_coef) -> AMoPOLoss:
+def _torch_loss(
+    stats, *, order, num_dimensions, beta, gamma, noise, num_pairs, weighting, compat, sft_coef
+) -> AMoPOLoss:
     """amopo_loss of checked arguments in plain torch: any device, any dtype, differentiable twice."""
     K = num_dimensions
     P = stats.logp_sum.shape[0] // (2 * K)
-    length = stats.length.view(P, K, 2)
+
+    def by_pair(x: Tensor) -> Tensor:
+        return x.view(P, K, 2) if order == "alternating" else x.view(2, P, K).permute(1, 2, 0)
+
+    length = by_pair(stats.length)
     present = (length > 0).all(-1)
-    mean_logp = stats.logp_sum.view(P, K, 2) / length.clamp(min=1)
+    mean_logp = by_pair(stats.logp_sum) / length.clamp(min=1)
     mean_logp = torch.where(present[..., None], mean_logp, 0.0)
     margins = beta * (mean_logp[..., 0] - mean_logp[..., 1]) - gamma
 
-    scores = _scores(stats, noise, weighting, P, K).masked_fill(~present, float("-inf"))
+    mean, std = by_pair(stats.prob_mean.detach()), by_pair(stats.prob_std.detach())
+    scores = _scores(mean, std, noise, weighting).masked_fill(~present, float("-inf"))
     grouped = scores.view(1, P * K) if compat == "upstream" else scores
     # A group without any present entry would be 0 / 0.
     weights = torch.softmax(grouped, -1).view(P, K).masked_fill(~present, 0.0).detach()
@@ -113,11 +127,10 @@ def _torch_loss(stats, *, num_dimensions, beta, gamma, noise, num_pairs, weighti
     )
 
 
-def _scores(stats: SequenceStats, noise: Tensor | None, weighting: str | Tensor, P: int, K: int) -> Tensor:
-    """(P, K): what the softmax over dimensions sees."""
-    mean, std = stats.prob_mean.detach().view(P, K, 2), stats.prob_std.detach().view(P, K, 2)
+def _scores(mean: Tensor, std: Tensor, noise: Tensor | None, weighting: str | Tensor) -> Tensor:
+    """(P, K): what the softmax over dimensions sees; mean, std (P, K, 2)."""
     if isinstance(weighting, Tensor):
-        return weighting.to(mean).log().expand(P, K)
+        return weighting.to(mean).log().expand(mean.shape[:2])
     if weighting == "uniform":
         return torch.zeros_like(mean[..., 0])
     if weighting == "mean":
@@ -132,6 +145,7 @@ def linear_amopo_loss(
     cu_seqlens: Tensor,
     bias: Tensor | None = None,
     *,
+    order: str,
     num_dimensions: int,
     beta: float,
     gamma: float,
@@ -153,6 +167,6 @@ def linear_amopo_loss(
         logits_cache_bytes=logits_cache_bytes,
     )  # fmt: skip
     return amopo_loss(
-        stats, num_dimensions=num_dimensions, beta=beta, gamma=gamma, noise=noise, num_pairs=num_pairs,
+        stats, order=order, num_dimensions=num_dimensions, beta=beta, gamma=gamma, noise=noise, num_pairs=num_pairs,
         weighting=weighting, compat=compat, sft_coef=sft_coef,
     )  # fmt: skip

@@ -27,8 +27,19 @@ _LOWEST = tl.constexpr(-3.0e38)  # below every score, and finite: exp(-inf - _LO
 
 
 @triton.jit
+def _place(entry, side, entries, STACKED: tl.constexpr):
+    """Where a side of an entry (pair, dimension) stands among the statistics."""
+    if STACKED:
+        place = entry + side * entries
+    else:
+        place = 2 * entry + side
+    return place
+
+
+@triton.jit
 def _scores(
-    mean_ptr, std_ptr, noise_ptr, relative_ptr, entry, k, present, valid_k, WEIGHTING: tl.constexpr
+    mean_ptr, std_ptr, noise_ptr, relative_ptr, entry, entries, k, present, valid_k, WEIGHTING: tl.constexpr,
+    STACKED: tl.constexpr,
 ):  # fmt: skip
     """What the softmax sees: (BLOCK_P, BLOCK_K), -inf where absent."""
     if WEIGHTING == "uniform":
@@ -37,29 +48,29 @@ def _scores(
         score = tl.log(tl.load(relative_ptr + k, mask=valid_k, other=1.0).to(tl.float32))[None, :]
         score += tl.zeros_like(entry).to(tl.float32)
     else:
-        score = tl.load(mean_ptr + 2 * entry, mask=present, other=0.0)
-        score += tl.load(mean_ptr + 2 * entry + 1, mask=present, other=0.0)
+        score = tl.load(mean_ptr + _place(entry, 0, entries, STACKED), mask=present, other=0.0)
+        score += tl.load(mean_ptr + _place(entry, 1, entries, STACKED), mask=present, other=0.0)
         if WEIGHTING == "gaussian":
             for side in tl.static_range(2):
-                std = tl.load(std_ptr + 2 * entry + side, mask=present, other=0.0)
+                std = tl.load(std_ptr + _place(entry, side, entries, STACKED), mask=present, other=0.0)
                 eps = tl.load(noise_ptr + 2 * entry + side, mask=present, other=0.0)
                 score += std * eps.to(tl.float32)
     return tl.where(present, score, float("-inf"))
 
 
 @triton.jit
-def _present(length_ptr, entry, valid):
-    length_w = tl.load(length_ptr + 2 * entry, mask=valid, other=0)
-    length_l = tl.load(length_ptr + 2 * entry + 1, mask=valid, other=0)
+def _present(length_ptr, entry, entries, valid, STACKED: tl.constexpr):
+    length_w = tl.load(length_ptr + _place(entry, 0, entries, STACKED), mask=valid, other=0)
+    length_l = tl.load(length_ptr + _place(entry, 1, entries, STACKED), mask=valid, other=0)
     return (length_w > 0) & (length_l > 0), tl.maximum(length_w, 1), tl.maximum(length_l, 1)
 
 
 @triton.jit(do_not_specialize=["pairs"])
 def amopo_loss_kernel(
-    logp_sum_ptr,  # (P, K, 2) float32, as all that follow unless said otherwise
-    length_ptr,  # (P, K, 2) int32
-    mean_ptr,  # (P, K, 2)
-    std_ptr,  # (P, K, 2)
+    logp_sum_ptr,  # (P, K, 2) or, STACKED, (2, P, K) float32, as all that follow unless said otherwise
+    length_ptr,  # likewise, int32
+    mean_ptr,  # likewise
+    std_ptr,  # likewise
     noise_ptr,  # (P, K, 2) any float, or None
     relative_ptr,  # (K,) any float, or None
     normaliser_ptr,  # () any number
@@ -68,7 +79,7 @@ def amopo_loss_kernel(
     margins_ptr,  # (P, K)
     chosen_ptr,  # (P, K)
     rejected_ptr,  # (P, K)
-    gradient_ptr,  # (P, K, 2) d loss / d logp_sum
+    gradient_ptr,  # as logp_sum: d loss / d logp_sum
     pairs,
     beta,
     gamma,
@@ -79,9 +90,11 @@ def amopo_loss_kernel(
     BLOCK_K: tl.constexpr,
     WEIGHTING: tl.constexpr,  # "gaussian", "mean", "uniform", "tensor"
     UPSTREAM: tl.constexpr,
+    STACKED: tl.constexpr,  # the statistics' order: (2, P, K), not (P, K, 2)
 ):
     k = tl.arange(0, BLOCK_K)
     valid_k = k < K
+    entries = pairs * K
     if normaliser_ptr is not None:
         divisor = tl.load(normaliser_ptr).to(tl.float32)
     inverse = 1.0 / divisor
@@ -95,8 +108,10 @@ def amopo_loss_kernel(
             pair = start + tl.arange(0, BLOCK_P)
             entry = pair[:, None] * K + k[None, :]
             valid = (pair[:, None] < pairs) & valid_k[None, :]
-            present, _, _ = _present(length_ptr, entry, valid)
-            score = _scores(mean_ptr, std_ptr, noise_ptr, relative_ptr, entry, k, present, valid_k, WEIGHTING)
+            present, _, _ = _present(length_ptr, entry, entries, valid, STACKED)
+            score = _scores(
+                mean_ptr, std_ptr, noise_ptr, relative_ptr, entry, entries, k, present, valid_k, WEIGHTING, STACKED
+            )  # fmt: skip
             raised = tl.maximum(top, tl.max(score))
             mass = mass * tl.exp(top - raised) + tl.sum(tl.exp(score - raised))
             top = raised
@@ -108,8 +123,10 @@ def amopo_loss_kernel(
         pair = start + tl.arange(0, BLOCK_P)
         entry = pair[:, None] * K + k[None, :]
         valid = (pair[:, None] < pairs) & valid_k[None, :]
-        present, length_w, length_l = _present(length_ptr, entry, valid)
-        score = _scores(mean_ptr, std_ptr, noise_ptr, relative_ptr, entry, k, present, valid_k, WEIGHTING)
+        present, length_w, length_l = _present(length_ptr, entry, entries, valid, STACKED)
+        score = _scores(
+            mean_ptr, std_ptr, noise_ptr, relative_ptr, entry, entries, k, present, valid_k, WEIGHTING, STACKED
+        )  # fmt: skip
         if UPSTREAM:
             weight = tl.exp(score - top) / mass
         else:
@@ -117,8 +134,9 @@ def amopo_loss_kernel(
             weight = tl.exp(score - tl.max(score, axis=1, keep_dims=True))
             weight = weight / tl.sum(weight, axis=1, keep_dims=True)
         weight = tl.where(present, weight, 0.0)
-        mean_w = tl.load(logp_sum_ptr + 2 * entry, mask=present, other=0.0) / length_w
-        mean_l = tl.load(logp_sum_ptr + 2 * entry + 1, mask=present, other=0.0) / length_l
+        chosen, rejected = _place(entry, 0, entries, STACKED), _place(entry, 1, entries, STACKED)
+        mean_w = tl.load(logp_sum_ptr + chosen, mask=present, other=0.0) / length_w
+        mean_l = tl.load(logp_sum_ptr + rejected, mask=present, other=0.0) / length_l
         margin = beta * (mean_w - mean_l) - gamma
         e = tl.exp(-tl.abs(margin))
         softplus = tl.maximum(-margin, 0.0) + log1p(e)
@@ -129,8 +147,8 @@ def amopo_loss_kernel(
         slope = scale * weight * beta * tl.where(margin > 0, e, 1.0) / (1.0 + e)  # a * beta * sigmoid(-m)
         gradient_w = tl.where(present, (-slope - sft) / length_w * inverse, 0.0)
         gradient_l = tl.where(present, slope / length_l * inverse, 0.0)
-        tl.store(gradient_ptr + 2 * entry, gradient_w, mask=valid)
-        tl.store(gradient_ptr + 2 * entry + 1, gradient_l, mask=valid)
+        tl.store(gradient_ptr + chosen, gradient_w, mask=valid)
+        tl.store(gradient_ptr + rejected, gradient_l, mask=valid)
         tl.store(weights_ptr + entry, weight, mask=valid)
         tl.store(margins_ptr + entry, tl.where(present, margin, 0.0), mask=valid)
         tl.store(chosen_ptr + entry, beta * mean_w, mask=valid)
@@ -153,6 +171,7 @@ def _loss_and_gradient(
     gamma: float,
     weighting: str,
     upstream: bool,
+    stacked: bool,
     sft_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, weights, margins, chosen_rewards, rejected_rewards, d loss / d logp_sum)."""
@@ -165,8 +184,8 @@ def _loss_and_gradient(
             logp_sum.contiguous(), length.contiguous(), prob_mean.contiguous(), prob_std.contiguous(),
             None if noise is None else noise.contiguous(), None if relative is None else relative.contiguous(),
             normaliser, loss, *tables, gradient, P, beta, gamma, sft_coef, divisor,
-            K=K, BLOCK_P=TILE // block_k, BLOCK_K=block_k, WEIGHTING=weighting, UPSTREAM=upstream, num_warps=4,
-            maxnreg=MAX_REGISTERS,
+            K=K, BLOCK_P=TILE // block_k, BLOCK_K=block_k, WEIGHTING=weighting, UPSTREAM=upstream, STACKED=stacked,
+            num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return loss, *tables, gradient
 
@@ -200,6 +219,7 @@ _loss_and_gradient.register_autograd(_backward, setup_context=_setup_context)
 def amopo_loss(
     stats: SequenceStats,
     *,
+    order: str,
     num_dimensions: int,
     beta: float,
     gamma: float,
@@ -225,6 +245,6 @@ def amopo_loss(
         divisor = float(max(stats.logp_sum.shape[0] // (2 * num_dimensions), 1) if num_pairs is None else num_pairs)
     *result, _ = _loss_and_gradient(
         stats.logp_sum, stats.length, stats.prob_mean, stats.prob_std, noise_read, relative, normaliser, divisor,
-        num_dimensions, beta, gamma, weighting, compat == "upstream", sft_coef,
+        num_dimensions, beta, gamma, weighting, compat == "upstream", order == "stacked", sft_coef,
     )  # fmt: skip
     return AMoPOLoss(*result)

@@ -13,8 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dispatch, validation
-from ..errors import UnsupportedError, refuse_double_backward
+from .. import dispatch
+from ..autograd import Gradient, refuse_forward_mode
+from ..errors import UnsupportedError
+from ..validation import INTEGERS, check_tensor, wants_values
 
 
 def inverse_index(indices: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -39,10 +41,11 @@ def gather_rows(x: Tensor, indices: Tensor, order: Tensor, offsets: Tensor, *, v
         TypeError: dtypes.
         DoubleBackwardError: the gradient is differentiated.
     """
-    _check(order, offsets, indices.shape[0], x.shape[0])
-    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"indices must be int32 or int64 (M,), got {indices.dtype} {tuple(indices.shape)}")
-    if validation.wants_values(validate, indices):
+    check_tensor("x", x, ("T", "..."))
+    check_tensor("indices", indices, ("M",), device=x.device, dtypes=INTEGERS)
+    _check(order, offsets, indices.shape[0], x.shape[0], x.device)
+    refuse_forward_mode("gather_rows", x)
+    if wants_values(validate, indices):
         held = indices.index_select(0, order)
         expected = torch.repeat_interleave(torch.arange(x.shape[0], device=x.device), offsets.diff())
         if not torch.equal(held.long(), expected):
@@ -63,7 +66,9 @@ def segment_sum_rows(values: Tensor, order: Tensor, offsets: Tensor, *, backend:
     Raises:
         ValueError, TypeError: shapes, dtypes or backend. UnsupportedError: float64 under "triton".
     """
-    _check(order, offsets, values.shape[0], offsets.shape[0] - 1)
+    check_tensor("values", values, ("M", "..."))
+    check_tensor("offsets", offsets, ("T + 1",), device=values.device, dtypes=(torch.int32,))
+    _check(order, offsets, values.shape[0], offsets.shape[0] - 1, values.device)
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend={backend!r}; choose one of auto, triton, torch")
     if backend == "auto":
@@ -81,25 +86,34 @@ def segment_sum_rows(values: Tensor, order: Tensor, offsets: Tensor, *, backend:
     return out.view(-1, *values.shape[1:])
 
 
-def _check(order: Tensor, offsets: Tensor, places: int, rows: int) -> None:
+def _check(order: Tensor, offsets: Tensor, places: int, rows: int, device: torch.device) -> None:
     for name, tensor, length in (("order", order, places), ("offsets", offsets, rows + 1)):
-        if tensor.dtype != torch.int32:
-            raise TypeError(f"{name} must be int32, got {tensor.dtype}")
-        if tensor.shape != (length,):
-            raise ValueError(f"{name} must be ({length},), got {tuple(tensor.shape)}")
+        check_tensor(name, tensor, (length,), device=device, dtypes=(torch.int32,))
 
 
 class _GatherRows(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: Tensor, indices: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-        ctx.save_for_backward(order, offsets)
+    def forward(x: Tensor, indices: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
         return x.index_select(0, indices)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
     def backward(ctx, grad: Tensor):
-        if grad.requires_grad:  # linear: a constant gradient leaves nothing to differentiate
-            refuse_double_backward("gather_rows", "x[indices]")
-        return segment_sum_rows(grad, *ctx.saved_tensors), None, None, None
+        return _RowSums.once()(grad, *ctx.saved_tensors), None, None, None
+
+
+class _RowSums(Gradient):
+    of = "gather_rows"
+    instead = "x[indices]"
+
+    @staticmethod
+    def forward(grad: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+        return segment_sum_rows(grad, order, offsets)
 
 
 def _segment_sum_torch(values: Tensor, order: Tensor, offsets: Tensor) -> Tensor:

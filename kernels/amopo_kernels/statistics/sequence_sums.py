@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import refuse_double_backward
+from ..autograd import Gradient, refuse_forward_mode
 from ..numerics import LOG2E
 
 
@@ -78,9 +78,48 @@ def _rows_kernel(grad_sum, cu_seqlens, grad, rows, sequences, BLOCK: tl.constexp
         tl.store(grad + r, tl.zeros((BLOCK,), tl.float32) + value, mask=r < end)
 
 
-@torch.library.custom_op("amopo_kernels::sequence_sums", mutates_args=())
 def sequence_sums(logps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logps (N,), cu_seqlens (S + 1,) -> logp_sum, length int32, prob_mean, prob_std, each (S,); float32."""
+    """logps (N,), cu_seqlens (S + 1,) -> logp_sum, differentiable, length int32, prob_mean, prob_std, each (S,);
+    float32."""
+    refuse_forward_mode("sequence_stats", logps)
+    return _SequenceSums.apply(logps, cu_seqlens)
+
+
+class _SequenceSums(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logps, cu_seqlens):
+        return sums_of_sequences(logps, cu_seqlens)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logps, cu_seqlens = inputs
+        ctx.rows, ctx.dtype = logps.shape[0], logps.dtype
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(cu_seqlens)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        return None if grad is None else _RowGradient.once()(grad, *ctx.saved_tensors, ctx.rows, ctx.dtype), None
+
+
+class _RowGradient(Gradient):
+    of = "sequence_stats"
+
+    @staticmethod
+    def forward(grad, cu_seqlens, rows, dtype):
+        return rows_of_sequences(grad, cu_seqlens, rows).to(dtype)
+
+
+_LIBRARY = torch.library.Library("amopo_kernels", "FRAGMENT")  # as in head/operators.py
+_LIBRARY.define("sums_of_sequences(Tensor logps, Tensor cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor)")
+_LIBRARY.define("rows_of_sequences(Tensor grad, Tensor cu_seqlens, int rows) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "sums_of_sequences", "CompositeExplicitAutograd")
+def _sums_of_sequences(logps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sequences = cu_seqlens.shape[0] - 1
     logp_sum, length, mean, std = _empty_sums(logps, cu_seqlens)
     if sequences:
@@ -92,19 +131,15 @@ def sequence_sums(logps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Te
     return logp_sum, length, mean, std
 
 
+@torch.library.register_fake("amopo_kernels::sums_of_sequences", lib=_LIBRARY)
 def _empty_sums(logps: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     S = cu_seqlens.shape[0] - 1
     logp_sum, mean, std = (torch.empty(S, dtype=torch.float32, device=logps.device) for _ in range(3))
     return logp_sum, torch.empty(S, dtype=torch.int32, device=logps.device), mean, std
 
 
-@sequence_sums.register_fake
-def _(logps, cu_seqlens):
-    return _empty_sums(logps, cu_seqlens)
-
-
-@torch.library.custom_op("amopo_kernels::rows_of_sequences", mutates_args=())
-def rows_of_sequences(grad: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
+@torch.library.impl(_LIBRARY, "rows_of_sequences", "CompositeExplicitAutograd")
+def _rows_of_sequences(grad: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
     """One number per sequence (S,) -> (N,) float32: every row gets its sequence's number."""
     out = torch.zeros(rows, dtype=torch.float32, device=grad.device)
     if rows and grad.shape[0]:
@@ -115,24 +150,10 @@ def rows_of_sequences(grad: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
     return out
 
 
-@rows_of_sequences.register_fake
-def _(grad, cu_seqlens, rows):
+@torch.library.register_fake("amopo_kernels::rows_of_sequences", lib=_LIBRARY)
+def _empty_rows(grad: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
     return torch.empty(rows, dtype=torch.float32, device=grad.device)
 
 
-def _save_for_sequence_sums(ctx, inputs, output):
-    logps, cu_seqlens = inputs
-    ctx.rows, ctx.dtype = logps.shape[0], logps.dtype
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(cu_seqlens)
-
-
-def _backward_of_sequence_sums(ctx, grad, *_):
-    refuse_double_backward("sequence_stats", "amopo_kernels.reference.sequence_stats")
-    if grad is None:
-        return None, None
-    return torch.ops.amopo_kernels.rows_of_sequences(grad, *ctx.saved_tensors, ctx.rows).to(ctx.dtype), None
-
-
-sequence_sums.register_autograd(_backward_of_sequence_sums, setup_context=_save_for_sequence_sums)
+sums_of_sequences = torch.ops.amopo_kernels.sums_of_sequences.default
+rows_of_sequences = torch.ops.amopo_kernels.rows_of_sequences.default

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import dispatch
 from ..head.logps import label_logps
 from ..head.options import choose_options
-from ..head.validation import check_labels, check_linear
+from ..head.validation import check_linear
+from ..head.vocabulary_shard import take_shard
 from ..types import SequenceStats
-from ..validation import wants_values
+from ..validation import INTEGERS, check_tensor, wants_values
 
 
 def sequence_stats(logps: Tensor, cu_seqlens: Tensor) -> SequenceStats:
@@ -26,7 +28,8 @@ def sequence_stats(logps: Tensor, cu_seqlens: Tensor) -> SequenceStats:
     Raises:
         ValueError: cu_seqlens (its values are checked on the CPU only).
     """
-    check_cu_seqlens(cu_seqlens, logps.shape[0], wants_values(None, logps))
+    check_tensor("logps", logps, ("N",))
+    check_cu_seqlens(cu_seqlens, logps, None)
     triton = logps.is_cuda and logps.dtype != torch.float64 and dispatch.HAS_TRITON
     return _triton_sequence_stats(logps, cu_seqlens) if triton else _torch_sequence_stats(logps, cu_seqlens)
 
@@ -78,7 +81,8 @@ def linear_sequence_stats(
     bias: Tensor | None = None,
     *,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
     validate: bool | None = None,
     logits_cache_bytes: int = 0,
@@ -94,26 +98,28 @@ def linear_sequence_stats(
     Raises:
         UnsupportedError: an option that the backend does not have; otherwise as `linear_logps` and `sequence_stats`.
     """
-    check_cu_seqlens(cu_seqlens, labels.numel(), wants_values(validate, labels))
-    check_linear(hidden, weight, labels, bias)
+    weight, bias, shard = take_shard(weight, bias, process_group)
+    check_linear(hidden, weight, labels, bias, temperature, sharded=process_group is not None)
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be (N, H), got {tuple(hidden.shape)}")
-    if wants_values(validate, labels):
-        check_labels(labels, weight.shape[0], None)
+    check_cu_seqlens(cu_seqlens, labels, validate)
     options = choose_options(
-        hidden, weight, bias, softcap=softcap, temperature=temperature, ignore_index=torch.iinfo(torch.int64).min,
-        entropy=False, backend=backend, cache_bytes=logits_cache_bytes,
+        hidden, weight, bias, softcap=softcap, temperature=temperature, ignore_index=None, outputs=(), backend=backend,
+        validate=validate, cache_bytes=logits_cache_bytes, shard=shard,
     )  # fmt: skip
-    logps, _ = label_logps(hidden, weight, labels, bias, options)
+    logps = label_logps(hidden, weight, labels, bias, temperature, options).logps
     if options.backend == "torch":
         return _torch_sequence_stats(logps, cu_seqlens)
     return _triton_sequence_stats(logps, cu_seqlens)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, rows: int, validate: bool) -> None:
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens must be int32 (S + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
-    if validate:
+def check_cu_seqlens(cu_seqlens: Tensor, of_rows: Tensor, validate: bool | None) -> None:
+    """Offsets in a tensor (N,); their values where `validate` allows to read them."""
+    check_tensor("cu_seqlens", cu_seqlens, ("S + 1",), device=of_rows.device, dtypes=INTEGERS)
+    if not len(cu_seqlens):
+        raise ValueError("cu_seqlens must be (S + 1,), the offsets of S sequences, got (0,)")
+    rows = of_rows.shape[0]
+    if wants_values(validate, cu_seqlens):
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != rows:
             raise ValueError(f"cu_seqlens must run from 0 to {rows}, got {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}")
         if bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):

@@ -24,17 +24,19 @@ from amopo_kernels.head import (
     slice_gradients,
 )
 from amopo_kernels.head.options import Options
-from amopo_kernels.head.problem import Problem
+from amopo_kernels.head.problem import Gradients, Problem
 
 MODULES = (score_loop, slice_gradients, chunked, kept_probabilities, merge_strips)
 OPTIONS = ("num_warps", "num_stages")
 # name -> what the case asks of the head
 CASES = {
     "exact": {},
-    "all options": {"bias": True, "softcap": 30.0, "entropy": True},
+    "all options": {"bias": True, "softcap": 30.0, "outputs": "entropy,lse,mean_logit,top1,log_sum_p2"},
     "cached": {"cached": True, "bias": True, "softcap": 30.0},
     "frozen": {"frozen": True},
     "frozen, all options": {"frozen": True, "bias": True, "softcap": 30.0},
+    "temperatures and ignored rows": {"counted": True},
+    "frozen, temperatures and ignored rows": {"counted": True, "frozen": True, "softcap": 30.0},
     "float16": {"dtype": torch.float16, "bias": True},
     "float32": {"dtype": torch.float32},
     "few rows": {"rows": 512, "features": 896},
@@ -84,8 +86,8 @@ def recording(cc: int, dtype: torch.dtype):
 
 
 def launches_of(
-    cc: int, backend: str, *, dtype=torch.bfloat16, features=5120, bias=False, softcap=None, entropy=False,
-    cached=False, frozen=False, rows=4096, vocabulary=152064,
+    cc: int, backend: str, *, dtype=torch.bfloat16, features=5120, bias=False, softcap=None, outputs="",
+    cached=False, frozen=False, counted=False, rows=4096, vocabulary=152064,
 ) -> list[Launch]:  # fmt: skip
     """The distinct launches of a forward and a backward of case A, or what is asked for."""
     def empty(*shape, dtype=dtype):
@@ -95,17 +97,21 @@ def launches_of(
     with recording(cc, dtype) as launches:
         columns = layout.slice_columns(hidden, dtype) * 2 if cached else 0
         mode = "frozen" if frozen else "cached" if cached else "exact"
-        options = Options(softcap, 1.0, -100, entropy, dtype, backend, mode, rows * dtype.itemsize * columns)
+        options = Options(
+            softcap, 1.0, None, outputs, dtype, backend, mode, rows * dtype.itemsize * columns, False, False
+        )
+        per_row = ()
+        if counted:
+            per_row = (empty(rows, dtype=torch.float32), None, empty((), dtype=torch.int32))
         problem = Problem(
             hidden, empty(vocabulary, features), empty(vocabulary) if bias else None, empty(rows, dtype=torch.int64),
-            options,
+            options, *per_row,
         )  # fmt: skip
         forward = passes.forward(problem)
         if not frozen:
+            per_gradient = [empty(rows, dtype=torch.float32) for _ in range(4 if outputs else 1)]
             passes.backward(
-                problem, forward, empty(rows, dtype=torch.float32),
-                empty(rows, dtype=torch.float32) if entropy else None,
-                need_hidden=True, d_weight=empty(vocabulary, features),
+                problem, forward, Gradients(*per_gradient), need_hidden=True, d_weight=empty(vocabulary, features),
                 d_bias=empty(vocabulary) if bias else None,
             )  # fmt: skip
     distinct = {}

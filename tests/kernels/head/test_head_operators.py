@@ -15,6 +15,7 @@ from amopo_kernels.statistics import sequence_sums  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, VOCABULARY, FEATURES = 14, 140, 24
+ALL = "entropy,lse,mean_logit,top1,log_sum_p2"
 
 
 def problem(seed=0, dtype=torch.float32):
@@ -27,18 +28,28 @@ def problem(seed=0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("backend", ["fused", "chunked"])
-@pytest.mark.parametrize("mode, entropy", [("exact", False), ("exact", True), ("cached", False), ("frozen", False)])
-def test_opcheck(backend, mode, entropy):
+@pytest.mark.parametrize("mode, outputs", [("exact", ""), ("exact", ALL), ("cached", ""), ("frozen", ALL)])
+def test_opcheck(backend, mode, outputs):
     hidden, weight, bias, labels, _ = problem()
     if mode == "frozen":
         weight, bias = weight.detach(), bias.detach()
-    options = Options(5.0, 1.3, -100, entropy, torch.float32, backend, mode, cache_bytes=ROWS * 128 * 4)
-    opcheck(operators.linear_logps, (hidden, weight, bias, labels, *options.flat()))
+    options = Options(5.0, 1.3, -100, outputs, torch.float32, backend, mode, ROWS * 128 * 4, False, False)
+    tensors = [x.detach() for x in (hidden, weight, bias)]  # function.py differentiates
+    found = operators.Outputs(*operators.linear_logps(*tensors, labels, None, None, *options.flat()))
+    opcheck(operators.linear_logps, (*tensors, labels, None, None, *options.flat()))
+    if mode != "frozen":
+        kept = [getattr(found, name) for name in operators.Kept._fields]
+        grads = [torch.ones(ROWS, device=DEVICE) if name == "logps" or name in outputs else None for name in
+                 operators.Gradients._fields]  # fmt: skip
+        needed = (True, False, True)
+        opcheck(
+            operators.linear_logps_backward, (*grads, *tensors, labels, None, None, *kept, *needed, *options.flat())
+        )
 
 
 def test_opcheck_of_the_sequence_operators():
     _, _, _, _, cu_seqlens = problem()
-    opcheck(sequence_sums.sequence_sums, (torch.randn(ROWS, device=DEVICE, requires_grad=True), cu_seqlens))
+    opcheck(sequence_sums.sums_of_sequences, (torch.randn(ROWS, device=DEVICE), cu_seqlens))
     opcheck(sequence_sums.rows_of_sequences, (torch.randn(4, device=DEVICE), cu_seqlens, ROWS))
 
 
@@ -51,7 +62,7 @@ def test_compiles_without_graph_breaks(backend, frozen):
 
     def step(hidden, weight, bias):
         stats = linear_sequence_stats(hidden * 2, weight, labels, cu_seqlens, bias, backend=backend, validate=False)
-        loss = amopo_loss(stats, num_dimensions=2, beta=0.8, gamma=2.0, weighting="mean")
+        loss = amopo_loss(stats, order="alternating", num_dimensions=2, beta=0.8, gamma=2.0, weighting="mean")
         return loss.loss, loss.margins
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -119,7 +130,7 @@ def test_cuda_graph_replays_with_changed_inputs_and_noise(backend, mode):
             hidden, weight, labels, cu_seqlens, backend=backend, validate=False,
             logits_cache_bytes=10**6 if mode == "cached" else 0,
         )  # fmt: skip
-        loss = amopo_loss(stats, num_dimensions=2, beta=0.8, gamma=2.0, noise=noise)
+        loss = amopo_loss(stats, order="alternating", num_dimensions=2, beta=0.8, gamma=2.0, noise=noise)
         return loss.loss, *torch.autograd.grad(loss.loss, wanted)
 
     side = torch.cuda.Stream()

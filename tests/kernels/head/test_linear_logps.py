@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from amopo_kernels import BackendUnavailableError, DoubleBackwardError, linear_logps, reference
+from amopo_kernels.head import torch_slices
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
 
@@ -250,8 +251,9 @@ def test_same_bits_twice():
 def test_double_backward_is_refused_and_retain_graph_works():
     hidden, weight, labels, bias = problem(5, 6, 40)
     logps = linear_logps(hidden, weight, labels, bias)
+    (gradient,) = torch.autograd.grad(logps.sum(), hidden, create_graph=True)
     with pytest.raises(DoubleBackwardError):
-        torch.autograd.grad(logps.sum(), hidden, create_graph=True)
+        torch.autograd.grad(gradient.sum(), weight)
     logps = linear_logps(hidden, weight, labels, bias)
     first = torch.autograd.grad(logps.sum(), (hidden, weight, bias), retain_graph=True)
     second = torch.autograd.grad(logps.sum(), (hidden, weight, bias))
@@ -319,16 +321,26 @@ class LiveStorages(TorchDispatchMode):
         self.bytes -= size
 
 
+def watched(function, tracker):
+    """A dispatch mode does not see what runs inside of an operator, so it is entered there."""
+
+    def run(*args, **kwargs):
+        with tracker:
+            return function(*args, **kwargs)
+
+    return run
+
+
 @pytest.mark.parametrize("entropy", [False, True])
-def test_memory_stays_under_a_tenth_of_the_logits(entropy):
-    rows, features, vocabulary = 1024, 256, 100003
+def test_memory_stays_under_a_tenth_of_the_logits(entropy, monkeypatch):
+    rows, features, vocabulary = 512, 64, 100003
     hidden, weight = torch.randn(rows, features), torch.randn(vocabulary, features).mul_(features**-0.5)
     labels = torch.randint(0, vocabulary, (rows,))
     hidden.requires_grad_(), weight.requires_grad_()
     tracker = LiveStorages()
-    with tracker:
-        found = linear_logps(hidden, weight, labels, return_entropy=entropy)
-        (sum(x.sum() for x in found) if entropy else found.sum()).backward()
-    assert tracker.peak > rows * 2048 * 4 + weight.nbytes  # the tracker sees the slices and the gradient
-    extra = tracker.peak - weight.nbytes - hidden.nbytes
-    assert extra < rows * vocabulary * 4 / 10
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(torch_slices, name, watched(getattr(torch_slices, name), tracker))
+    found = linear_logps(hidden, weight, labels, return_entropy=entropy)
+    (sum(x.sum() for x in found) if entropy else found.sum()).backward()
+    assert tracker.peak > rows * 2048 * 4 + hidden.nbytes  # the tracker sees a slice and the gradient of hidden
+    assert tracker.peak - hidden.nbytes < rows * vocabulary * 4 / 10

@@ -15,13 +15,13 @@ OPTIONS = {
     "bias": {"bias": True},
     "softcap": {"softcap": 4.0},
     "temperature": {"temperature": 0.7},
-    "entropy": {"entropy": True},
+    "outputs": {"outputs": ("entropy", "lse", "mean_logit", "top1", "log_sum_p2")},
 }
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 CASES = [(backend, mode) for backend in ("torch", "chunked", "fused") for mode in dispatch.MODES]
 
 
-def compute(backend, mode, dtype, *, bias=False, softcap=None, temperature=1.0, entropy=False):
+def compute(backend, mode, dtype, *, bias=False, softcap=None, temperature=1.0, outputs=()):
     """(mode that ran, largest relative error of values and gradients)"""
     if backend != "torch":
         pytest.importorskip("triton")
@@ -33,35 +33,36 @@ def compute(backend, mode, dtype, *, bias=False, softcap=None, temperature=1.0, 
     labels = torch.randint(0, 70, (6,), device=DEVICE)
     before = dispatch.runs()
     options = choose_options(
-        hidden, weight, offset, softcap=softcap, temperature=temperature, ignore_index=-100, entropy=entropy,
-        backend=backend, cache_bytes=10**6 if mode == "cached" else 0,
+        hidden, weight, offset, softcap=softcap, temperature=temperature, ignore_index=-100, outputs=outputs,
+        backend=backend, validate=None, cache_bytes=10**6 if mode == "cached" else 0,
     )  # fmt: skip
-    found = label_logps(hidden, weight, labels, offset, options)[: 1 + entropy]
+    found = label_logps(hidden, weight, labels, offset, temperature, options)
+    found = [getattr(found, name) for name in ("logps", *outputs)]
     (ran,) = [key for key, count in dispatch.runs().items() if count != before.get(key, 0)]
     exact = [x if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in (hidden, weight, offset)]
     expected = reference.linear_logps(
-        *exact[:2], labels, exact[2], softcap=softcap, temperature=temperature, return_entropy=entropy
+        *exact[:2], labels, exact[2], softcap=softcap, temperature=temperature, outputs=outputs
     )
-    expected = expected if entropy else (expected,)
-    sum(x.sum() for x in found).backward()
-    sum(x.sum() for x in expected).backward()
+    expected = expected if outputs else (expected,)
+    sum(x.sum() for x in found if x.requires_grad).backward()
+    sum(x.sum() for x in expected if x.requires_grad).backward()
     pairs = [*zip(found, expected, strict=True)]
     pairs += [(a.grad, b.grad) for a, b in zip((hidden, weight, offset), exact, strict=True) if a is not None and
               a.requires_grad]  # fmt: skip
     assert ran[0] == backend
-    return ran[1], max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+    return ran[1], max(((a.double() - b).norm() / b.double().norm()).item() for a, b in pairs)
 
 
 @pytest.mark.parametrize("backend, mode", CASES)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(backend, mode, option):
     support = dispatch.SUPPORT.get((backend, mode))
-    if support is None or option == "entropy" and not support.entropy:
+    if support is None:
         with pytest.raises(UnsupportedError, match=f"'{backend}'"):
             compute(backend, mode, torch.float32, **OPTIONS[option])
         return
     ran, error = compute(backend, mode, torch.float32, **OPTIONS[option])
-    assert ran == (support.entropy if option == "entropy" else support.mode)
+    assert ran == support.mode
     assert error < TOLERANCE[torch.float32]
 
 

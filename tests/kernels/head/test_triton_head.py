@@ -179,17 +179,18 @@ def test_float16_keeps_small_gradients(backend):
 def test_float16_gradients_of_logits_stay_in_range():
     """Whatever g and 1 - p_y are, dS of a row is at most 2^9 and, spread over 262144 tokens, no subnormal number."""
     from amopo_kernels.head.options import Options
-    from amopo_kernels.head.problem import Problem, RowStatistics, Upstream
+    from amopo_kernels.head.problem import Gradients, Problem, RowStatistics, Upstream
 
     miss = torch.logspace(-30, 0, 40, device=DEVICE)
     grad = torch.randn(40, device=DEVICE) * torch.logspace(0, -7, 40, device=DEVICE)
     hidden, weight, labels, _ = problem(40, 8, 3, torch.float16)
     row = torch.zeros_like(miss)
-    options = Options(None, 1.0, -100, False, torch.float16, "fused", "exact", 0)
+    options = Options(None, 1.0, None, "", torch.float16, "fused", "exact", 0, False, False)
     call = Problem(hidden.detach(), weight.detach(), None, labels, options)
-    upstream = Upstream.of(call, RowStatistics(row, row, miss, None), grad, None)
-    largest = upstream.grad.abs() * miss
+    rows = RowStatistics(row, row, row, miss)
+    upstream = Upstream.of(call, rows, Gradients(grad)).scaled_for_float16(call, rows)
+    largest = upstream.probability.abs() * miss
     assert largest.max() <= 2**9 and largest.min() / 2**18 > 2.0**-14
-    torch.testing.assert_close(upstream.grad * upstream.hidden_scale, grad, rtol=1e-6, atol=0)
+    torch.testing.assert_close(upstream.probability * upstream.hidden_scale, grad, rtol=1e-6, atol=0)
     share = upstream.hidden_scale / upstream.weight_scale  # a power of two, so the operand is exact
     assert torch.equal(upstream.hidden, hidden.detach() * share.half()[:, None])

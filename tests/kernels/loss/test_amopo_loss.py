@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from orders import assert_orders_agree
 
 from amopo_kernels import SequenceStats, UnsupportedError, amopo_loss, linear_amopo_loss, reference
 
@@ -44,7 +45,9 @@ def compare(options, stats, noise, tolerance=1e-12):
         own = stats._replace(
             logp_sum=leaf, prob_mean=stats.prob_mean.to(dtype), prob_std=stats.prob_std.to(dtype)
         )
-        result = function(own, num_dimensions=DIMENSIONS, beta=0.8, gamma=1.5, noise=noise, **options)
+        result = function(
+            own, order="alternating", num_dimensions=DIMENSIONS, beta=0.8, gamma=1.5, noise=noise, **options
+        )
         if result.loss.requires_grad:
             result.loss.backward()
         results.append(result)
@@ -85,7 +88,7 @@ def test_float32(weighting):
 def test_weights_are_not_differentiated():
     stats, noise = random_stats()
     mean, std = stats.prob_mean.requires_grad_(), stats.prob_std.requires_grad_()
-    amopo_loss(stats, num_dimensions=DIMENSIONS, beta=0.8, gamma=1.5, noise=noise).loss.backward()
+    amopo_loss(stats, order="alternating", num_dimensions=DIMENSIONS, beta=0.8, gamma=1.5, noise=noise).loss.backward()
     assert mean.grad is None and std.grad is None and stats.logp_sum.grad.all()
 
 
@@ -95,7 +98,7 @@ def test_gradcheck(compat, sft_coef):
     stats, noise = random_stats(ABSENT["some"])
 
     def loss(logp_sum):
-        options = {"num_dimensions": DIMENSIONS, "beta": 0.8, "gamma": 1.5, "noise": noise}
+        options = {"order": "alternating", "num_dimensions": DIMENSIONS, "beta": 0.8, "gamma": 1.5, "noise": noise}
         return amopo_loss(stats._replace(logp_sum=logp_sum), **options, compat=compat, sft_coef=sft_coef).loss
 
     assert torch.autograd.gradcheck(loss, (stats.logp_sum,))
@@ -104,14 +107,14 @@ def test_gradcheck(compat, sft_coef):
 def test_no_pairs_give_zero_with_a_graph():
     empty = torch.zeros(0, dtype=torch.float64)
     stats = SequenceStats(empty.clone().requires_grad_(), empty.int(), empty, empty, empty)
-    result = amopo_loss(stats, num_dimensions=3, beta=0.8, gamma=1.5, weighting="mean")
+    result = amopo_loss(stats, order="alternating", num_dimensions=3, beta=0.8, gamma=1.5, weighting="mean")
     result.loss.backward()
     assert result.loss.item() == 0.0 and result.weights.shape == (0, 3)
 
 
 def test_microbatches_with_one_normaliser_add_up():
     stats, noise = random_stats(ABSENT["some"])
-    options = {"num_dimensions": DIMENSIONS, "beta": 0.8, "gamma": 1.5, "sft_coef": 0.2}
+    options = {"order": "alternating", "num_dimensions": DIMENSIONS, "beta": 0.8, "gamma": 1.5, "sft_coef": 0.2}
     whole = amopo_loss(stats, noise=noise, **options).loss
     parts = 0.0
     for pairs in (slice(0, 1), slice(1, 4)):
@@ -133,7 +136,8 @@ def test_linear_against_reference(lengths, compat):
     labels = torch.randint(0, 2300, (sum(lengths),), generator=generator)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     noise = torch.randn(2, 2, 2, generator=generator)
-    options = {"num_dimensions": 2, "beta": 0.8, "gamma": 1.5, "noise": noise, "sft_coef": 0.1, "compat": compat,
+    options = {"order": "alternating", "num_dimensions": 2, "beta": 0.8, "gamma": 1.5, "noise": noise,
+               "sft_coef": 0.1, "compat": compat,
                "softcap": 5.0, "temperature": 0.9}  # fmt: skip
     results, gradients = [], []
     for function in (linear_amopo_loss, reference.linear_amopo_loss):
@@ -147,7 +151,8 @@ def test_head_options_reach_the_head():
     hidden, weight, labels = torch.randn(2, 6), torch.randn(40, 6), torch.tensor([3, 5])
     with pytest.raises(UnsupportedError, match="backend 'torch'"):
         linear_amopo_loss(
-            hidden, weight, labels, torch.tensor([0, 1, 2]), num_dimensions=1, beta=0.8, gamma=1.5, weighting="mean",
+            hidden, weight, labels, torch.tensor([0, 1, 2]), order="alternating", num_dimensions=1,
+            beta=0.8, gamma=1.5, weighting="mean",
             backend="torch", logits_cache_bytes=1,
         )  # fmt: skip
 
@@ -155,7 +160,7 @@ def test_head_options_reach_the_head():
 def test_unchecked_bad_offsets_reach_the_loss_as_nan():
     hidden, weight = torch.randn(5, 6), torch.randn(40, 6)
     labels, cu_seqlens = torch.randint(0, 40, (5,)), torch.zeros(5, dtype=torch.int32)
-    options = {"num_dimensions": 1, "beta": 0.8, "gamma": 1.5, "weighting": "mean"}
+    options = {"order": "alternating", "num_dimensions": 1, "beta": 0.8, "gamma": 1.5, "weighting": "mean"}
     with pytest.raises(ValueError, match="cu_seqlens"):
         linear_amopo_loss(hidden, weight, labels, cu_seqlens, **options)
     assert linear_amopo_loss(hidden, weight, labels, cu_seqlens, **options, validate=False).loss.isnan()
@@ -175,5 +180,23 @@ def test_unchecked_bad_offsets_reach_the_loss_as_nan():
 )
 def test_bad_arguments_are_refused(change, message):
     stats, noise = random_stats()
+    good = {"num_dimensions": DIMENSIONS, "beta": 0.8, "gamma": 1.5, "noise": noise}
     with pytest.raises(ValueError, match=message):
-        amopo_loss(stats, **({"num_dimensions": DIMENSIONS, "beta": 0.8, "gamma": 1.5, "noise": noise} | change))
+        amopo_loss(stats, order="alternating", **(good | change))
+
+
+@pytest.mark.parametrize("function", [amopo_loss, reference.amopo_loss])
+@pytest.mark.parametrize("compat", ["paper", "upstream"])
+def test_all_chosen_then_all_rejected_is_the_same_loss(function, compat):
+    assert_orders_agree(function, *random_stats(ABSENT["some"]), DIMENSIONS, compat=compat, sft_coef=0.2)
+
+
+def test_the_order_of_sides_must_be_said():
+    stats, noise = random_stats()
+    options = {"num_dimensions": DIMENSIONS, "beta": 0.8, "gamma": 1.5, "noise": noise}
+    with pytest.raises(TypeError, match="order"):
+        amopo_loss(stats, **options)
+    with pytest.raises(ValueError, match="order='trl'; choose 'alternating'"):
+        amopo_loss(stats, order="trl", **options)
+    losses = [amopo_loss(stats, order=order, **options).loss for order in ("alternating", "stacked")]
+    assert abs(losses[0] - losses[1]) > 1e-3

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from orders import assert_orders_agree
 
 from amopo_kernels import DoubleBackwardError, SequenceStats, UnsupportedError, amopo_loss, linear_amopo_loss, reference
 from amopo_kernels.loss import amopo, amopo_triton
@@ -44,18 +45,26 @@ def random_stats(P, K, seed=0, absent=0.2):
     return stats._replace(logp_sum=stats.logp_sum.requires_grad_()), torch.randn(shape, generator=generator).to(DEVICE)
 
 
+@pytest.mark.parametrize("P, K", [(3, 2), (300, 3)])
+@pytest.mark.parametrize("compat", ["paper", "upstream"])
+def test_all_chosen_then_all_rejected_is_the_same_loss(P, K, compat):
+    assert_orders_agree(amopo_loss, *random_stats(P, K), K, tolerance=0, compat=compat, sft_coef=0.2)
+
+
 def in_float64(stats):
     cpu = [field.detach().cpu() for field in stats]
     return SequenceStats(*(x.double() if x.is_floating_point() else x for x in cpu))
 
 
 def assert_matches_reference(stats, noise, K, beta=0.8, gamma=1.5, upstream_gradient=1.7, tolerance=3e-6, **options):
-    result = amopo_loss(stats, num_dimensions=K, beta=beta, gamma=gamma, noise=noise, **options)
+    result = amopo_loss(stats, order="alternating", num_dimensions=K, beta=beta, gamma=gamma, noise=noise, **options)
     (gradient,) = torch.autograd.grad(result.loss * upstream_gradient, stats.logp_sum)
     oracle = in_float64(stats)
     oracle = oracle._replace(logp_sum=oracle.logp_sum.requires_grad_())
     noise = None if noise is None else noise.cpu().double()
-    expected = reference.amopo_loss(oracle, num_dimensions=K, beta=beta, gamma=gamma, noise=noise, **options)
+    expected = reference.amopo_loss(
+        oracle, order="alternating", num_dimensions=K, beta=beta, gamma=gamma, noise=noise, **options
+    )
     expected_gradient = torch.zeros_like(oracle.logp_sum)
     if expected.loss.requires_grad:
         (expected_gradient,) = torch.autograd.grad(expected.loss * upstream_gradient, oracle.logp_sum)
@@ -106,7 +115,7 @@ def test_absent_pairs_and_no_present_entry(compat):
 def test_no_pairs_give_zero_with_a_graph():
     empty = torch.zeros(0, device=DEVICE)
     stats = SequenceStats(empty.clone().requires_grad_(), empty.int(), empty, empty, empty)
-    result = amopo_loss(stats, num_dimensions=3, beta=0.8, gamma=1.5, weighting="mean")
+    result = amopo_loss(stats, order="alternating", num_dimensions=3, beta=0.8, gamma=1.5, weighting="mean")
     result.loss.backward()
     assert result.loss.item() == 0.0 and result.weights.shape == (0, 3) and stats.logp_sum.grad.shape == (0,)
 
@@ -125,7 +134,9 @@ def two_pairs():
 @pytest.mark.parametrize("compat", ["paper", "upstream"])
 def test_hand_computed(compat):
     stats, margins = two_pairs()
-    result = amopo_loss(stats, num_dimensions=2, beta=1.0, gamma=2.0, weighting="mean", compat=compat)
+    result = amopo_loss(
+        stats, order="alternating", num_dimensions=2, beta=1.0, gamma=2.0, weighting="mean", compat=compat
+    )
     losses = [math.log1p(math.exp(-m)) for m in margins]
     if compat == "paper":
         first = 1 / (1 + math.exp(0.25))  # scores 0.75 and 1.0
@@ -152,7 +163,7 @@ def test_softplus_keeps_its_digits_at_large_margins(difference):
     with torch.no_grad():
         stats.length.fill_(1)
         stats.logp_sum.copy_(torch.tensor([-64.0, -64.0 - difference]))
-    result = amopo_loss(stats, num_dimensions=1, beta=1.0, gamma=0.0, noise=noise)
+    result = amopo_loss(stats, order="alternating", num_dimensions=1, beta=1.0, gamma=0.0, noise=noise)
     result.loss.backward()
     assert result.loss.item() == pytest.approx(max(-difference, 0) + math.log1p(math.exp(-abs(difference))), rel=1e-5)
     assert stats.logp_sum.grad[1].item() == pytest.approx(1 / (1 + math.exp(difference)), rel=1e-5)
@@ -165,14 +176,16 @@ def test_nan_statistics_stay_nan():
             bad = getattr(stats, field).detach().clone()
             bad[5] = float("nan")
             broken = stats._replace(**{field: bad})
-            assert amopo_loss(broken, num_dimensions=2, beta=0.8, gamma=1.5, noise=noise, compat=compat).loss.isnan()
+            assert amopo_loss(
+                broken, order="alternating", num_dimensions=2, beta=0.8, gamma=1.5, noise=noise, compat=compat
+            ).loss.isnan()
 
 
 def test_strided_fields_and_half_noise():
     stats, noise = random_stats(5, 3)
     wide = stats._replace(prob_mean=torch.stack([stats.prob_mean, stats.prob_mean + 1], 1)[:, 0])
     noise = noise.half()
-    results = [amopo_loss(s, num_dimensions=3, beta=0.8, gamma=1.5, noise=n)
+    results = [amopo_loss(s, order="alternating", num_dimensions=3, beta=0.8, gamma=1.5, noise=n)
                for s, n in ((wide, noise), (stats, noise.float()))]  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -182,14 +195,16 @@ def test_two_runs_give_the_same_bits(compat):
     stats, noise = random_stats(700, 3)
     runs = []
     for _ in range(2):
-        result = amopo_loss(stats, num_dimensions=3, beta=0.8, gamma=1.5, noise=noise, compat=compat, sft_coef=0.1)
+        result = amopo_loss(
+            stats, order="alternating", num_dimensions=3, beta=0.8, gamma=1.5, noise=noise, compat=compat, sft_coef=0.1
+        )
         runs.append([*result, *torch.autograd.grad(result.loss, stats.logp_sum)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_double_backward_is_refused():
     stats, noise = random_stats(2, 2)
-    loss = amopo_loss(stats, num_dimensions=2, beta=0.8, gamma=1.5, noise=noise).loss
+    loss = amopo_loss(stats, order="alternating", num_dimensions=2, beta=0.8, gamma=1.5, noise=noise).loss
     torch.autograd.grad(loss, stats.logp_sum, retain_graph=True)
     with pytest.raises(DoubleBackwardError):
         torch.autograd.grad(loss, stats.logp_sum, create_graph=True)
@@ -198,7 +213,7 @@ def test_double_backward_is_refused():
 def test_too_many_dimensions_are_refused():
     stats, noise = random_stats(1, amopo_triton.TILE + 1)
     with pytest.raises(UnsupportedError, match="512 dimensions at most"):
-        amopo_loss(stats, num_dimensions=amopo_triton.TILE + 1, beta=0.8, gamma=1.5, noise=noise)
+        amopo_loss(stats, order="alternating", num_dimensions=amopo_triton.TILE + 1, beta=0.8, gamma=1.5, noise=noise)
 
 
 @pytest.mark.parametrize("compat", ["paper", "upstream"])
@@ -212,7 +227,14 @@ def test_from_hidden_states_to_gradients(backend, compat):
     labels = torch.randint(300, (int(lengths.sum()),), generator=generator).to(DEVICE)
     cu_seqlens = lengths.cumsum(0).int().to(DEVICE)
     noise = torch.randn(2, 2, 2, generator=generator).to(DEVICE)
-    options = {"num_dimensions": 2, "beta": 0.8, "gamma": 1.5, "compat": compat, "sft_coef": 0.1}
+    options = {
+        "order": "alternating",
+        "num_dimensions": 2,
+        "beta": 0.8,
+        "gamma": 1.5,
+        "compat": compat,
+        "sft_coef": 0.1,
+    }
     result = linear_amopo_loss(hidden, weight, labels, cu_seqlens, noise=noise, backend=backend, **options)
     gradients = torch.autograd.grad(result.loss, (hidden, weight))
     x, w = (t.detach().cpu().double().requires_grad_() for t in (hidden, weight))
@@ -232,7 +254,7 @@ def test_opcheck(weighting):
     noise = noise if weighting == "gaussian" else None
     torch.library.opcheck(
         torch.ops.amopo_kernels.amopo_loss.default,
-        (*stats[:4], noise, relative, None, 3.0, 5, 0.8, 1.5, weighting, False, 0.1),
+        (*stats[:4], noise, relative, None, 3.0, 5, 0.8, 1.5, weighting, False, True, 0.1),
     )
 
 
@@ -240,7 +262,9 @@ def test_compiles_without_graph_breaks():
     stats, noise = random_stats(3, 2)
 
     def step(stats, noise, num_pairs):
-        return amopo_loss(stats, num_dimensions=2, beta=0.8, gamma=1.5, noise=noise, num_pairs=num_pairs)
+        return amopo_loss(
+            stats, order="alternating", num_dimensions=2, beta=0.8, gamma=1.5, noise=noise, num_pairs=num_pairs
+        )
 
     num_pairs = torch.tensor(4.0, device=DEVICE)
     results = []
@@ -258,7 +282,14 @@ def test_cuda_graph_replays_with_new_inputs_and_noise(compat):
     num_pairs = torch.tensor(8.0, device=DEVICE)
 
     def step():
-        options = {"num_dimensions": 4, "beta": 0.8, "gamma": 1.5, "compat": compat, "sft_coef": 0.1}
+        options = {
+            "order": "alternating",
+            "num_dimensions": 4,
+            "beta": 0.8,
+            "gamma": 1.5,
+            "compat": compat,
+            "sft_coef": 0.1,
+        }
         result = amopo_loss(stats, noise=noise, num_pairs=num_pairs, **options)
         return [*result, *torch.autograd.grad(result.loss, stats.logp_sum)]
 
@@ -288,7 +319,9 @@ def test_no_host_synchronisation():
     for run in range(2):  # the first compiles
         torch.cuda.set_sync_debug_mode("error" if run else "default")
         try:
-            result = amopo_loss(stats, num_dimensions=4, beta=0.8, gamma=1.5, noise=noise, num_pairs=num_pairs)
+            result = amopo_loss(
+                stats, order="alternating", num_dimensions=4, beta=0.8, gamma=1.5, noise=noise, num_pairs=num_pairs
+            )
             torch.autograd.grad(result.loss, stats.logp_sum)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -301,7 +334,14 @@ def test_two_launches_forward_and_backward():
     num_pairs, upstream = torch.tensor(8.0, device=DEVICE), torch.tensor(1.0, device=DEVICE)
 
     def step():
-        options = {"num_dimensions": 4, "beta": 0.8, "gamma": 1.5, "noise": noise, "num_pairs": num_pairs}
+        options = {
+            "order": "alternating",
+            "num_dimensions": 4,
+            "beta": 0.8,
+            "gamma": 1.5,
+            "noise": noise,
+            "num_pairs": num_pairs,
+        }
         torch.autograd.grad(amopo_loss(stats, **options).loss, stats.logp_sum, upstream)
         torch.cuda.synchronize()
 

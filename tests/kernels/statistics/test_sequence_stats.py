@@ -104,8 +104,10 @@ def test_double_backward_retain_graph_and_same_bits():
     first = torch.autograd.grad(stats.logp_sum.sum(), (hidden, weight), retain_graph=True)
     second = torch.autograd.grad(stats.logp_sum.sum(), (hidden, weight))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    stats = linear_sequence_stats(hidden, weight, labels, cu_seqlens, bias)
+    (gradient,) = torch.autograd.grad(stats.logp_sum.sum(), hidden, create_graph=True)
     with pytest.raises(DoubleBackwardError):
-        torch.autograd.grad(again.logp_sum.sum(), hidden, create_graph=True)
+        torch.autograd.grad(gradient.sum(), weight)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from amopo_kernels import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("fused", "chunked")
+ALL_BACKENDS = ("torch", "fused", "chunked")
 
 
 def problem(rows, features, vocabulary, dtype=torch.float32, scale=1.0, seed=0, bias=False, device=DEVICE):
