@@ -49,6 +49,7 @@ from amopo_fast.survival.checkpointer import AlreadyFinished, Checkpointer
 from amopo_fast.survival.guard import Guard
 from amopo_fast.survival.safety import write_arguments
 from amopo_fast.survival.signals import Termination
+from amopo_fast.training.arguments import check_best_metric
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.loading import load_for_training
 from amopo_fast.training.metrics import Meter, evaluation_metrics
@@ -103,6 +104,7 @@ class AMoPOTrainer(Trainer):
             model = load_for_training(ModelConfig(model), args, train_dataset, adapter=peft_config is not None)
         if peft_config is not None:
             model = add_adapter(model, peft_config)
+        rate = args.settle_learning_rate(adapter=hasattr(model, "peft_config"))
         prepare_saving(model)
         self.objective = objective_of(args)
         base = weights_digest(model)
@@ -114,6 +116,7 @@ class AMoPOTrainer(Trainer):
         if args.compile_layers:
             compile_layers(model)
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset or ()}
+        check_best_metric(args, dimensions, [name for name, pairs in evals.items() if len(pairs)])
         for pair in chain(train_dataset or (), *evals.values()):
             if len(pair.prompts) != len(dimensions):
                 raise ValueError(
@@ -141,7 +144,8 @@ class AMoPOTrainer(Trainer):
             )
             self._batches = PlannedBatches(schedule)
             args.gradient_accumulation_steps = schedule.accumulation
-            callbacks.insert(0, _EpochOfPlan(self._batches, schedule.describe(sizes, args.tokens_per_micro_batch)))
+            described = "\n".join(filter(None, [schedule.describe(sizes, args.tokens_per_micro_batch), rate]))
+            callbacks.insert(0, _EpochOfPlan(self._batches, described))
             if kwargs.get("optimizers", (None, None))[0] is None:
                 kwargs.setdefault("optimizer_cls_and_kwargs", choose_optimizer(args, model, schedule.accumulation))
         if args.keep_layers:
@@ -255,6 +259,9 @@ class AMoPOTrainer(Trainer):
             batch_sampler=self._batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
             pin_memory=self.args.dataloader_pin_memory,
         )
 
