@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amopo_fast.errors import OptionError
+from amopo_fast.cli.numbers import whole
+from amopo_fast.errors import OptionError, check_numbers
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
@@ -24,8 +25,7 @@ class EvaluationOptions:
     seed: int = field(default=42, metadata={"help": "With eval_share: the training run's seed."})
 
     def __post_init__(self):
-        if self.beta <= 0:
-            raise OptionError(f"beta={self.beta} must be positive", "beta")
+        check_numbers(self, positive=["beta"], not_negative=["seed"])
 
 
 def add_parser(commands) -> None:
@@ -38,8 +38,8 @@ def add_parser(commands) -> None:
 def _add_arguments(parser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder or Hub name of a model or adapter, or a run")
     parser.add_argument("--checkpoints", action="store_true", help="every checkpoint of a run, and its final model")
-    parser.add_argument("--output", help="folder for eval.json and eval.html (default: the first model's folder)")
-    parser.add_argument("--tokens_per_row", type=int, default=8192, help="computed tokens of a packed row, at most")
+    parser.add_argument("--output_dir", help="folder for eval.json and eval.html (default: the first model's folder)")
+    parser.add_argument("--tokens_per_row", type=whole, default=8192, help="computed tokens of a packed row, at most")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                         help="of the weights; auto: the model's own on a GPU, float32 on a CPU")  # fmt: skip
     parser.add_argument("--device", default=None, help="default: cuda where there is a GPU, else cpu")
@@ -92,7 +92,7 @@ def run(arguments) -> int:
             first.setdefault(label, scores)
             sets.setdefault(label, {})[_short(name, models)] = result
         del model
-    folder = Path(options.output or (options.models[0] if Path(options.models[0]).is_dir() else "amopo-eval"))
+    folder = Path(options.output_dir or (options.models[0] if Path(options.models[0]).is_dir() else "amopo-eval"))
     text = json.dumps({label or "eval": found for label, found in sets.items()}, indent=1, default=str)
     _write(folder, sets, text)
     if options.json:
