@@ -62,7 +62,7 @@ def load_shape(config: ModelConfig) -> PretrainedConfig:
             with torch.device("meta"):
                 AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
         except Exception as error:  # whatever a model raises that is built of impossible sizes
-            found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            found = " ".join(str(error).split())[:300] or type(error).__name__
             raise OptionError(f"config_overrides: {found}; write NAME=NUMBER,... of the model's config.json that fit "
                               "each other", "config_overrides") from None  # fmt: skip
     return shape
