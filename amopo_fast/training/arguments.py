@@ -141,7 +141,7 @@ def try_names(args: AMoPOConfig, changed: dict[str, Any]) -> None:
     if args.fp16 and device.type == "cpu":
         raise OptionError("fp16 needs a GPU; leave it out", "fp16")
     _try("kernel_backend", lambda: choose_backend(args.kernel_backend, torch.empty(0, 1, device=device), torch.float32))
-    if args.logits_cache_gib and (args.kernel_backend == "torch" or device.type == "cpu" == args.kernel_backend == "auto"):
+    if args.logits_cache_gib and (args.kernel_backend == "torch" or device.type == "cpu" and args.kernel_backend == "auto"):
         raise OptionError(f"logits_cache_gib={args.logits_cache_gib} is not for kernel_backend torch, which runs on "
                           f"{device.type}; leave it out", "logits_cache_gib")  # fmt: skip
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
