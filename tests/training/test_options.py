@@ -106,7 +106,7 @@ ELSEWHERE = {
     "resume_from_checkpoint": "`amopo-fast train` (tests/survival)", "dry_run": "`amopo-fast train` (tests/cli)",
     "save_dtype": "`amopo-fast train` (tests/training/test_loading.py)",
     "restore_callback_states_from_checkpoint": "callbacks that a Python program gives",
-    "disable_tqdm": "terminals (tests/cli/test_bad_input.py)", "do_train": "true is what `train` does in any case", "do_eval": "eval_strategy sets it",
+    "disable_tqdm": "terminals", "do_train": "true is what `train` does in any case", "do_eval": "eval_strategy sets it",
 }  # fmt: skip
 
 
