@@ -1,10 +1,14 @@
-"""Run the GPU tests and all benchmarks in order of importance, within a number of minutes.
+"""The GPU tests and benchmarks in order of value, each within its seconds.
 
-    python benchmarks/gpu_suite.py --minutes 9 --out DIR [--only NAME ...] [--smoke]
+    python benchmarks/gpu_suite.py --plan first --out DIR        kernels and step: 6 minutes
+    python benchmarks/gpu_suite.py --plan second --out DIR       memory, training, attention, tuning: 5 minutes
+    python benchmarks/gpu_suite.py --plan rest --minutes 90 --out DIR [--only NAME ...] [--smoke]
 
-Every entry is a process of its own: one that fails or hangs costs its own result alone. DIR gets suite.json (status and
-report of every entry, rewritten after each; a report's rows are there as far as it came), suite.log (all output) and,
-while an entry runs, NAME.json. `python benchmarks/tables.py --add DIR/suite.json` files the reports under results/.
+Every entry is a process of its own with a budget: one that fails, hangs or runs over costs its own result alone, and
+what it had written by then is kept. NOTES.md has the prediction of every entry of the first two plans, which goes into
+the result. DIR gets suite.json (status, seconds, prediction and report of every entry, rewritten after each),
+suite.log (all output) and, while an entry runs, NAME.json. `python benchmarks/tables.py --add DIR/suite.json` files the
+reports under results/.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,74 +35,121 @@ from harness import ROOT, Deadline, environment
 class Entry:
     name: str
     command: str  # in the repository's root; a benchmark also gets --out, --minutes, --device and --smoke
-    minutes: float  # at most
+    seconds: float  # at most; then it is killed
 
 
+# Exact, cached and frozen gradients, entropies, ragged vocabularies, extreme logits, the same bits twice, CUDA graphs.
+KERNEL_TESTS = (
+    "tests/kernels/head/test_head_modes.py tests/kernels/head/test_head_at_size.py "
+    "tests/kernels/head/test_head_operators.py tests/kernels/loss/test_triton_loss.py -m gpu"
+)
+TRAINING_TESTS = (
+    "tests/models/test_attention.py tests/models/test_packing_gpu.py tests/memory/test_on_gpu.py "
+    "tests/survival/test_resume_gpu.py -m gpu"
+)
 SANITIZER = "compute-sanitizer --error-exitcode 1 --target-processes all"
-# In order of importance. A new benchmark is one line here; it takes its options from harness.parser.
-SUITE = [
-    Entry("tests", "python -m pytest -m gpu tests", 4),
-    Entry("head", "python benchmarks/head.py", 6),
-    Entry("loss", "python benchmarks/loss.py", 1),
-    Entry("step", "python benchmarks/step.py --model 7B", 8),
-    # On a GPU the kernels' other tests run on it as well, instead of in the interpreter.
-    Entry("kernel_tests", "python -m pytest tests/kernels", 6),
-    Entry("head_sweeps", "python benchmarks/head.py --sweeps", 8),
-    Entry("memory_32B", "python benchmarks/memory.py --model 32B", 9),
-    Entry("memory_7B", "python benchmarks/memory.py --model 7B", 9),
-    Entry("memory_14B", "python benchmarks/memory.py --model 14B", 9),
-    Entry("memory_0.5B", "python benchmarks/memory.py --model 0.5B", 4),
-    Entry("step_0.5B", "python benchmarks/step.py --model 0.5B", 4),
-    Entry("step_14B", "python benchmarks/step.py --model 14B", 8),
-    Entry("step_short", "python benchmarks/step.py --model 7B --data short", 6),
-    Entry("step_long", "python benchmarks/step.py --model 7B --data long", 8),
-    Entry("optimizers", "python benchmarks/optimizers.py", 9),
-    Entry("memcheck", f"{SANITIZER} --tool memcheck python -m pytest -m gpu tests/kernels", 8),
-    Entry("racecheck", f"{SANITIZER} --tool racecheck python -m pytest -m gpu tests/kernels", 8),
-    Entry("quality", "python benchmarks/quality.py", 12),
-]
-MINIMUM_SECONDS = 15  # what an entry is begun for
-GRACE_SECONDS = 20  # beyond its minutes, for the measurement in hand
+SMALL_TESTS = "tests/kernels/head/test_triton_head_edges.py tests/kernels/rows"
+NCU = "ncu --clock-control none --launch-count 4 --set basic"
+PLANS = {
+    "first": [
+        Entry("machine", "python benchmarks/machine.py", 30),
+        Entry("kernel_tests", f"python -m pytest {KERNEL_TESTS}", 60),
+        Entry("head_B", "python benchmarks/head.py --case B --few_peers --rounds 3", 45),
+        Entry("head_A", "python benchmarks/head.py --case A --few_peers --rounds 3", 55),
+        Entry("head_C", "python benchmarks/head.py --case C --few_peers --rounds 3", 50),
+        Entry("step_2_layers", "python benchmarks/step.py --model 7B --layers 2 --pairs 4 --quick", 45),
+        Entry("step", "python benchmarks/step.py --model 7B --pairs 2 --quick --only reference --only unpadded "
+              "--only side-shared --only 'fused head'", 60),
+    ],
+    "second": [
+        Entry("memory_14B", "python benchmarks/memory.py --model 14B --only 'in backward' --steps 3", 60),
+        Entry("training_tests", f"python -m pytest {TRAINING_TESTS}", 60),
+        Entry("optimizer_update", "python benchmarks/optimizer_update.py", 20),
+        Entry("attention", "python benchmarks/attention.py", 25),
+        Entry("loss", "python benchmarks/loss.py --rounds 4", 20),
+        Entry("head_tuning", "python benchmarks/head_tuning.py --rounds 3", 50),
+        Entry("memcheck", f"{SANITIZER} --tool memcheck python -m pytest -x {SMALL_TESTS}", 30),
+        Entry("ncu", f"{NCU} python benchmarks/head.py --case B --variant 'ours, fused' --mode forward+backward", 30),
+    ],
+    "rest": [
+        Entry("gpu_tests", "python -m pytest -m gpu tests", 300),
+        # On a GPU the kernels' other tests run on it as well, instead of in the interpreter.
+        Entry("all_kernel_tests", "python -m pytest tests/kernels", 600),
+        Entry("head", "python benchmarks/head.py", 600),
+        Entry("head_sweeps", "python benchmarks/head.py --sweeps", 600),
+        Entry("step_7B", "python benchmarks/step.py --model 7B", 600),
+        Entry("memory_32B", "python benchmarks/memory.py --model 32B", 600),
+        Entry("memory_7B", "python benchmarks/memory.py --model 7B", 600),
+        Entry("memory_0.5B", "python benchmarks/memory.py --model 0.5B", 300),
+        Entry("step_0.5B", "python benchmarks/step.py --model 0.5B", 300),
+        Entry("step_14B", "python benchmarks/step.py --model 14B", 600),
+        Entry("step_short", "python benchmarks/step.py --model 7B --data short", 400),
+        Entry("step_long", "python benchmarks/step.py --model 7B --data long", 600),
+        Entry("optimizers", "python benchmarks/optimizers.py", 600),
+        Entry("racecheck", f"{SANITIZER} --tool racecheck python -m pytest tests/kernels/head", 600),
+        Entry("quality", "python benchmarks/quality.py", 800),
+    ],
+}  # fmt: skip
+MINUTES = {"first": 6, "second": 5, "rest": 60}
+SMOKE_PATIENCE = 3  # with tiny shapes imports are all there is, and a machine without a GPU may be slow
+MINIMUM_SECONDS = 10  # what an entry is begun for
+START_SECONDS = 8  # of an entry, for its imports; a benchmark begins no measurement in its last ones
+
+
+def predictions() -> dict[str, str]:
+    """Entry -> what NOTES.md says of it, from the table whose first column names entries."""
+    rows = re.findall(r"^\| `([\w.]+)` \| \d+ \| (.+?) \|", (ROOT / "benchmarks" / "NOTES.md").read_text(), re.M)
+    return {name: text.strip() for name, text in rows}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--plan", choices=PLANS, required=True)
+    parser.add_argument("--minutes", type=float, help=f"of the whole plan; default: {MINUTES}")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", action="append", choices=[entry.name for entry in SUITE], metavar="NAME")
+    parser.add_argument("--only", action="append", metavar="NAME", help="entries of the plan; may be repeated")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes; on the CPU where there is no GPU")
     arguments = parser.parse_args()
-
+    plan = PLANS[arguments.plan]
+    unknown = set(arguments.only or ()) - {entry.name for entry in plan}
+    if unknown:
+        parser.error(f"plan {arguments.plan} has no {', '.join(sorted(unknown))}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not arguments.smoke:
         parser.error("there is no CUDA device here; --smoke runs tiny shapes on the CPU")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    deadline = Deadline(arguments.minutes)
-    suite = {"environment": environment(device), "smoke": arguments.smoke, "entries": {}}
-    for entry in SUITE:
+    minutes = arguments.minutes or MINUTES[arguments.plan] * (SMOKE_PATIENCE if arguments.smoke else 1)
+    deadline = Deadline(minutes)
+    suite = {"environment": environment(device), "plan": arguments.plan, "smoke": arguments.smoke, "entries": {}}
+    expected = predictions()
+    for entry in plan:
         if arguments.only and entry.name not in arguments.only:
             continue
-        suite["entries"][entry.name] = result = run(entry, arguments, device, deadline)
+        result = {"prediction": expected.get(entry.name), **run(entry, arguments, device, deadline)}
+        suite["entries"][entry.name] = result
         (arguments.out / "suite.json").write_text(json.dumps(suite, indent=1) + "\n")
-        print(f"{entry.name}: {result['status']}, {result['seconds']:.0f} s", flush=True)
-    failed = [name for name, result in suite["entries"].items() if result["status"].startswith("failed")]
+        print(f"{entry.name}: {result['status']}, {result['seconds']:.0f} of {entry.seconds:.0f} s", flush=True)
+    failed = [name for name, result in suite["entries"].items() if result["status"].startswith(("failed", "stopped"))]
     return 1 if failed else 0
 
 
 def run(entry: Entry, arguments: argparse.Namespace, device: str, deadline: Deadline) -> dict:
     """{"status": "ok", "failed: ...", "stopped: ..." or "not run: ...", "seconds", "report"}."""
-    left = min(60 * entry.minutes, deadline.seconds_left() - GRACE_SECONDS)
+    patience = SMOKE_PATIENCE if arguments.smoke else 1
+    left = min(entry.seconds * patience, deadline.seconds_left())
     if left < MINIMUM_SECONDS:
         return {"status": "not run: no time left", "seconds": 0.0, "report": None}
-    command = [sys.executable if word == "python" else word for word in entry.command.split()]
+    command = [sys.executable if word == "python" else word for word in shlex.split(entry.command)]
     if shutil.which(command[0]) is None:
         return {"status": f"not run: {command[0]} is not installed", "seconds": 0.0, "report": None}
     report = arguments.out / f"{entry.name}.json"
     if " benchmarks/" in entry.command:
-        command += ["--out", str(report), "--minutes", str(left / 60), "--device", device]
+        command += ["--out", str(report), "--minutes", str(max(left - START_SECONDS, 1) / 60), "--device", device]
         command += ["--smoke"] if arguments.smoke else []
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    if device == "cpu":
+        variables["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than all the rest
     begin = time.monotonic()
     with open(arguments.out / "suite.log", "a") as log:
         log.write(f"===== {entry.name}: {' '.join(command)}\n")
@@ -105,12 +158,16 @@ def run(entry: Entry, arguments: argparse.Namespace, device: str, deadline: Dead
             command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )  # fmt: skip
         try:
-            code = child.wait(left + GRACE_SECONDS)
+            code = child.wait(left)
             status = "ok" if code == 0 else f"failed: exit status {code}"
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # what it started, too: nothing may stay on the GPU
-            child.wait()
-            status = f"stopped: after {left + GRACE_SECONDS:.0f} s"
+            status = f"stopped: after {left:.0f} s"
+        # Whatever it started, too, and however it ended: nothing may stay on the GPU.
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        child.wait()
     content = None
     if report.exists():
         content = json.loads(report.read_text())

@@ -121,6 +121,7 @@ class Report:
 
     def __init__(self, benchmark: str, arguments: argparse.Namespace):
         self._path: Path = arguments.out
+        self._places: dict[str, int] = {}  # of rows that were put, by key
         options = {name: value for name, value in vars(arguments).items() if name != "out"}
         self._content: dict[str, Any] = {
             "benchmark": benchmark,
@@ -133,6 +134,18 @@ class Report:
     def add(self, **row: Any) -> None:
         """Append a row and print its gist. `status` is "ok", "not run: REASON" or "wrong: WHAT"."""
         self._content["rows"].append(row)
+        self._say(row)
+
+    def put(self, key: str, **row: Any) -> None:
+        """`add`, in the place of the row that was put by that key before."""
+        if key in self._places:
+            self._content["rows"][self._places[key]] = row
+        else:
+            self._places[key] = len(self._content["rows"])
+            self._content["rows"].append(row)
+        self._say(row)
+
+    def _say(self, row: dict[str, Any]) -> None:
         self._write()
         gist = [str(row[name]) for name in ("case", "mode", "variant", "status") if name in row]
         if "median_ms" in row:

@@ -1,11 +1,12 @@
 """The language-model head from hidden states to log-probabilities, statistics and gradients, beside its peers.
 
-    python benchmarks/head.py --out head.json                     cases A and B in every mode
+    python benchmarks/head.py --out head.json                     cases A, B and C in every mode
     python benchmarks/head.py --out head_sweeps.json --sweeps     one sweep per axis, forward+backward
     python benchmarks/head.py --out head_cpu.json --device cpu    the torch backend in float32
 
 Every output is compared with a sliced float64 oracle before it is timed. A variant that is absent, refuses the case or
-runs out of memory is a row "not run: reason"; one whose output is off is a row "wrong: ...", without a time.
+runs out of memory is a row "not run: reason"; one whose output is off is a row "wrong: ...", without a time. Ours are
+measured and written first; then the peers beside them, in turns, and ours are written again.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from head_problem import Case, Inputs, Oracle, random_inputs
 from head_variants import PEERS, Variant, our_variants
 
 CASES = {
-    "cuda": [Case("A", 4096, 5120, 152064), Case("B", 4096, 896, 151936)],
-    "cpu": [Case("C", 512, 896, 151936, torch.float32), Case("D", 1024, 256, 100003, torch.float32)],
+    # The heads of 32B and 0.5B models, and of today's 27B ones: 2.5 GB
+    "cuda": [Case("A", 4096, 5120, 152064), Case("B", 4096, 896, 151936), Case("C", 4096, 5120, 248320)],
+    "cpu": [Case("0.5B", 512, 896, 151936, torch.float32), Case("small", 1024, 256, 100003, torch.float32)],
 }
 BASE = Case("base", 4096, 3584, 152064)
 SWEEPS = {
@@ -32,7 +34,8 @@ SWEEPS = {
     "V": (32000, 65536, 131072, 262144),
 }
 SLOW_SECONDS = 30
-SWEEP_PEERS = (
+TOO_LATE = "not run: no time left"
+FEW_PEERS = (
     "plain logits", "torch linear_cross_entropy, 8 chunks", "Liger scaled CE", "Liger FLCE, per row", "CCE, exact"
 )  # fmt: skip
 # Above these a variant computes something else: |error| / (1 + max |logit|) of logps, ||error|| / ||.|| of gradients.
@@ -139,31 +142,48 @@ def _recover(variant: Variant, device: str) -> None:
         raise SystemExit(f"{variant.name} left the GPU unusable; run again with --without '{variant.name}'") from error
 
 
-def benchmark(case: Case, mode: Mode, variants: Sequence[Variant], report, arguments, deadline) -> None:
+def problems(case: Case, device: str) -> tuple[list[Inputs], Oracle]:
+    inputs = [random_inputs(case, device, seed) for seed in range(2 if device == "cuda" else 1)]
+    return inputs, Oracle(inputs[0])
+
+
+def benchmark(case: Case, mode: Mode, variants: Sequence[Variant], problem, report, arguments, deadline) -> None:
+    """`problem`: of `problems`; may be None where the deadline is over."""
     common = {
         "case": case.name, "N": case.N, "H": case.H, "V": case.V, "dtype": str(case.dtype).removeprefix("torch."),
         "mode": mode.name,
     }  # fmt: skip
-    if deadline.over():
-        for variant in variants:
-            report.add(**common, variant=variant.name, options=variant.options, status="not run: no time left")
-        return
-    inputs = [random_inputs(case, arguments.device, seed) for seed in range(2 if arguments.device == "cuda" else 1)]
+    rows = {x.name: {**common, "variant": x.name, "options": x.options, "status": TOO_LATE} for x in variants}
+    inputs, oracle = problem or ([], None)
     if mode.frozen:
         inputs = [dataclasses.replace(one, weight=one.weight.detach()) for one in inputs]
-    oracle = Oracle(inputs[0])
-    runs, rows = {}, {}
-    for variant in variants:
-        run, fields = prepare(variant, mode, case, inputs[0], oracle)
-        rows[variant.name] = {**common, "variant": variant.name, "options": variant.options, **fields}
-        if run is not None:
-            runs[variant.name] = run
-    warmup = 2 if arguments.device == "cuda" else 0  # everything has run twice by now
-    times = harness.measure(
-        runs, inputs, device=arguments.device, rounds=arguments.rounds, warmup=warmup, deadline=deadline
-    )  # fmt: skip
-    for name, row in rows.items():
-        report.add(**row, **times.get(name, {}))
+    runs: dict[str, harness.Variant] = {}
+
+    def measure(group: Sequence[Variant]) -> None:
+        """Prepare the group, time it in turns with what was prepared before, and write all of it."""
+        for variant in group:
+            if deadline.over():
+                break
+            run, fields = prepare(variant, mode, case, inputs[0], oracle)
+            rows[variant.name].update(fields)
+            if run is not None:
+                runs[variant.name] = run
+        times = {}
+        if runs and not deadline.over():
+            warmup = 2 if arguments.device == "cuda" else 0  # everything has run twice by now
+            times = harness.measure(
+                runs, inputs, device=arguments.device, rounds=arguments.rounds, warmup=warmup, deadline=deadline
+            )  # fmt: skip
+        for name in (*runs, *(x.name for x in group if x.name not in runs)):
+            row = rows[name]
+            row.update(times.get(name, {}))
+            too_late = name in runs and "median_ms" not in row
+            report.put(f"{case.name} {mode.name} {name}", **row | ({"status": TOO_LATE} if too_late else {}))
+
+    ours = [variant for variant in variants if variant.name.startswith("ours")]
+    for group in (ours, [variant for variant in variants if variant not in ours]):
+        if group:
+            measure(group)
 
 
 def sweep_cases() -> list[Case]:
@@ -173,6 +193,7 @@ def sweep_cases() -> list[Case]:
 def main() -> None:
     parser = harness.parser(__doc__.splitlines()[0])
     parser.add_argument("--sweeps", action="store_true", help="one sweep per axis instead of the cases")
+    parser.add_argument("--few_peers", action="store_true", help="the peers of the sweeps alone")
     parser.add_argument("--case", action="append", help="only this case; may be repeated")
     parser.add_argument("--mode", action="append", help="only this mode; may be repeated")
     parser.add_argument("--variant", action="append", help="only this variant; may be repeated")
@@ -181,22 +202,30 @@ def main() -> None:
     deadline = harness.Deadline(arguments.minutes)
     report = harness.Report("head_sweeps" if arguments.sweeps else "head", arguments)
     cases = sweep_cases() if arguments.sweeps else CASES["cuda" if arguments.device == "cuda" else "cpu"]
-    if arguments.smoke:
+    if arguments.smoke and not arguments.sweeps:
+        dtype = CASES["cuda" if arguments.device == "cuda" else "cpu"][0].dtype
+        cases = [dataclasses.replace(x, N=16, H=32, V=300, dtype=dtype) for both in CASES.values() for x in both]
+    elif arguments.smoke:
         cases = [dataclasses.replace(case, N=16, H=32, V=300) for case in cases[:2]]
     cases = [case for case in cases if not arguments.case or case.name in arguments.case]
+    few = arguments.few_peers or arguments.sweeps
     # Mode by mode: the exact gradient of every case comes before the second mode of the first.
+    problem, problem_case = None, None
     for number in range(1 if arguments.sweeps else len(modes(BASE))):
         for case in cases:
             mode = modes(case)[number]
             if arguments.mode and mode.name not in arguments.mode:
                 continue
             variants = mode.variants(arguments.device)
-            if arguments.sweeps:
-                variants = [x for x in variants if x.name.startswith("ours") or x.name in SWEEP_PEERS]
+            if few:
+                variants = [x for x in variants if x.name.startswith("ours") or x.name in FEW_PEERS]
             if arguments.variant:
                 variants = [x for x in variants if x.name in arguments.variant]
             variants = [x for x in variants if x.name not in arguments.without]
-            benchmark(case, mode, variants, report, arguments, deadline)
+            if case is not problem_case and not deadline.over():
+                problem = None  # frees the case before
+                problem, problem_case = problems(case, arguments.device), case
+            benchmark(case, mode, variants, problem, report, arguments, deadline)
 
 
 if __name__ == "__main__":

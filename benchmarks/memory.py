@@ -2,7 +2,7 @@
 
 Every row is a process of its own that goes the way of `amopo-fast train`: the memory check, the model made on the
 device with random weights in Qwen2.5's shapes, AMoPOTrainer, its optimizer and its loop, on pairs with the lengths of
-real ones. Two steps warm up and create the optimizer's states, ten consecutive ones are measured: one peak, and the
+real ones. Two steps warm up and create the optimizer's states, the ones behind them are measured: one peak, and the
 time from one step's beginning to the next. `plain` rows train the same pairs with transformers and torch alone: padded
 sequences, one pair a step, float32 weights with bfloat16 autocast, full logits, fused AdamW. The prediction is made
 before the row is run. On a CPU (--smoke) the bytes of tensors are counted as they are made.
@@ -32,7 +32,7 @@ SHAPES = SHAPES | {
     "32B": dict(num_hidden_layers=64, hidden_size=5120, intermediate_size=27648, num_attention_heads=40,
                 num_key_value_heads=8, vocab_size=152064, tie_word_embeddings=False),
 }  # fmt: skip
-WARMUP, STEPS = 2, 10
+WARMUP = 2
 BF16 = {"weight_precision": "bf16_stochastic"}
 RECOMPUTED = {"gradient_checkpointing": True}
 IN_BACKWARD_8, IN_BACKWARD_4 = {**BF16, "optim_in_backward": "adamw_8bit"}, {**BF16, "optim_in_backward": "adamw_4bit"}
@@ -65,8 +65,8 @@ SMOKE_ROWS = [
 class Window(TrainerCallback):
     """Times the steps after the warm-up and takes the peak over all of them."""
 
-    def __init__(self, cuda: bool, live):
-        self.cuda, self.live = cuda, live
+    def __init__(self, cuda: bool, live, steps: int):
+        self.cuda, self.live, self.steps = cuda, live, steps
         self.begins: list[float] = []
         self.peak = 0
 
@@ -84,7 +84,7 @@ class Window(TrainerCallback):
         self.begins.append(time.perf_counter())
 
     def close(self) -> None:
-        self.mark(WARMUP + STEPS)
+        self.mark(WARMUP + self.steps)
         self.peak = torch.cuda.max_memory_allocated() if self.cuda else self.live.peak
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -116,7 +116,7 @@ def fitting_pairs(shape: str, budget: int) -> tuple[list, int]:
     return [pair for pair, size in zip(pairs, sizes, strict=True) if size <= budget // per_step], per_step
 
 
-def train(shape: str, options: dict, budget: int, device: str) -> dict:
+def train(shape: str, options: dict, budget: int, device: str, steps: int) -> dict:
     """One row through this package's own path."""
     from amopo_fast.memory.profile import LiveBytes
     from amopo_fast.models.config import ModelConfig
@@ -135,13 +135,13 @@ def train(shape: str, options: dict, budget: int, device: str) -> dict:
         Qwen2Config(**SHAPES[shape], max_position_embeddings=8192).save_pretrained(folder)
         config = ModelConfig(folder, random_weights=True, use_peft=adapter)
         args = AMoPOConfig(
-            output_dir=folder, max_steps=WARMUP + STEPS, tokens_per_micro_batch=budget, use_cpu=not cuda,
+            output_dir=folder, max_steps=WARMUP + steps, tokens_per_micro_batch=budget, use_cpu=not cuda,
             pairs_per_step=per_step, save_strategy="no", logging_steps=5,
             disable_tqdm=True, report_to=[], bf16=True, **options,
         )  # fmt: skip
         row, _ = longest_row(pairs, args)
         live = None if cuda else LiveBytes()
-        window = Window(cuda, live)
+        window = Window(cuda, live, steps)
         with live or contextlib.nullcontext():
             model = load_for_training(config, args, pairs, adapter=adapter)
             if four_bits:
@@ -158,7 +158,7 @@ def train(shape: str, options: dict, budget: int, device: str) -> dict:
             for callback in (PrinterCallback, ProgressCallback):
                 trainer.remove_callback(callback)
             trainer.train()
-        batches = trainer._batches.schedule.epochs[0][WARMUP : WARMUP + STEPS]
+        batches = trainer._batches.schedule.epochs[0][WARMUP : WARMUP + steps]
         used = [i for batch in batches for i in batch.pairs]
         tokens = {kind: int(getattr(sizes, kind)[used].sum()) for kind in ("computed", "padded", "labels")}
     return {"pairs_per_step": args.pairs_per_step, "longest_tokens": row.tokens, **predicted, **window.row(tokens),
@@ -212,16 +212,16 @@ def predict_only(shape: str, options: dict, budget: int) -> dict:
     return {"longest_tokens": row.tokens, **predict(config, row, replace(setup, liger=True))}
 
 
-def plain(shape: str, device: str) -> dict:
+def plain(shape: str, device: str, steps: int) -> dict:
     """The same pairs with transformers and torch alone; its attention is flash-attn's where that is installed."""
     from amopo_fast.memory.profile import LiveBytes
     from amopo_fast.packing.schedule import PairSizes
 
     cuda = device.startswith("cuda")
-    pairs = random_pairs(lengths("qa"), "dimension_first", SHAPES[shape]["vocab_size"], count=WARMUP + STEPS)
+    pairs = random_pairs(lengths("qa"), "dimension_first", SHAPES[shape]["vocab_size"], count=WARMUP + steps)
     sizes = PairSizes.of(pairs)
     live = None if cuda else LiveBytes()
-    window = Window(cuda, live)
+    window = Window(cuda, live, steps)
     from transformers import Qwen2ForCausalLM
 
     from step import choose_attention
@@ -243,7 +243,7 @@ def plain(shape: str, device: str) -> dict:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
             optimizer.step()
         window.close()
-    measured = slice(WARMUP, WARMUP + STEPS)
+    measured = slice(WARMUP, WARMUP + steps)
     tokens = {"padded": int(sizes.padded[measured].sum()), "labels": int(sizes.labels[measured].sum())}
     return {"pairs_per_step": 1, "attention": attention, **window.row(tokens)}
 
@@ -252,9 +252,9 @@ def child(case: dict) -> int:
     """Run one row and write it to `case["out"]`."""
     try:
         if case["variant"] == "plain":
-            result = plain(case["shape"], case["device"])
+            result = plain(case["shape"], case["device"], case["steps"])
         else:
-            result = train(case["shape"], case["options"], case["tokens"], case["device"])
+            result = train(case["shape"], case["options"], case["tokens"], case["device"], case["steps"])
         result["status"] = "ok"
     except torch.OutOfMemoryError as error:
         result = {"status": f"not run: out of memory: {str(error).splitlines()[0][:200]}"}
@@ -270,6 +270,8 @@ def main() -> int:
     parser = harness.parser(__doc__.splitlines()[0])
     parser.add_argument("--model", choices=[name for name in SHAPES if name not in ("cpu", "smoke")])
     parser.add_argument("--predict", action="store_true", help="write the predictions alone, for GPUs, and run nothing")
+    parser.add_argument("--only", default="", help="rows whose variant has this in its name")
+    parser.add_argument("--steps", type=int, default=10, help="measured, behind two that warm up")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     if "--child" in sys.argv:
         return child(json.loads(sys.argv[sys.argv.index("--child") + 1]))
@@ -277,7 +279,7 @@ def main() -> int:
     report = harness.Report("memory", arguments)
     deadline = harness.Deadline(arguments.minutes)
     for shape, variant, options, tokens in SMOKE_ROWS if arguments.smoke else ROWS:
-        if arguments.model and not arguments.smoke and shape != arguments.model:
+        if arguments.model and not arguments.smoke and shape != arguments.model or arguments.only not in variant:
             continue
         head = {"case": f"{shape}, {tokens or 'one pair'}", "shape": shape, "variant": variant, "tokens": tokens}
         if arguments.predict:
@@ -288,7 +290,7 @@ def main() -> int:
             report.add(**head, status="not run: no time left")
             continue
         with tempfile.TemporaryDirectory() as folder:
-            case = {"shape": shape, "variant": variant, "options": options, "tokens": tokens,
+            case = {"shape": shape, "variant": variant, "options": options, "tokens": tokens, "steps": arguments.steps,
                     "device": arguments.device, "out": str(Path(folder) / "row.json")}  # fmt: skip
             try:
                 done = subprocess.run(

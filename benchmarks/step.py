@@ -169,14 +169,15 @@ class Step:
         return total
 
 
-def build_model(shape: str, device: str) -> nn.Module:
+def build_model(shape: str, device: str, layers: int | None = None) -> nn.Module:
     """Random weights, made where they stay; bf16 on a GPU, float32 elsewhere."""
+    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if device.startswith("cuda") else torch.float32)
     try:
         torch.manual_seed(0)
         with torch.device(device):
-            return Qwen2ForCausalLM(Qwen2Config(**SHAPES[shape], max_position_embeddings=8192)).train()
+            return Qwen2ForCausalLM(Qwen2Config(**sizes, max_position_embeddings=8192)).train()
     finally:
         torch.set_default_dtype(previous)
 
@@ -206,15 +207,18 @@ def choose_attention(technique: Technique, model: nn.Module, device: str) -> str
     raise RuntimeError("no attention for padded batches")
 
 
-def settings(technique: Technique, smoke: bool, device: str) -> Iterator[Setting]:
+def settings(technique: Technique, arguments) -> Iterator[Setting]:
     """From small to large, so that the first that does not fit ends its half."""
-    if smoke:
+    if arguments.smoke:
         yield Setting(2 if not technique.packed else 2048, False)
         return
-    if not device.startswith("cuda"):
+    if not arguments.device.startswith("cuda"):
         yield Setting(1 if not technique.packed else 8192, False)
         return
     for checkpointing in (False, True):
+        if arguments.quick:
+            yield Setting(2 if not technique.packed else 16384, checkpointing)
+            continue
         for size in (1, 2, 4, 8) if not technique.packed else (4096, 8192, 16384, 32768):
             yield Setting(size, checkpointing)
 
@@ -298,9 +302,10 @@ def best(step: Step, arguments, deadline: harness.Deadline) -> dict:
     """The fastest setting that fits, found by one run of each, and which did not fit."""
     candidates: list[tuple[float, Setting]] = []
     too_large, done = [], set()
-    possible = list(settings(step.technique, arguments.smoke, step.device))
+    possible = list(settings(step.technique, arguments))
     for setting in possible:
-        if setting.checkpointing in done or len(possible) > 1 and candidates and deadline.over():
+        enough = candidates and (arguments.quick or deadline.over())
+        if setting.checkpointing in done or len(possible) > 1 and enough:
             continue
         try:
             row = measure(step, setting, 1, 0 if candidates else 1, deadline) if len(possible) > 1 else None
@@ -323,9 +328,10 @@ def run_case(shape: str, data: str, arguments, report: harness.Report, deadline:
     device = arguments.device
     pairs_of = functools.partial(random_pairs, lengths(data), vocabulary=SHAPES[shape]["vocab_size"])
     limits = dict(count=4, max_length=160) if arguments.smoke else dict(count=arguments.pairs)
+    case = f"{shape}, {data}" + (f", {arguments.layers} layers" if arguments.layers else "")
     model, without = None, []
     for technique in TECHNIQUES:
-        row = {"case": f"{shape}, {data}", "variant": technique.name}
+        row = {"case": case, "variant": technique.name}
         name = technique.name.removeprefix("+ ")
         wanted = not arguments.only or name in arguments.only
         if deadline.over():
@@ -333,7 +339,7 @@ def run_case(shape: str, data: str, arguments, report: harness.Report, deadline:
                 report.add(**row, status="not run: no time left")
             continue
         try:
-            model = model or build_model(shape, device)
+            model = model or build_model(shape, device, arguments.layers)
             if technique.packed and not is_switched(model):
                 prepare_model(model)
             try:
@@ -361,6 +367,8 @@ def main() -> None:
     parser.add_argument("--model", choices=[name for name in SHAPES if name != "smoke"], help="one shape; default: all")
     parser.add_argument("--data", choices=("qa", "short", "long"), default="qa", help="with --model")
     parser.add_argument("--pairs", type=int, default=8, help="pairs of a step")
+    parser.add_argument("--layers", type=int, help="of the model; default: the shape's")
+    parser.add_argument("--quick", action="store_true", help="one size of micro-batch, the first that fits")
     names = [technique.name.removeprefix("+ ") for technique in TECHNIQUES]
     parser.add_argument("--only", action="append", choices=names, metavar="ROW", help="rows; default: all")
     arguments = parser.parse_args()

@@ -1,18 +1,30 @@
 """Before anything imports Triton or a Hub library: without a GPU kernels run in the interpreter, and no test touches a
-network."""
+network. Nothing else sets TRITON_INTERPRET, and a test that is marked gpu fails where a kernel runs interpreted."""
 
 import os
 import socket
 
 import pytest
 import torch
+from interpreted import interpreted_kernels, mend_the_interpreter
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    mend_the_interpreter()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the cores are taken by the other workers
 # For this process and the ones that tests start.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+
+
+@pytest.fixture(autouse=True)
+def compiled_on_a_gpu(request):
+    """A GPU test whose kernels were interpreted would prove nothing."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        assert torch.cuda.is_available(), "a test that is marked gpu needs a skipif without CUDA"
+        assert not interpreted_kernels()
+
 
 _LOCAL = ("127.", "::1", "localhost", "0.0.0.0", "::")
 _connect, _connect_ex, _getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo

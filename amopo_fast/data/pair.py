@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from amopo_fast.data.sources.candidate import NO_OBJECT
 
 DEFAULT_SCORE_RANGE = (0.0, 5.0)
+PLAIN = "none"  # asks a trained model for nothing, so no dimension is called so
 DEFAULT_DIMENSIONS = (NO_OBJECT, "helpfulness", "correctness", "instruction_following")  # the paper's
 ROLES = ("system", "developer", "user", "assistant", "tool")
 PARTS = 1 << 32  # a run numbers the pairs of a record: record + part * PARTS
@@ -97,6 +98,8 @@ def check_dimensions(dimensions: Sequence[str], score_range: tuple[float, float]
         raise ValueError(f"dimensions must be non-empty names, got {list(dimensions)!r}")
     if len(set(dimensions)) != len(dimensions):
         raise ValueError(f"dimensions must differ from each other, got {list(dimensions)!r}")
+    if PLAIN in dimensions:
+        raise ValueError(f"no dimension can be called {PLAIN!r}: it asks a trained model for nothing; rename it")
     if len(score_range) != 2 or not all(math.isfinite(bound) for bound in score_range):
         raise ValueError(f"score_range must be two finite numbers, got {score_range!r}")
     if score_range[0] >= score_range[1]:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from amopo_fast.data.pair import PLAIN
 from amopo_fast.errors import OptionError
 from amopo_fast.models.loading import load_trained, tokenizer_folder
 from amopo_fast.prompts.recipe import RECIPE_FILE, Recipe, recipe_of
-from amopo_fast.prompts.template import PLAIN, change_templates, prompt_of
+from amopo_fast.prompts.template import change_templates, prompt_of
 from amopo_fast.prompts.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

@@ -189,13 +189,10 @@ def _varlen_function():
 
 
 def _varlen(q, k, v, cu_q, cu_k, max_q, max_k, scaling, window):
-    varlen_attn, takes_gqa = _varlen_function()
-    options = {}
-    if q.shape[1] != k.shape[1]:
-        if takes_gqa:
-            options["enable_gqa"] = True
-        else:  # torch 2.11
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    varlen_attn, has_to_be_told = _varlen_function()
+    # torch 2.11 has no keyword and no check, and its kernel takes grouped heads as they are. Repeated ones would be
+    # kept for the backward by every layer.
+    options = {"enable_gqa": True} if has_to_be_told and q.shape[1] != k.shape[1] else {}
     # (left, right) keys beside the query's own place, at the end of its segment: (-1, 0) is plain causal.
     sides = (-1 if window is None else window - 1, 0)
     return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scaling, window_size=sides, **options)

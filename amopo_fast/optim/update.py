@@ -7,6 +7,7 @@ The update uses the moments before they are quantised. Stochastic rounding adds 
 drops them: a number between two bfloat16 goes to the upper one with the probability of its distance from the lower.
 At learning rates of 1e-7 to 1e-5 an update is far below half a bfloat16 step, and rounding to nearest would lose
 every one of them. The random bits are a function of (seed, step, parameter), so no other random state is touched.
+Infinities and NaN stay what they are: a carry out of a NaN's bits would make a finite number of it.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ def rounding_seed(seed: int, count: int, parameter: int) -> int:
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 -> bfloat16; the expectation of the result is x."""
+    """float32 -> bfloat16; the expectation of the result is x. NaN gives NaN."""
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return ((x.view(torch.int32) + noise) & -65536).view(torch.float32).bfloat16()
+    rounded = noise.add_(x.view(torch.int32)).bitwise_and_(-65536).view(torch.float32)
+    return rounded.masked_fill_(x.isnan(), float("nan")).bfloat16()
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ except ImportError:  # no Triton for this platform; update.py serves
     triton = None
 
 TILE = 1024  # elements of a program
-NUM_WARPS = 8  # 4 elements a thread: 32 to 48 registers, nothing on the stack (tests/kernels/test_compiling_adamw.py)
+NUM_WARPS = 8  # 4 elements a thread: 32 to 48 registers, nothing on the stack (benchmarks/compile_report.py)
 
 
 def eligible(parameter: Tensor, state: dict[str, Tensor]) -> bool:
@@ -124,7 +124,8 @@ if triton is not None:
         p -= lr * (m / correction1) / (tl.sqrt(v) / correction2_sqrt + eps)
         if STOCHASTIC:
             bits = p.to(tl.int32, bitcast=True) + _noise(seed, row, ROWS, BLOCK)
-            p = (bits & -65536).to(tl.float32, bitcast=True)
+            # CUDA's NaN is 0x7fffffff: noise would carry it over the sign bit and leave -0
+            p = tl.where(p == p, (bits & -65536).to(tl.float32, bitcast=True), float("nan"))
         tl.store(p_ptr + at, p.to(p_ptr.dtype.element_ty), mask=inside)
 
 
@@ -150,22 +151,23 @@ def update_(
         quantised = moment.scale is not None
         # Without quantisation the scale and map pointers are never read.
         pointers += [moment.codes, moment.scale if quantised else grad, moment.map if quantised else grad]
-    _adamw_kernel[(triton.cdiv(parameter.numel(), TILE),)](
-        parameter,
-        grad,
-        *pointers,
-        grad if grad_scale is None else grad_scale,
-        parameter.numel(),
-        step.seed or 0,
-        step.lr,
-        step.lr * step.weight_decay,
-        1 - step.beta1,
-        1 - step.beta2,
-        step.bias_correction1,
-        step.bias_correction2_sqrt,
-        step.eps,
-        **options,
-        HAS_GRAD_SCALE=grad_scale is not None,
-        STOCHASTIC=step.seed is not None,
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(parameter):  # Triton launches on the current device
+        _adamw_kernel[(triton.cdiv(parameter.numel(), TILE),)](
+            parameter,
+            grad,
+            *pointers,
+            grad if grad_scale is None else grad_scale,
+            parameter.numel(),
+            step.seed or 0,
+            step.lr,
+            step.lr * step.weight_decay,
+            1 - step.beta1,
+            1 - step.beta2,
+            step.bias_correction1,
+            step.bias_correction2_sqrt,
+            step.eps,
+            **options,
+            HAS_GRAD_SCALE=grad_scale is not None,
+            STOCHASTIC=step.seed is not None,
+            num_warps=NUM_WARPS,
+        )

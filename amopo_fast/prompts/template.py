@@ -20,12 +20,12 @@ from typing import Any
 
 import jinja2
 
+from amopo_fast.data.pair import PLAIN
 from amopo_fast.data.sources.candidate import NO_OBJECT
 from amopo_fast.prompts.wording import Wording
 
 CLOCK = "strftime_now"
 _DIRECTIVES = "aAbBcdHIjmMpSUwWxXyYZz"
-PLAIN = "none"  # the dimension that asks for nothing
 _BEGIN = "{#- amopo-fast: the dimensions this model was trained with; the model's own template begins below -#}\n"
 _END = "{%- set amopo_end = true %}\n"
 

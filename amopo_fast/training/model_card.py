@@ -28,7 +28,7 @@ def model_card(recipe: Recipe, log: Sequence[dict[str, Any]], *, name: str, adap
     )  # fmt: skip
     scored = [dimension for dimension in recipe.dimensions if dimension != NO_OBJECT]
     parts = ["---", meta.to_yaml().strip(), "---", "", f"# {name}", ""]
-    made = f"{'A LoRA adapter over' if adapter else 'Trained from'} {f'`{base}`' if base else 'a model'}"
+    made = f"{'A LoRA adapter, trained over' if adapter else 'Trained from'} {f'`{base}`' if base else 'a model'}"
     parts += [
         f"{made} with amopo_fast on pairs of answers that are scored by dimension: {', '.join(scored) or 'none'}. "
         f"Objective: {_objective(recipe)} ([arXiv 2506.07165](https://arxiv.org/abs/2506.07165)).",

@@ -154,6 +154,7 @@ def test_a_broken_file_is_reported(tmp_path, monkeypatch, capsys, name, content,
 
 
 def test_paths_that_are_no_files(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("datasets")  # which is asked about folders and names
     monkeypatch.setenv("COLUMNS", "500")
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "empty").mkdir()

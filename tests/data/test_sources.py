@@ -243,8 +243,7 @@ def test_every_kind_of_file_holds_the_same_pairs(tmp_path, name):
 
 
 def test_a_folder_of_parquet_files_is_read_through_datasets(tmp_path, monkeypatch):
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "set"
     folder.mkdir()
@@ -261,8 +260,7 @@ def test_a_folder_of_parquet_files_is_read_through_datasets(tmp_path, monkeypatc
 
 
 def test_a_saved_data_set_is_read(tmp_path):
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS[:4])}).save_to_disk(tmp_path / "saved")
     assert len(read_pairs(tmp_path / "saved", dimensions=("a",))[0]) == 4
 

@@ -33,6 +33,7 @@ QUESTION = [{"role": "user", "content": "Where is the lamp?"}]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A bfloat16 base model that samples; a full run and an adapter over it, with other prompts than the defaults."""
+    pytest.importorskip("jsonschema")  # which reading a recipe asks
     folder = tmp_path_factory.mktemp("prompted")
     base = demo_model(0).to(torch.bfloat16)
     base.generation_config.update(temperature=0.7, top_p=0.9, do_sample=True, eos_token_id=0)

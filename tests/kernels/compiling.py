@@ -10,6 +10,7 @@ A launch is written as the launcher would make it: a torch dtype stands for a te
 `Descriptor` for a host-side tensor descriptor, a tuple for a tuple of these, numbers and constexprs for themselves.
 Triton specialises them as at a real launch. The work is done in a child process, because the other tests run with
 TRITON_INTERPRET=1, which Triton reads when a kernel is decorated. Triton's own cache keeps what was compiled before.
+`compile_here` does it in this process, for programs that have Triton compile (benchmarks/compile_report.py).
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Compiled:
     registers: int  # per thread
     stack_bytes: int  # per thread; local memory: spills, or arrays indexed at run time
     shared_bytes: int  # per block, dynamic shared memory included
+    sass_instructions: int  # of the machine code, loops counted once
     triton_version: str
 
     @property
@@ -139,38 +141,62 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
     import triton.backends.nvidia
 
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        report, sass = (
+            subprocess.run([tools / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
     usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report))
-    return {"registers": int(usage["REG"]), "stack_bytes": int(usage["STACK"]) + int(usage["LOCAL"])}
+    instructions = [line for line in re.findall(r"/\*[0-9a-f]{4,}\*/ +(.*?);", sass) if not line.startswith("NOP")]
+    return {"registers": int(usage["REG"]), "stack_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
+            "sass_instructions": len(instructions)}  # fmt: skip
 
 
-def _main() -> None:
+def use_absent_gpu() -> None:
+    """From here on Triton compiles in this process, and launches nothing."""
+    from triton.runtime import driver
+
+    driver.set_active(_AbsentGPU())
+
+
+def compile_here(launch: Launch) -> Compiled:
+    """After `use_absent_gpu`. Raises what the compiler raises."""
+    result = _compile(dataclasses.asdict(launch))
+    return Compiled(launch=launch, **result)
+
+
+def _compile(launch: dict[str, Any]) -> dict[str, Any]:
     import triton
     from triton.runtime import driver
 
+    driver.active.cc = launch["cc"]
+    module, name = launch["kernel"].split(":")
+    kernel = getattr(importlib.import_module(module), name)
+    compiled = kernel.warmup(
+        **{name: _argument(value) for name, value in launch["arguments"].items()}, grid=(1,),
+        num_warps=launch["num_warps"], num_stages=launch["num_stages"], **launch["options"],
+    )  # fmt: skip
+    _build_launcher(compiled)
+    return {"ptx": compiled.asm["ptx"], "shared_bytes": compiled.metadata.shared,
+            "triton_version": triton.__version__, **_resources(compiled.asm["cubin"])}  # fmt: skip
+
+
+def _build_launcher(compiled) -> None:
+    """Triton 3.6 also compiles a C module per signature, at the first launch: where there is a driver to link with, its
+    cache gets that, too."""
+    from triton.backends.nvidia import driver as nvidia
+
+    if hasattr(nvidia, "make_launcher") and torch.cuda.is_available():
+        nvidia.CudaLauncher(compiled.src, compiled.metadata)
+
+
+def _main() -> None:
     results_file, sys.stdout = sys.stdout.buffer, sys.stderr
-    gpu = _AbsentGPU()
-    driver.set_active(gpu)
-    results = []
-    for launch in pickle.load(sys.stdin.buffer):
-        gpu.cc = launch["cc"]
-        module, name = launch["kernel"].split(":")
-        kernel = getattr(importlib.import_module(module), name)
-        compiled = kernel.warmup(
-            **{name: _argument(value) for name, value in launch["arguments"].items()}, grid=(1,),
-            num_warps=launch["num_warps"], num_stages=launch["num_stages"], **launch["options"],
-        )  # fmt: skip
-        results.append(
-            {"ptx": compiled.asm["ptx"], "shared_bytes": compiled.metadata.shared,
-             "triton_version": triton.__version__, **_resources(compiled.asm["cubin"])}
-        )  # fmt: skip
-    pickle.dump(results, results_file)
+    use_absent_gpu()
+    pickle.dump([_compile(launch) for launch in pickle.load(sys.stdin.buffer)], results_file)
 
 
 if __name__ == "__main__":

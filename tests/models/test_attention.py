@@ -114,7 +114,6 @@ def fake_varlen(seen, version):
 
     def torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
                    window_size=(-1, -1)):  # fmt: skip
-        assert query.shape[1] == key.shape[1]
         return run(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
 
     def torch_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
@@ -160,14 +159,24 @@ def test_adapters_pass_everything_on(libraries, backend, options, value_dim):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_varlen_of_torch_2_11_gets_repeated_heads(monkeypatch, window):
+def test_varlen_of_torch_2_11_gets_grouped_heads_as_they_are(monkeypatch, window):
     seen = []
     varlen = fake_varlen(seen, "2.11")
     monkeypatch.setattr(attention_backends, "_varlen_function", lambda: (varlen, False))
     inputs = segments()
     got = attend("varlen", *inputs, scaling=0.3, window=window)
     torch.testing.assert_close(got.double(), plainly(*inputs, scaling=0.3, window=window), rtol=1e-5, atol=1e-5)
-    assert seen[0]["kv_heads"] == 4
+    assert seen[0]["kv_heads"] == 2
+
+
+def test_the_installed_varlen_attn_takes_grouped_heads():
+    """Its checks of shapes, on tensors without data: what is computed, the GPU tests say."""
+    *tensors, cu_q, cu_k, max_q, max_k = segments()
+    q, k, v = (x.to("meta", torch.bfloat16).requires_grad_() for x in tensors)
+    out = attend("varlen", q, k, v, cu_q.to("meta"), cu_k.to("meta"), max_q, max_k, scaling=0.3)
+    gradients = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+    assert out.shape == q.shape and [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
+    assert q.shape[1] == 2 * k.shape[1]
 
 
 def test_the_installed_varlen_attn_takes_what_the_adapter_gives():
@@ -322,7 +331,25 @@ def test_under_autocast_attention_runs_in_the_autocast_dtype(monkeypatch):
         assert seen and all(dtypes == {torch.bfloat16} for dtypes in seen)
 
 
-# On a GPU: the real libraries against SDPA in float32.
+# On a GPU: the real libraries against SDPA in float32, and whether they repeat.
+
+
+@pytest.mark.gpu
+@CUDA
+def test_varlen_gives_the_same_bits_with_deterministic_algorithms():
+    *tensors, cu_q, cu_k, max_q, max_k = segments(dim=64, value_dim=64, dtype=torch.bfloat16, device="cuda")
+    leaves = [x.requires_grad_() for x in tensors]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        runs = [
+            torch.autograd.grad(
+                attend("varlen", *leaves, cu_q, cu_k, max_q, max_k, scaling=0.125).float().square().sum(), leaves
+            )
+            for _ in range(5)
+        ]  # fmt: skip
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
 
 
 @pytest.mark.gpu

@@ -1,8 +1,6 @@
 """The update of one tensor: torchao's arithmetic, the Triton kernel against it, rounding, compiling."""
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
+import contextlib
 
 import pytest
 import torch
@@ -160,6 +158,53 @@ def test_rounding_is_unbiased_between_neighbours_and_repeats(kernel):
     assert torch.equal(p, rounded(rounding_seed(3, 1, 0)))
     for other in ((4, 1, 0), (3, 2, 0), (3, 1, 1)):
         assert not torch.equal(p, rounded(rounding_seed(*other)))
+
+
+NOT_FINITE = [0x7FFFFFFF, 0x7F800001, 0x7FC00000, 0xFFFFFFFF, 0xFF800001, 0x7F800000, 0xFF800000]  # NaN, infinities
+
+
+def from_bits(patterns):
+    return torch.tensor(patterns, dtype=torch.int64).to(torch.int32).view(torch.float32)
+
+
+def test_rounding_keeps_every_pattern_that_is_not_finite():
+    """0x7fffffff is the NaN that CUDA makes; a carry would leave -0 of it, and infinity of 0x7f800001."""
+    values = from_bits(NOT_FINITE).repeat_interleave(512)
+    rounded = round_stochastically(values, torch.Generator().manual_seed(0)).float()
+    assert torch.equal(rounded.isnan(), values.isnan())
+    assert torch.equal(rounded[values.isinf()], values[values.isinf()])
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's, under the interpreter
+def test_the_kernel_keeps_nan_and_overflows_to_infinity():
+    nan = [pattern for pattern in NOT_FINITE if from_bits([pattern]).isnan()]
+    g = torch.cat([from_bits(nan).repeat_interleave(512), torch.ones(1536)])
+    p = torch.full(g.shape, -2e38, dtype=torch.bfloat16)
+    step = Step(3e38, 0.9, 0.99, 0.0, 0.0, 1, rounding_seed(0, 1, 0))  # a weight moves by lr
+    update_triton.update_(p, g, *moments_of(new_state(p, "fp32")), step)
+    assert p[: 512 * len(nan)].isnan().all()
+    assert (p[512 * len(nan) :] == -torch.inf).all()
+
+
+def test_the_kernel_is_launched_on_the_parameters_device(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        entered.append(tensor)
+        yield
+        entered.clear()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launched.append(list(entered))
+
+    launched = []
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(update_triton, "_adamw_kernel", Kernel())
+    p = torch.randn(4096)
+    update_triton.update_(p, p, *moments_of(new_state(p, "8bit")), hyper(1))
+    assert len(launched) == 1 and launched[0][0] is p
 
 
 def test_bytes_of_states():

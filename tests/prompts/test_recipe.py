@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import jsonschema
 import pytest
 
 from amopo_fast.data.config import DataConfig
@@ -14,12 +13,15 @@ from amopo_fast.prompts.recipe import RECIPE_FILE, SCHEMA, Recipe, as_trained, r
 
 @pytest.fixture
 def recipe():
+    pytest.importorskip("jsonschema")  # which every reading asks
     builder = PromptBuilder(demo_tokenizer(), ["no_object", "helpfulness"], score_range=(1, 7), order="dimension_last")
     made = recipe_of_prompts(builder, {"pairs": 3, "sources": {"é.json": "3 pairs"}})
     return replace(made, objective={"name": "amopo", "beta": 0.8}, versions={"torch": "2.13"})
 
 
 def test_written_read_and_valid(recipe, tmp_path):
+    import jsonschema
+
     recipe.write(tmp_path)
     assert Recipe.read(tmp_path) == recipe
     jsonschema.validate(json.loads((tmp_path / RECIPE_FILE).read_text()), SCHEMA)

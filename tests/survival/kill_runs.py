@@ -1,6 +1,6 @@
 """Runs killed by SIGKILL and resumed until they are done, against one that was left alone.
 
-    python tests/survival/kill_runs.py [--runs 20] [--while_saving 5] [--seed 0]
+    python tests/survival/kill_runs.py [--runs 20] [--while_saving 5] [--seed 0] [--device cuda]
 
 Every attempt is a process of its own, forked from one that has imported torch, and killed from outside: at a random
 moment of the run, or a random moment after a save began. Ends with one line per run and exit code 1 on a difference.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from small_run import small_trainer
+from small_run import small_model, small_trainer
 
 from amopo_fast.survival.checkpoints import STAGING, checkpoints_in, complete_checkpoints
 
@@ -28,7 +28,12 @@ TIMED = ("tokens_per_second", "memory/", "train_runtime", "train_samples_per", "
          "eval_samples_per", "eval_steps_per")  # fmt: skip
 
 
-def child(output_dir: Path) -> int:
+# On a GPU attention runs in torch's variable-length kernel, which has no dropout and adds gradients in any order unless
+# asked otherwise.
+ON_A_GPU = {"use_cpu": False, "bf16": True, "full_determinism": True}
+
+
+def child(output_dir: Path, device: str) -> int:
     """Fork a process that trains in `output_dir`, from its newest checkpoint if there is one. Returns its id."""
     process = os.fork()
     if process:
@@ -38,7 +43,10 @@ def child(output_dir: Path) -> int:
         log = os.open(output_dir.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        run = small_trainer(output_dir)
+        cuda = device == "cuda"
+        run = small_trainer(
+            output_dir, model=small_model(attention_dropout=0.0 if cuda else 0.1), **(ON_A_GPU if cuda else {})
+        )
         run.train(resume_from_checkpoint="auto")
         run.save_model()
         status = 0
@@ -118,6 +126,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--while_saving", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rng = random.Random(options.seed)
@@ -125,7 +134,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         alone = Path(folder) / "alone"
         start = time.monotonic()
-        assert wait(child(alone)) == 0, alone.with_suffix(".log").read_text()
+        assert wait(child(alone, options.device)) == 0, alone.with_suffix(".log").read_text()
         duration = time.monotonic() - start
         expected = result(alone)
         saves = len(range(2, expected["logged"][-1]["step"] + 1, 2))
@@ -133,7 +142,7 @@ def main() -> int:
         while caught < options.runs or caught_saving < options.while_saving:
             output_dir = Path(folder) / f"run{run}"
             aim_at_save = caught_saving < options.while_saving
-            process = child(output_dir)
+            process = child(output_dir, options.device)
             if aim_at_save:
                 killed = kill_while_saving(process, output_dir, rng.randint(1, saves), rng.uniform(0, 0.05))
             else:
@@ -142,7 +151,7 @@ def main() -> int:
             at = max((checkpoint.step for checkpoint in complete_checkpoints(output_dir)), default=0)
             caught += killed
             caught_saving += saving
-            assert wait(child(output_dir)) == 0, output_dir.with_suffix(".log").read_text()
+            assert wait(child(output_dir, options.device)) == 0, output_dir.with_suffix(".log").read_text()
             found = result(output_dir)
             different = [key for key in expected if not same(expected[key], found[key])]
             failures += bool(different)

@@ -149,6 +149,7 @@ def test_an_adapter_on_the_head_is_refused(tmp_path, folder, target_modules):
 
 def test_four_bit_model_under_an_adapter(tmp_path, folder):
     """bitsandbytes decodes on the CPU too; its kernels and speed need a GPU."""
+    pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)

@@ -52,7 +52,7 @@ SIXTEEN_BIT = {
     90: _uniform(Tile(128, 256, 64, 8, 4), descriptors=True),
     100: _uniform(Tile(128, 256, 64, 8, 4), descriptors=True),
 }
-# Operands at addresses that are no multiples of 16 bytes: their pointers and masks take registers.
+# Operands that cannot be read in wide loads: their pointers and masks take registers.
 UNALIGNED = _uniform(Tile(128, 128, 32, 8, 3), descriptors=False)
 # On the CUDA cores, or in TF32 where torch allows it: correct, but a vendor matmul is faster.
 FLOAT32 = Configuration(Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 4, 2), False, 3)
@@ -79,9 +79,9 @@ def tiles(device: torch.device, dtype: torch.dtype) -> Configuration:
 
 
 def configuration(problem: Problem) -> Configuration:
-    """`tiles`, or what runs where the operands' addresses do not allow them."""
+    """`tiles`, or what runs where the operands' addresses and sizes do not allow them."""
     found = tiles(problem.hidden.device, problem.hidden.dtype)
-    if _aligned(problem.hidden) and _aligned(problem.weight):
+    if all(_wide(matrix, found.descriptors) for matrix in (problem.hidden, problem.weight)):
         return found
     return replace(found if found in (INTERPRETER, FLOAT32) else UNALIGNED, descriptors=False)
 
@@ -112,8 +112,8 @@ def source(matrix: Tensor, block: tuple[int, int], descriptors: bool) -> Tensor 
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
 
 
-def _aligned(matrix: Tensor) -> bool:
-    """Whether every row begins at a multiple of 16 bytes, as tensor descriptors and wide loads need it."""
-    return all(size * matrix.element_size() % 16 == 0 for size in (matrix.stride(0), matrix.shape[1])) and (
-        matrix.data_ptr() % 16 == 0
-    )
+def _wide(matrix: Tensor, descriptors: bool) -> bool:
+    """Whether every row begins and ends at a multiple of 16 bytes, as tensor descriptors need it; for pointers, of 16
+    elements, of which Triton tells its compiler."""
+    unit = 16 // matrix.element_size() if descriptors else 16
+    return matrix.data_ptr() % 16 == 0 and all(size % unit == 0 for size in (matrix.stride(0), matrix.shape[1]))

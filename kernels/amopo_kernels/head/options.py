@@ -55,7 +55,9 @@ def choose_options(
     if softcap is not None and softcap <= 0 or temperature <= 0:
         raise ValueError(f"softcap and temperature must be positive, got {softcap} and {temperature}")
     device = hidden.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # torch 2.11 cannot trace the first question; what is compiled is on a device that has autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    autocast = available and torch.is_autocast_enabled(device)
     if autocast and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     else:

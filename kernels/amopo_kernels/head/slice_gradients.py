@@ -132,5 +132,7 @@ def add_d_hidden(
         launch.source(d_logits, (tile.rows, tile.depth), descriptors),
         launch.source(problem.weight, (tile.depth, tile.columns), descriptors), out, rescale, out.shape[0],
         problem.rows, problem.features, d_logits.stride(0), begin, end, problem.weight.stride(0),
-        STRIP=min(tile.columns, 64), **launch.matmul(configuration, tile, problem.weight.dtype),
+        # Rows of no whole 16 numbers are read and written one by one, and need the registers.
+        STRIP=min(tile.columns, 32 if problem.features % 16 else 64),
+        **launch.matmul(configuration, tile, problem.weight.dtype),
     )  # fmt: skip

@@ -22,6 +22,7 @@ from ..numerics import log1p
 from ..types import AMoPOLoss, SequenceStats
 
 TILE = 512  # entries (pair, dimension) per step: 4 per thread of 4 warps. A pair's dimensions must fit into one.
+MAX_REGISTERS = 128  # a thread; one program runs, and triton 3.6 would rather spill than take more than 64
 _LOWEST = tl.constexpr(-3.0e38)  # below every score, and finite: exp(-inf - _LOWEST) is 0, not NaN
 
 
@@ -165,6 +166,7 @@ def _loss_and_gradient(
             None if noise is None else noise.contiguous(), None if relative is None else relative.contiguous(),
             normaliser, loss, *tables, gradient, P, beta, gamma, sft_coef, divisor,
             K=K, BLOCK_P=TILE // block_k, BLOCK_K=block_k, WEIGHTING=weighting, UPSTREAM=upstream, num_warps=4,
+            maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return loss, *tables, gradient
 

@@ -1,6 +1,4 @@
-"""Every launch of the head's kernels, recorded from the code that makes them and compiled for GPUs that are not there.
-
-    python tests/kernels/head/head_launches.py [80 90 100]      compiles all of them and prints what the compiler made
+"""Every launch of the head's kernels, recorded from the code that makes them, to compile for GPUs that are not there.
 
 The order of work runs on meta tensors of real sizes with the configuration of a compute capability; a recorder stands
 in for each kernel. So a launch that is shipped is a launch that is compiled.
@@ -9,17 +7,10 @@ in for each kernel. So a launch that is shipped is a launch that is compiled.
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
-from pathlib import Path
 from unittest import mock
 
-if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[3] / "kernels")]
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import torch
-from compiling import Descriptor, Launch, compile_kernels
+from compiling import Descriptor, Launch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from amopo_kernels.head import (
@@ -48,6 +39,7 @@ CASES = {
     "float32": {"dtype": torch.float32},
     "few rows": {"rows": 512, "features": 896},
     "rows that no descriptor can read": {"features": 900},
+    "eight features": {"rows": 64, "features": 8},
 }
 
 
@@ -132,32 +124,3 @@ def name_of(found: Launch) -> str:
 
 def is_matmul(found: Launch) -> bool:
     return "DEPTH" in found.arguments
-
-
-def main() -> None:
-    capabilities = [int(x) for x in sys.argv[1:]] or [80, 90, 100]
-    seen = set()
-    for cc in capabilities:
-        for name, case in CASES.items():
-            for backend in ("fused", "chunked"):
-                for found in launches_of(cc, backend, **case):
-                    if repr(found) in seen:
-                        continue
-                    seen.add(repr(found))
-                    (compiled,) = compile_kernels([found])
-                    try:
-                        float32 = case.get("dtype") == torch.float32
-                        compiled.check(matmul=None if float32 else is_matmul(found))
-                        verdict = "ok"
-                    except AssertionError as error:
-                        verdict = str(error).split(":")[0].upper()
-                    print(
-                        f"{compiled.triton_version} | sm_{cc} | {name} | {name_of(found)} | "
-                        f"{compiled.registers} | {compiled.stack_bytes} | {compiled.shared_bytes / 1024:.0f} | "
-                        f"{' '.join(sorted(compiled.mma_instructions))} | {verdict}",
-                        flush=True,
-                    )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """What Triton makes of the head's launches for GPUs that are not there: no spills, shared memory, matrix instructions.
 
-A choice of launches, for time; `python tests/kernels/head/head_launches.py` compiles all of them.
+A choice of launches, for time; benchmarks/compile_report.py compiles all of them.
 """
 
 import pytest

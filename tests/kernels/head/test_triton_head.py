@@ -5,28 +5,11 @@ bfloat16 is judged as DESIGN says: errors of gradients at most 1.5 times those o
 
 import pytest
 import torch
-from head_cases import BACKENDS, DEVICE, exact_gradients, in_float64, problem, relative_error, row_errors
+from head_cases import BACKENDS, DEVICE, exact_gradients, in_float64, once_rounded, problem, relative_error, row_errors
 
 from amopo_kernels import dispatch, linear_logps, linear_sequence_stats, reference
 
 pytest.importorskip("triton")
-
-
-def once_rounded(hidden, weight, labels, grad, bias=None, *, softcap=None, temperature=1.0):
-    """(dX, dW, db) of a reference in float64 whose dS = g (1[y] - p) cap' is rounded once to the inputs' dtype."""
-    x, w = hidden.detach().double(), weight.detach().double()
-    z = x @ w.T if bias is None else x @ w.T + bias.detach().double()
-    slope = torch.ones_like(z)
-    if softcap is not None:
-        slope = 1 - torch.tanh(z / softcap) ** 2
-        z = softcap * torch.tanh(z / softcap)
-    z = z / temperature
-    at_label = z.gather(1, labels[:, None])
-    others = z.scatter(1, labels[:, None], float("-inf")).logsumexp(1, keepdim=True)
-    ds = -(z - torch.logaddexp(others, at_label)).exp()
-    ds.scatter_(1, labels[:, None], torch.sigmoid(others - at_label))
-    ds = (ds * slope * grad.double()[:, None] / temperature).to(hidden.dtype).double()
-    return tuple(g.to(hidden.dtype).double() for g in (ds @ w, ds.T @ x, ds.sum(0)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

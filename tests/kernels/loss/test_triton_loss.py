@@ -2,11 +2,9 @@
 
 import itertools
 import math
-import re
 
 import pytest
 import torch
-from compiling import Launch, compile_kernels
 
 from amopo_kernels import DoubleBackwardError, SequenceStats, UnsupportedError, amopo_loss, linear_amopo_loss, reference
 from amopo_kernels.loss import amopo, amopo_triton
@@ -312,27 +310,3 @@ def test_two_launches_forward_and_backward():
         step()
     kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert 1 <= len(kernels) <= 2, kernels
-
-
-def test_compiles_for_every_architecture():
-    floats = ("logp_sum", "mean", "std", "loss", "weights", "margins", "chosen", "rejected", "gradient")
-    arguments = {f"{name}_ptr": torch.float32 for name in floats} | {"length_ptr": torch.int32, "pairs": 8}
-    arguments |= {"beta": 0.8, "gamma": 1.5, "sft_coef": 0.1, "divisor": 8.0}
-    launches = []
-    for cc, K, weighting, upstream in [
-        (80, 4, "gaussian", False), (90, 4, "gaussian", False), (90, 3, "mean", True), (90, 1, "uniform", False),
-        (90, amopo_triton.TILE, "gaussian", True), (100, 5, "tensor", True),
-    ]:  # fmt: skip
-        block_k = 1 << (K - 1).bit_length()
-        options = {
-            "noise_ptr": torch.float32 if weighting == "gaussian" else None,
-            "relative_ptr": torch.float32 if weighting == "tensor" else None,
-            "normaliser_ptr": torch.float32 if upstream else None,
-            "K": K, "BLOCK_P": amopo_triton.TILE // block_k, "BLOCK_K": block_k,
-            "WEIGHTING": weighting, "UPSTREAM": upstream,
-        }  # fmt: skip
-        kernel = "amopo_kernels.loss.amopo_triton:amopo_loss_kernel"
-        launches.append(Launch(kernel, arguments | options, cc=cc, num_warps=4))
-    for compiled in compile_kernels(launches):
-        compiled.check(matmul=False)
-        assert not re.search(r"\b(atom|red)\.", compiled.ptx)

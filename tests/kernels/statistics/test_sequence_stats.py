@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from compiling import Launch, compile_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -148,17 +147,3 @@ def test_what_the_torch_backend_lacks_is_refused():
     arguments = problem([3, 2])
     with pytest.raises(UnsupportedError, match="'torch'.*logits_cache_bytes; use chunked or fused"):
         linear_sequence_stats(*arguments, logits_cache_bytes=1)
-
-
-def test_kernels_compile_for_every_generation():
-    arguments = {"cu_seqlens": torch.int32, "rows": 4096, "sequences": 8, "BLOCK": 1024}
-    sums = {name: torch.float32 for name in ("logps", "logp_sum", "prob_mean", "prob_std")} | {"length": torch.int32}
-    rows = {"grad_sum": torch.float32, "grad": torch.float32}
-    module = "amopo_kernels.statistics.sequence_sums"
-    launches = [
-        Launch(f"{module}:{kernel}", arguments | tensors, cc=cc)
-        for cc in (80, 90, 100)
-        for kernel, tensors in (("_sequences_kernel", sums), ("_rows_kernel", rows))
-    ]
-    for compiled in compile_kernels(launches):
-        compiled.check(matmul=False)

@@ -1,0 +1,130 @@
+"""Launch configurations of the `fused` head for sm_90 beside the shipped one: tiles, stages, groups, widths of a slice.
+
+    PYTHONPATH=.:kernels python benchmarks/head_tuning.py --out head_tuning.json
+
+What is faster here goes into head/launch.py by hand, with the figures of this report: nothing is tuned at run time. The
+kernels of all configurations are compiled first, in parallel; outputs are compared with the oracle of head.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from unittest import mock
+
+import torch
+
+import harness
+from amopo_kernels.head import launch, layout
+from compile_report import launches_of, row, use_absent_gpu
+from head import CASES, Mode, judge, problems, runner
+from head_variants import Variant, ours
+
+Tile = launch.Tile
+CAPABILITY = 90
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Of the three matmuls; None: as shipped."""
+
+    name: str
+    scores: Tile | None = None
+    d_weight: Tile | None = None
+    d_hidden: Tile | None = None
+    blocks_per_processor: int = 1
+    group: int | None = None  # row tiles that are walked together
+    slice_columns: int | None = None
+
+    def configuration(self) -> launch.Configuration:
+        tiles = {name: getattr(self, name) for name in ("scores", "d_weight", "d_hidden") if getattr(self, name)}
+        shipped = launch.SIXTEEN_BIT[CAPABILITY]
+        return dataclasses.replace(shipped, **tiles, blocks_per_processor=self.blocks_per_processor)
+
+    @contextlib.contextmanager
+    def applied(self):
+        with contextlib.ExitStack() as stack:
+            changed = {CAPABILITY: self.configuration()}
+            stack.enter_context(mock.patch.dict(launch.SIXTEEN_BIT, changed))
+            if self.group is not None:
+                stack.enter_context(mock.patch.object(launch, "GROUP", self.group))
+            if self.slice_columns is not None:
+                stack.enter_context(mock.patch.object(layout, "slice_columns", lambda *_: self.slice_columns))
+            yield
+
+
+SMALL = Tile(128, 128, 64, 4, 3)
+TUNINGS = [
+    Tuning("shipped: 128 x 256 x 64, 8 warps, 4 stages"),
+    Tuning("3 stages", *[Tile(128, 256, 64, 8, 3)] * 3),
+    Tuning("two blocks a processor, 128 x 128 x 64, 4 warps", *[SMALL] * 3, blocks_per_processor=2),
+    Tuning("256 x 128 for dW", d_weight=Tile(256, 128, 64, 8, 4)),
+    Tuning("slices of 2048 columns", slice_columns=2048),
+    Tuning("slices of 8192 columns", slice_columns=8192),
+    Tuning("groups of 8 row tiles", group=8),
+    Tuning("groups of 32 row tiles", group=32),
+]
+
+
+def compile_ahead(tunings: list[Tuning], case) -> dict[str, str]:
+    """Name -> what is wrong with it, of those that do not compile or spill."""
+    wrong = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(12, os.cpu_count()), context, initializer=use_absent_gpu) as pool:
+        waiting = []
+        for tuning in tunings:
+            with tuning.applied():
+                shape = {"rows": case.N, "features": case.H, "vocabulary": case.V}
+                waiting += [(tuning.name, pool.submit(row, x, None)) for x in launches_of(CAPABILITY, "fused", **shape)]
+        for name, one in waiting:
+            status = one.result()["status"]
+            if status != "ok":
+                wrong[name] = status.removeprefix("wrong: ")
+    return wrong
+
+
+def main() -> None:
+    parser = harness.parser(__doc__.splitlines()[0])
+    arguments = parser.parse_args()
+    report = harness.Report("head_tuning", arguments)
+    deadline = harness.Deadline(arguments.minutes)
+    device = arguments.device
+    cuda = device.startswith("cuda")
+    tunings = TUNINGS[:2] if arguments.smoke else TUNINGS
+    mode = Mode("forward+backward", lambda _: [])
+    for name in ("B",) if arguments.smoke else ("B", "A"):
+        case = next(case for case in CASES["cuda"] if case.name == name)
+        wrong = compile_ahead(tunings, case)
+        if not cuda:  # the kernels have nothing to run on: that they compile is all that can be seen
+            for tuning in tunings:
+                found = wrong.get(tuning.name, "compiles; there is no GPU")
+                report.add(case=name, variant=tuning.name, status=f"not run: {found}")
+            continue
+        inputs, oracle = problems(case, device)
+        runs, rows = {}, {}
+        for tuning in tunings:
+            rows[tuning.name] = {"case": name, "variant": tuning.name}
+            if tuning.name in wrong or deadline.over():
+                rows[tuning.name]["status"] = f"not run: {wrong.get(tuning.name, 'no time left')}"
+                continue
+
+            def run(chosen, tuning=tuning):
+                with tuning.applied():
+                    return runner(ours("fused")(), mode)(chosen)
+
+            errors = judge(run(inputs[0]), inputs[0], oracle, Variant(tuning.name, ours("fused")))
+            rows[tuning.name] |= {"status": "ok", **errors}
+            runs[tuning.name] = run
+        rounds = min(arguments.rounds, 5)
+        times = harness.measure(runs, inputs, device=device, rounds=rounds, deadline=deadline) if runs else {}
+        for each, found in rows.items():
+            report.add(**found, **times.get(each, {}))
+        del inputs, oracle, runs
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
