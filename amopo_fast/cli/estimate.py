@@ -19,7 +19,7 @@ def add_parser(commands) -> None:
         description="Predicts peak memory and speed of each optimizer, alone and sharded. Shapes come from the model's "
         "configuration; activations and FLOP from running it on tensors without memory.",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="Hub name, folder or config.json of a causal LM")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="Hub name, folder or config.json of a model")
     parser.add_argument("--model_name_or_path", help="the same")
     parser.add_argument("--config_overrides", help="num_hidden_layers=8,hidden_size=1024,...")
     parser.add_argument("--gpu", default="h200", help="h200, h100, a100-80, ... or GiB of memory (default: h200)")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from amopo_fast.cli.numbers import whole
-from amopo_fast.errors import OptionError, check_numbers
+from amopo_fast.errors import check_numbers
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
 

@@ -1,4 +1,4 @@
-"""Names that TRL, LLaMA-Factory and axolotl have for an option of ours, so that an unknown option is told its name here.
+"""Names that TRL, LLaMA-Factory and axolotl have for an option of ours, so that an unknown option gets its name here.
 
 Read from their configurations' documentation: TRL 1.x (DPOConfig, CPOConfig, ModelConfig, ScriptArguments),
 LLaMA-Factory (`llamafactory-cli train`), axolotl (config reference).

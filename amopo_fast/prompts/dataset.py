@@ -121,7 +121,7 @@ def load_data(
     elif config.eval_share:
         evals = {"": Mixture(held_out, seed)}
         if not len(evals[""]):
-            raise OptionError(f"eval_share={config.eval_share} holds out no prompt of this data; raise it", "eval_share")
+            raise OptionError(f"eval_share={config.eval_share} holds out no prompt of this data; raise it", "eval_share")  # noqa: E501
     train = parts[0].pairs if len(parts) == 1 and parts[0].weight == 1 else Mixture(parts, seed)
     return Data(train, evals, loader.counts, score_range, loader.recipe(train), shared)
 

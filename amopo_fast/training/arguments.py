@@ -1,4 +1,4 @@
-"""Which of TrainingArguments' options act on a planned run of packed rows; the others are refused, and why.
+"""Which of TrainingArguments' options act on a planned run of packed rows; the others are refused.
 
 An option that nothing reads, or that would make a run wrong, ends with its reason and what to use in its place. Names of
 optimizers, schedules, trackers, backends and metrics are tried here, before a model or data is loaded.
@@ -44,7 +44,7 @@ REFUSED = {
     "torch_compile_backend": _COMPILES,
     "torch_compile_mode": _COMPILES,
     "use_cache": "a packed row has no cache of keys; a saved model's config.json decides what generation does",
-    "neftune_noise_alpha": "its noise is scaled by the length of a row, which here is that of many sequences; leave it out",
+    "neftune_noise_alpha": "its noise is scaled by the length of a row, which here holds many sequences; leave it out",
     "auto_find_batch_size": _PLANNED + "lower tokens_per_micro_batch, or see `amopo-fast estimate`",
     "logging_nan_inf_filter": "a loss that is not finite ends the run before the weights change; leave it out",
     "include_num_input_tokens_seen": "metrics.jsonl has tokens_per_second/computed, /label and /padded_equivalent",
@@ -141,7 +141,8 @@ def try_names(args: AMoPOConfig, changed: dict[str, Any]) -> None:
     if args.fp16 and device.type == "cpu":
         raise OptionError("fp16 needs a GPU; leave it out", "fp16")
     _try("kernel_backend", lambda: choose_backend(args.kernel_backend, torch.empty(0, 1, device=device), torch.float32))
-    if args.logits_cache_gib and (args.kernel_backend == "torch" or device.type == "cpu" and args.kernel_backend == "auto"):
+    is_torch = args.kernel_backend == "torch" or (args.kernel_backend == "auto" and device.type == "cpu")
+    if args.logits_cache_gib and is_torch:
         raise OptionError(f"logits_cache_gib={args.logits_cache_gib} is not for kernel_backend torch, which runs on "
                           f"{device.type}; leave it out", "logits_cache_gib")  # fmt: skip
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None

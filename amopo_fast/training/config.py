@@ -36,7 +36,8 @@ CHOICES = {
 HYPER_PARAMETERS = ("beta", "gamma", "weighting", "compat", "sft_coef", "label_smoothing", "cpo_alpha")  # of objectives
 POSITIVE = (
     "beta", "pairs_per_step", "tokens_per_micro_batch", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "gradient_accumulation_steps", "save_steps", "eval_steps", "logging_steps", "save_total_limit", "eval_accumulation_steps",
+    "gradient_accumulation_steps",
+    "save_steps", "eval_steps", "logging_steps", "save_total_limit", "eval_accumulation_steps",
     "torch_empty_cache_steps", "adam_epsilon", "ddp_timeout", "ddp_bucket_cap_mb", "dataloader_prefetch_factor",
 )  # fmt: skip
 NOT_NEGATIVE = (

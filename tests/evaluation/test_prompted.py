@@ -122,7 +122,7 @@ def test_generate_writes_answers_of_two_models(runs, tmp_path, capsys):
     prompts.write_text(json.dumps({"prompt": "Where?"}) + "\n" + json.dumps({"messages": QUESTION}) + "\n")
     options = ["--data", str(prompts), "--target", "helpfulness=7", "--max_new_tokens", "4"]
     out = tmp_path / "answers.jsonl"
-    assert main(["generate", str(runs / "full"), *options, "--compare", str(runs / "base"), "--output_file", str(out)]) == 0
+    assert main(["generate", str(runs / "full"), *options, "--compare", str(runs / "base"), "--output_file", str(out)]) == 0  # noqa: E501
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["record"] for record in records] == [0, 1] and records[1]["messages"] == QUESTION
     assert set(records[0]["answers"]) == {str(runs / "full"), str(runs / "base")}
