@@ -26,7 +26,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--gpus", type=whole, default=1, help="GPUs that share the model by FSDP (default: 1)")
     parser.add_argument("--tokens", type=whole, default=DEFAULT_TOKENS,
                         help=f"computed tokens of a micro-batch (default: {DEFAULT_TOKENS})")  # fmt: skip
-    parser.add_argument("--label_tokens", type=whole, help="response tokens that predict a label (default: half of them)")
+    parser.add_argument("--label_tokens", type=whole, help="tokens that predict a label (default: half of them)")
     parser.add_argument("--max_length", type=whole, default=1024, help="tokens of a sequence (default: 1024)")
     parser.add_argument("--no_checkpointing", action="store_true", help="keep every layer's activations")
     parser.add_argument("--keep_layers", type=whole_or_zero, default=0, help="checkpoint all but the last N layers")

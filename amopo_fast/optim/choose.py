@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from amopo_fast.errors import OptionError
 from amopo_fast.optim.adamw import AdamW
 
 logger = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ def choose_optimizer(args: TrainingArguments, model: nn.Module, micro_batches: i
 
     if args.optim_in_backward:
         if reason := in_backward_refusal(args, micro_batches):
-            raise OptionError(f"optim_in_backward={args.optim_in_backward}: {reason}", "optim_in_backward")
+            raise ValueError(f"optim_in_backward={args.optim_in_backward}: {reason}")
         _say_how_it_clips(args)
         return AdamW, {
             **options,

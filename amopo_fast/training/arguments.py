@@ -1,14 +1,14 @@
 """Which of TrainingArguments' options act on a planned run of packed rows; the others are refused.
 
-An option that nothing reads, or that would make a run wrong, ends with its reason and what to use in its place. Names of
-optimizers, schedules, trackers, backends and metrics are tried here, before a model or data is loaded.
+An option that nothing reads, or that would make a run wrong, ends with its reason and what to use in its place. Names
+of optimizers, schedules, trackers, backends and metrics are tried here, before a model or data is loaded.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,9 +27,6 @@ from amopo_fast.optim.choose import LOW_BIT, in_backward_refusal
 from amopo_fast.training.objective import SHARES
 from amopo_fast.training.objectives import objective_of
 from amopo_kernels.dispatch import choose_backend
-
-if TYPE_CHECKING:
-    from amopo_fast.training.config import AMoPOConfig
 
 _COMPILES = "compiles the whole model, for every row anew; use compile_layers"
 _PLANNED = "which pairs form a step and a row is planned; "
@@ -106,7 +103,7 @@ BESIDE = (
 )
 
 
-def refuse_without_effect(args: AMoPOConfig, changed: dict[str, Any]) -> None:
+def refuse_without_effect(args: Any, changed: dict[str, Any]) -> None:
     """Before TrainingArguments fills in what follows from other options.
 
     changed: the options that are not at their default (`errors.changed_fields`).
@@ -125,13 +122,13 @@ def refuse_without_effect(args: AMoPOConfig, changed: dict[str, Any]) -> None:
             )
 
 
-def refuse_unread(args: AMoPOConfig, changed: dict[str, Any]) -> None:
+def refuse_unread(args: Any, changed: dict[str, Any]) -> None:
     """When TrainingArguments has filled in what follows from other options. Arguments and errors as above."""
     for need in NEEDS:
         need.refuse(args, changed)
 
 
-def try_names(args: AMoPOConfig, changed: dict[str, Any]) -> None:
+def try_names(args: Any, changed: dict[str, Any]) -> None:
     """Try what the options name: backends on this device, the optimizer, the schedule, trackers, the Hub's names.
 
     Raises:
@@ -165,7 +162,7 @@ def _try(name: str, function) -> None:
         raise OptionError(text if text.startswith(name) else f"{name}: {text}", name) from error
 
 
-def _try_optimizer(args: AMoPOConfig, changed: dict[str, Any]) -> None:
+def _try_optimizer(args: Any, changed: dict[str, Any]) -> None:
     """The optimizer of `optim` can be had, and every one of its options changes it."""
     name = str(getattr(args.optim, "value", args.optim))
     if args.optim_in_backward:
@@ -193,7 +190,7 @@ def _try_optimizer(args: AMoPOConfig, changed: dict[str, Any]) -> None:
             raise OptionError(f"optim_args: {item} has no effect with optim {name}; leave it out", "optim_args")
 
 
-def _try_schedule(args: AMoPOConfig) -> None:
+def _try_schedule(args: Any) -> None:
     def build() -> None:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
         kwargs = args.lr_scheduler_kwargs
@@ -216,7 +213,7 @@ def _try_trackers(names: Sequence[str]) -> None:
                               f"pip install {name}, or leave it out", "report_to")  # fmt: skip
 
 
-def _try_hub(args: AMoPOConfig) -> None:
+def _try_hub(args: Any) -> None:
     from huggingface_hub import get_token
     from huggingface_hub.utils import validate_repo_id
 
@@ -226,7 +223,7 @@ def _try_hub(args: AMoPOConfig) -> None:
         raise OptionError("push_to_hub needs a token of the Hub: `hf auth login`, or set HF_TOKEN", "push_to_hub")
 
 
-def check_best_metric(args: AMoPOConfig, dimensions: Sequence[str], sets: Iterable[str]) -> None:
+def check_best_metric(args: Any, dimensions: Sequence[str], sets: Iterable[str]) -> None:
     """The metric that chooses the best checkpoint is one that an evaluation gives.
 
     sets: names of the evaluation sets, "" for a single one without a name.
