@@ -41,6 +41,7 @@ setup(
         "peft>=0.18",
         "datasets>=4.0",
         "safetensors>=0.5",
+        "xxhash>=3.0",
         "jsonschema>=4.18",
         "huggingface-hub>=1.0",
         "numpy>=1.26",

@@ -1,5 +1,6 @@
 """The command line `amopo-fast`. Exit codes: 0 done, 1 failed or bad data, 2 bad usage (an option that is unknown,
-impossible or without effect), 3 stopped by SIGTERM after saving a checkpoint, 4 a NaN or infinite number.
+impossible or without effect), 3 stopped by a signal, with a checkpoint of every step that was trained, 4 a NaN or
+infinite number, 130 stopped at once by Ctrl-C.
 
 One module per command; each has `add_parser(commands)`, which makes its parser and names the function that runs it.
 """
@@ -71,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which a command without torch need not import
             raise
         return _fail(arguments.command, f"{error}; {_LESS_MEMORY}", 1)
+    except KeyboardInterrupt:
+        print(f"amopo-fast {arguments.command}: stopped by SIGINT; what was saved before is whole", file=sys.stderr)
+        return 130
 
 
 _LESS_MEMORY = (

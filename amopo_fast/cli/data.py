@@ -98,6 +98,8 @@ def run_show(arguments) -> int:
         report = FailedStep.read(options.failed_step)
         Console().print(report.table())
         wanted = report.records
+        if not wanted:  # weights that were bad before a step began
+            return 0
     else:
         sources, wanted = sources[:1], {options.record}
     opened = [open_source(source) for source in sources]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +48,8 @@ def _add_arguments(parser) -> None:
 def run(arguments) -> int:
     from amopo_fast.cli.options import RUN_CLASSES, parse_options
     from amopo_fast.data.config import DataConfig
-    from amopo_fast.evaluation.preferences import difference, score_pairs, summary
+    from amopo_fast.evaluation.preferences import score_pairs
+    from amopo_fast.evaluation.summary import difference, summary
     from amopo_fast.models.loading import load_trained, tokenizer_folder
     from amopo_fast.prompts.dataset import load_eval_data
     from amopo_fast.prompts.recipe import as_trained, recipe_of
@@ -93,7 +93,7 @@ def run(arguments) -> int:
             sets.setdefault(label, {})[_short(name, models)] = result
         del model
     folder = Path(options.output_dir or (options.models[0] if Path(options.models[0]).is_dir() else "amopo-eval"))
-    text = json.dumps({label or "eval": found for label, found in sets.items()}, indent=1, default=str)
+    text = json.dumps({label or "eval": found for label, found in sets.items()}, indent=1, allow_nan=False)
     _write(folder, sets, text)
     if options.json:
         print(text)
@@ -184,17 +184,15 @@ def _print(sets) -> None:
         for name in ("mean", *first["dimensions"]):
             table.add_column(name.replace("_", " "), justify="right")
         for model, result in found.items():
-            found_in = [(result["mean"], result["pairs"]), *((e, e["pairs"]) for e in result["dimensions"].values())]
-            table.add_row(model, *(_interval(each["accuracy"], pairs) for each, pairs in found_in))
+            parts = (result["mean"], *result["dimensions"].values())
+            table.add_row(model, *(_interval(part["accuracy"]) for part in parts))
         Console().print(table)
 
 
-def _interval(value: dict[str, float], pairs: int) -> str:
-    from amopo_fast.report.marks import FEWEST_FOR_INTERVAL
-
-    if math.isnan(value["value"]):
+def _interval(value: dict[str, float | None]) -> str:
+    share, low, high = value["value"], value["low"], value["high"]
+    if share is None:
         return "absent"
-    if pairs < FEWEST_FOR_INTERVAL:
-        return f"{100 * value['value']:.1f}"
-    half = max(value["high"] - value["value"], value["value"] - value["low"])
-    return f"{100 * value['value']:.1f} ±{100 * half:.1f}"
+    if low is None or high is None:
+        return f"{100 * share:.1f}"
+    return f"{100 * share:.1f} ±{100 * max(high - share, share - low):.1f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.util
@@ -14,11 +15,13 @@ from amopo_fast.errors import OptionError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which `amopo-fast --help` need not
     from amopo_fast.data.config import DataConfig
+    from amopo_fast.models.config import ModelConfig
     from amopo_fast.prompts.dataset import Data
     from amopo_fast.training.config import AMoPOConfig
+    from amopo_fast.training.trainer import AMoPOTrainer
 
 
-STOPPED = 3  # exit code: SIGTERM arrived, a checkpoint was saved
+STOPPED = 3  # exit code: a signal asked to stop; the message says what to go on from
 
 
 def add_parser(commands) -> None:
@@ -91,38 +94,82 @@ def as_begun(data_config: DataConfig, resume: Path | None, config: AMoPOConfig) 
     return dataclasses.replace(data_config, template_date=date[0])
 
 
+@dataclasses.dataclass
+class Progress:
+    """How far the command has come, for the message of a signal that ends it."""
+
+    text: str = "before anything was loaded: start it again"
+
+
 def run(arguments) -> int:
+    from amopo_fast.survival.signals import Interrupted, Interruptible
+
+    progress = Progress()
+    try:
+        with Interruptible():
+            return _run(arguments, progress)
+    except Interrupted as signal:
+        print(f"stopped by {signal} {progress.text}", file=sys.stderr)
+        return STOPPED
+
+
+def _run(arguments, progress: Progress) -> int:
     from amopo_fast.cli.options import parse_options
     from amopo_fast.data.config import DataConfig
     from amopo_fast.models.config import ModelConfig
-    from amopo_fast.models.loading import load_shape, model_errors, peft_config
-    from amopo_fast.models.saving import final_dtype, size_of_weights
-    from amopo_fast.prompts.dataset import load_data
-    from amopo_fast.prompts.tokenizer import load_tokenizer
-    from amopo_fast.report.figure import plot_run
-    from amopo_fast.survival import checkpoints
+    from amopo_fast.survival.lock import OutputLock
     from amopo_fast.training.config import AMoPOConfig
-    from amopo_fast.training.loading import load_for_training
-    from amopo_fast.training.trainer import console_trainer
 
     data_config, model_config, config, _ = parse_options(
         "train", (DataConfig, ModelConfig, AMoPOConfig), arguments.rest
     )
     if not data_config.train_data:
         raise OptionError("train_data is missing: give --train_data FILE, or train_data in the YAML file", "train_data")
+    if not model_config.model_name_or_path:
+        raise OptionError("model_name_or_path is missing: give a folder or a Hub name", "model_name_or_path")
     check_evaluation(data_config, config)
     if config.disable_tqdm:
         hide_bars()
+    check_output_dir(Path(config.output_dir))
+    owns = config.process_index == 0 and not config.dry_run
+    with OutputLock(config.output_dir) if owns else contextlib.nullcontext():
+        return _train(data_config, model_config, config, progress)
+
+
+def adapter_as_saved(model_config: ModelConfig, resume: Path | None, config: AMoPOConfig) -> ModelConfig:
+    """With `on_changed_option keep`, the adapter's options of the checkpoint: they are part of the model. The same on
+    every rank; `resume` is rank 0's."""
+    from accelerate.utils import broadcast_object_list
+
+    from amopo_fast.training.resume import adapter_of
+
+    if config.on_changed_option != "keep" or not model_config.use_peft:
+        return model_config
+    chosen = [adapter_of(resume, model_config) if resume is not None else model_config]
+    if config.world_size > 1:
+        broadcast_object_list(chosen)
+    return chosen[0]
+
+
+def _train(data_config: DataConfig, model_config: ModelConfig, config: AMoPOConfig, progress: Progress) -> int:
+    from amopo_fast.models.loading import load_shape, model_errors, peft_config
+    from amopo_fast.models.saving import final_dtype
+    from amopo_fast.prompts.dataset import load_data
+    from amopo_fast.prompts.tokenizer import load_tokenizer
+    from amopo_fast.survival import checkpoints
+    from amopo_fast.survival.signals import Interrupted
+    from amopo_fast.training.loading import load_for_training
+    from amopo_fast.training.trainer import console_trainer
+
     folder = Path(config.output_dir)
-    check_output_dir(folder)
+    progress.text = "before training began; what was saved before is as it was"
     # Before the model is loaded, which can take minutes. The trainer asks rank 0 alone.
     resume = checkpoints.resolve(folder, config.resume_from_checkpoint) if config.process_index == 0 else None
-    if not model_config.model_name_or_path:
-        raise OptionError("model_name_or_path is missing: give a folder or a Hub name", "model_name_or_path")
     with model_errors(model_config.model_name_or_path):
         shape = load_shape(model_config)  # what is wrong with it is said before the data is read
     tokenizer = load_tokenizer(model_config.tokenizer_name_or_path or model_config.model_name_or_path)
     data_config = as_begun(data_config, resume, config)
+    model_config = adapter_as_saved(model_config, resume, config)
     data = load_data(data_config, tokenizer, seed=config.seed, folder=folder / "tokens" / f"rank{config.process_index}")
     if config.process_index == 0:
         print_counts(data)
@@ -143,16 +190,33 @@ def run(arguments) -> int:
     trainer.train(resume_from_checkpoint=resume)
     if trainer.checkpointer.stopped:
         if trainer.is_world_process_zero():
-            step = trainer.state.global_step
-            print(f"stopped by SIGTERM after step {step}. {trainer.checkpointer.where_to_resume()}", file=sys.stderr)
+            name, step = trainer.termination.requested or "a signal to another rank", trainer.state.global_step
+            print(f"stopped by {name} after step {step}. {trainer.checkpointer.where_to_resume()}", file=sys.stderr)
         return STOPPED
+    progress.text = f"when training was done and the model was not yet saved. {trainer.checkpointer.where_to_resume()}"
+    if trainer.termination.requested:  # after the last step
+        raise Interrupted(trainer.termination.requested)
     trainer.save_final(final_dtype(config.save_dtype, shape, model_config.random_weights))
     if trainer.is_world_process_zero():
-        plot = plot_run(config.output_dir, folder / "metrics.png")
-        trainer.create_model_card()
-        size = size_of_weights(folder)
-        print(f"model: {config.output_dir} ({size})  metrics: {folder / 'metrics.jsonl'}  plot: {plot}")
+        progress.text = f"when the model was saved, in {folder}; its plot and README.md may be missing"
+        _report(trainer, folder)
     return 0
+
+
+def _report(trainer: AMoPOTrainer, folder: Path) -> None:
+    """Plot and model card, which do not end a run whose model is safe."""
+    from amopo_fast.models.saving import size_of_weights
+    from amopo_fast.report.figure import plot_run
+
+    plot: Path | str = folder / "metrics.png"
+    try:
+        plot_run(folder, plot)
+        trainer.create_model_card()
+    except OSError as error:
+        plot = "none"
+        print(f"warning: {error.filename or folder}: {error.strerror or error}; the model is saved; make room, then "
+              f"`amopo-fast plot {folder}` draws the run", file=sys.stderr)  # fmt: skip
+    print(f"model: {folder} ({size_of_weights(folder)})  metrics: {folder / 'metrics.jsonl'}  plot: {plot}")
 
 
 def _dry_run(model, config, data_config, model_config, data, tokenizer) -> int:

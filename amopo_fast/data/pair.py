@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -70,6 +71,13 @@ class Pair:
     def prompt(self) -> tuple:
         """What makes two pairs' prompts the same."""
         return self.messages, self.tools, self.chat_template_kwargs
+
+
+def prompt_key(pair: Pair) -> bytes:
+    """16 bytes that are equal for equal prompts."""
+    messages = [[message.role, message.content, *filter(None, [message.fields])] for message in pair.messages]
+    content = [*messages, *filter(None, [pair.tools, pair.chat_template_kwargs])]
+    return hashlib.blake2b(json.dumps(content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def number_of(pair: Pair) -> int:

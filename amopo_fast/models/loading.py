@@ -7,6 +7,7 @@ initialised from the configuration on the device. LoRA and QLoRA use peft and bi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,14 +84,53 @@ def load_model(config: ModelConfig, args: TrainingArguments, dtype: torch.dtype)
         with torch.device(device):
             return AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False)
     placement = {"device_map": {"": device}} if device.type != "cpu" or quantisation is not None else {}
-    return AutoModelForCausalLM.from_pretrained(
-        config.model_name_or_path,
-        dtype=dtype,
-        use_safetensors=True,
-        quantization_config=quantisation,
-        trust_remote_code=False,
-        **placement,
-    )
+    return load_whole(config.model_name_or_path, dtype=dtype, quantization_config=quantisation, **placement)
+
+
+def load_whole(name: str | Path, **options: Any) -> nn.Module:
+    """AutoModelForCausalLM.from_pretrained from safetensors, without remote code, of a model that lacks nothing: what
+    is missing would be filled with random numbers.
+
+    Raises:
+        OptionError: a tensor is missing, or is of another shape than the configuration says; names them.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(
+        name, use_safetensors=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
+        **options,
+    )  # fmt: skip
+    missing = sorted(report["missing_keys"])
+    if missing and not _only_the_first_rank_reads():
+        raise _not_whole(name, f"{len(missing)} tensors are missing ({', '.join(missing[:3])})")
+    for key, found, expected in sorted(report["mismatched_keys"]):
+        found, expected = (" x ".join(map(str, shape)) for shape in (found, expected))
+        raise _not_whole(name, f"{key} is {found}, and config.json makes it {expected}")
+    return model
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """A model under a saved adapter, which lacks nothing. Raises as `load_whole`."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    adapted = PeftModel.from_pretrained(model, folder)
+    path = Path(folder) / "adapter_model.safetensors"
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            missing = sorted(get_peft_model_state_dict(adapted).keys() - set(file.keys()))
+        if missing:
+            raise _not_whole(folder, f"{len(missing)} tensors are missing ({', '.join(missing[:3])})")
+    return adapted
+
+
+def _not_whole(name: str | Path, what: str) -> OptionError:
+    return OptionError(f"{str(name)!r} cannot be loaded: {what}; copy all of its .safetensors files and its own "
+                       "configuration again")  # fmt: skip
+
+
+def _only_the_first_rank_reads() -> bool:
+    """FSDP's cpu_ram_efficient_loading: the others receive what it read."""
+    efficient = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() in ("1", "true")
+    return efficient and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def quantisation_config(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -189,17 +229,17 @@ def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device |
     kind: Any = dtype if dtype != "auto" else ("float32" if torch.device(device).type == "cpu" else "auto")
 
     def load(folder: str) -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=kind, trust_remote_code=False)
+        return load_whole(folder, dtype=kind)
 
     hub.prefer_cache_if_unreachable(name)
     with model_errors(name):
         if not (Path(name) / "adapter_config.json").is_file():
             return load(name).to(device)
-        from peft import PeftConfig, PeftModel
+        from peft import PeftConfig
 
         base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
         base = load(base_name)
         recipe = recipe_of(name)
         if recipe is not None:
             check_base(base, recipe, base_name)
-        return PeftModel.from_pretrained(base, name).to(device)
+        return load_adapter(base, name).to(device)

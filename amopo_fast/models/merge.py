@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from amopo_fast import hub
-from amopo_fast.models.loading import check_base, model_errors
+from amopo_fast.models.architecture import vocabulary_of
+from amopo_fast.models.loading import check_base, load_adapter, load_whole, model_errors
 from amopo_fast.models.saving import SHARD_SIZE, prepare_generation
 from amopo_fast.prompts.recipe import Recipe
 from amopo_fast.prompts.template import change_templates
@@ -34,13 +35,19 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, *, base: str | No
         ValueError: not an adapter's folder, the output folder is none or has a model already, the base is not the one
             that was trained over, or the merged model differs by more than rounding.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
     adapter, output = Path(adapter), Path(output_dir)
     if not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"{adapter} has no adapter_config.json: name the folder of an adapter")
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; name a folder to write the merged model to")
+    try:  # before minutes of loading
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ValueError(f"{output} cannot be written ({error.strerror}); name another folder") from None
     if (output / "config.json").exists():
         raise ValueError(f"{output} holds a model already; name another folder")
     recipe = Recipe.read(adapter)
@@ -50,15 +57,15 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, *, base: str | No
     hub.prefer_cache_if_unreachable(base)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     with model_errors(base, "base"):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=kind, use_safetensors=True, trust_remote_code=False)
+        model = load_whole(base, dtype=kind)
     if recipe is not None:
         check_base(model, recipe, base)
+    if _changes_a_tied_weight(model, adapter):
+        _untie(model)
     with model_errors(str(adapter), "adapter"):
-        if _changes_a_tied_weight(model, adapter):
-            _untie(model)
-        adapted = PeftModel.from_pretrained(model, adapter)
+        adapted = load_adapter(model, adapter)
     tokenizer = load_tokenizer(str(adapter) if (adapter / "tokenizer.json").is_file() else base)
-    known = [i for i in tokenizer(_TEXT)["input_ids"] if i < model.get_input_embeddings().weight.shape[0]]
+    known = [i for i in tokenizer(_TEXT)["input_ids"] if i < vocabulary_of(model)]
     ids = torch.tensor([known])
     before = _logps(adapted, ids)
     # float32 adapters are added in float32 and rounded once, instead of a product that is rounded on its way
@@ -70,7 +77,7 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, *, base: str | No
     tokenizer.save_pretrained(output)
     if recipe is not None:
         recipe.write(output)
-    written = AutoModelForCausalLM.from_pretrained(output, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    written = load_whole(output, dtype="auto")
     difference = float((_logps(written, ids) - before).abs().mean())
     if not difference <= _rounding(written.dtype):
         raise ValueError(

@@ -25,7 +25,8 @@ class AdamW(torch.optim.Optimizer):
 
     With `in_backward` every parameter is stepped by a hook as soon as the backward pass has completed its gradient,
     and the gradient is freed at once: never more than the unfinished gradients exist. `step()` then only ends the
-    optimizer step. One backward pass is one step, so gradients cannot be accumulated.
+    optimizer step. One backward pass is one step, so gradients cannot be accumulated. From the first gradient
+    that is not finite on, no parameter is changed in that backward pass (`applied`); the host does not wait for it.
 
     float32 parameters with float32 states use torch's fused AdamW and equal `torch.optim.AdamW(fused=True)` bit for
     bit. All else uses the arithmetic of torchao's AdamW8bit and AdamW4bit: on CUDA in one kernel per tensor without
@@ -74,7 +75,7 @@ class AdamW(torch.optim.Optimizer):
         self._clipping = clipping
         self._seed = seed
         self._place: dict[Tensor, tuple[int, int]] = {}  # parameter -> (its group, its number)
-        self._stepped: set[Tensor] = set()
+        self._applied: dict[Tensor, Tensor] = {}  # parameter -> () bool, whether all gradients so far were finite
         self._square_sum: Tensor | None = None  # of this step's gradients so far, () float32
         self._previous_norm: Tensor | None = None
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
@@ -129,20 +130,22 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _on_gradient(self, parameter: Tensor) -> None:
-        if parameter in self._stepped:
+        if parameter in self._applied:
             raise RuntimeError(
                 "a second gradient arrived for a parameter that was already stepped: with the optimizer step inside "
                 "the backward pass, call step() after every backward pass, do not accumulate gradients, and use "
                 "checkpointing with use_reentrant=False"
             )
-        self._stepped.add(parameter)
         grad = parameter.grad
         parameter.grad = None
         norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
         if self._square_sum is None:
             self._square_sum = torch.zeros((), dtype=torch.float32, device=norm.device)
         self._square_sum += norm.square().to(self._square_sum.device)
-        self._update(parameter, grad, self._grad_scale(norm))
+        finite = self._square_sum.isfinite().to(norm.device)
+        self._applied[parameter] = finite
+        scale = self._grad_scale(norm)
+        self._update(parameter, grad, torch.where(finite, 1.0 if scale is None else scale, float("nan")))
 
     def _grad_scale(self, norm: Tensor) -> Tensor | None:
         """() float32, at most 1; a tensor, so that the host does not wait for the norm."""
@@ -158,12 +161,15 @@ class AdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         beta1, beta2 = group["betas"]
         if self._fused(parameter):
+            skip = None
             if grad_scale is not None:
                 grad.mul_(grad_scale)
+                skip = grad_scale.isnan().float()
             moments = [[state[name].view_as(parameter)] for name in MOMENTS]
             torch_adamw(
                 [parameter], [grad], *moments, [], [state["step"]], fused=True, amsgrad=False, beta1=beta1,
                 beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+                found_inf=skip,
             )  # fmt: skip
             return
         state["step"] += 1
@@ -184,7 +190,7 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError("with in_backward the backward pass is the step: there is no closure to call")
             self._previous_norm = self.grad_norm()
             self._square_sum = None
-            self._stepped.clear()
+            self._applied.clear()
             return None
         loss = None
         if closure is not None:
@@ -198,6 +204,11 @@ class AdamW(torch.optim.Optimizer):
     def grad_norm(self) -> Tensor | None:
         """() float32: global norm, before clipping, of the gradients of the backward pass since the last `step()`."""
         return None if self._square_sum is None else self._square_sum.sqrt()
+
+    def applied(self) -> dict[Tensor, bool]:
+        """Parameters whose gradient the backward pass since the last `step()` has brought, in their order, and whether
+        they were changed by it. Waits for the device."""
+        return {parameter: bool(finite) for parameter, finite in self._applied.items()}
 
     # ----- state -----
 

@@ -118,5 +118,16 @@ def _say_how_it_clips(args) -> None:
 
 def backward_grad_norm(optimizer) -> torch.Tensor | None:
     """() float32: this step's global norm before clipping, if `optimizer` stepped in the backward pass; else None."""
+    inner = _in_backward(optimizer)
+    return None if inner is None else inner.grad_norm()
+
+
+def applied_in_backward(optimizer) -> dict[torch.Tensor, bool] | None:
+    """`AdamW.applied`, if `optimizer` stepped in the backward pass; else None."""
+    inner = _in_backward(optimizer)
+    return None if inner is None else inner.applied()
+
+
+def _in_backward(optimizer) -> AdamW | None:
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    return inner.grad_norm() if isinstance(inner, AdamW) and inner.in_backward else None
+    return inner if isinstance(inner, AdamW) and inner.in_backward else None

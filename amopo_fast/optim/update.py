@@ -66,9 +66,11 @@ def update_(
     exp_avg: Moment,
     exp_avg_sq: Moment,
     step: Step,
-    grad_scale: Tensor | None = None,  # () float32
+    grad_scale: Tensor | None = None,  # () float32; NaN: leave everything as it is
 ) -> None:
     """Update parameter and moments in place."""
+    if grad_scale is not None and bool(grad_scale.isnan()):
+        return
     generator = None
     if step.seed is not None:
         generator = torch.Generator(parameter.device).manual_seed(step.seed)

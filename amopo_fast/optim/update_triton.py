@@ -109,10 +109,14 @@ if triton is not None:
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         at = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        inside = at < numel
+        count = numel
+        if HAS_GRAD_SCALE:
+            scale = tl.load(grad_scale_ptr)
+            count = tl.where(scale == scale, numel, 0)  # nothing is written where it is NaN
+        inside = at < count
         g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if HAS_GRAD_SCALE:
-            g *= tl.load(grad_scale_ptr)
+            g *= scale
         p = tl.load(p_ptr + at, mask=inside, other=0.0).to(tl.float32)
         m = _decode(m_ptr, m_scale_ptr, m_map_ptr, row, inside, ROWS, BLOCK, BITS)
         v = _decode(v_ptr, v_scale_ptr, v_map_ptr, row, inside, ROWS, BLOCK, BITS)
@@ -142,7 +146,7 @@ def update_(
     exp_avg: Moment,
     exp_avg_sq: Moment,
     step: Step,
-    grad_scale: Tensor | None = None,  # () float32
+    grad_scale: Tensor | None = None,  # () float32; NaN: leave everything as it is
 ) -> None:
     """Update parameter and moments in place; update.update_ but for the random bits drawn."""
     options = launch_options(exp_avg.states)

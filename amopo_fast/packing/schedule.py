@@ -244,11 +244,11 @@ class PairDataset(Dataset):
 
 
 class Collator:
-    """A micro-batch, or pairs to evaluate, to {"plan", "noise", "num_pairs", "num_chosen_tokens", "weight"} and, where
-    it is known, "reference_logps".
+    """A micro-batch, or pairs to evaluate, to {"plan", "noise", "num_pairs", "num_chosen_tokens", "weight",
+    "score_gaps"} and, where it is known, "reference_logps".
 
     noise is (P, K, 2) float32, zeros in evaluation; num_pairs and num_chosen_tokens are the loss's normalisers;
-    reference_logps is (P * K * 2,) float32.
+    score_gaps is (P, K) float32, NaN where there are no scores; reference_logps is (P * K * 2,) float32.
     """
 
     def __init__(self, seed: int):
@@ -274,4 +274,5 @@ class Collator:
             "num_pairs": torch.tensor(float(count)),
             "num_chosen_tokens": torch.tensor(float(labels)),
             "weight": torch.tensor(weight),
+            "score_gaps": torch.from_numpy(np.stack([pair.gaps() for pair in pairs])).float(),
         }

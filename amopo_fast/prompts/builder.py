@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from amopo_fast.data.pair import prompt_key
 from amopo_fast.data.pairs import Pair, check_dimensions
 from amopo_fast.data.sources.candidate import Dropped
 from amopo_fast.errors import DataError
@@ -273,13 +274,21 @@ class PromptBuilder:
                 remedy = "drop the record, or take another chat_template"
                 raise error_in(pair, "no tokens in its place", str(error), remedy, side) from None
             responses.append(ids if self.answers.end_text else np.append(ids, self.end_id))
-        whole = PairTokens(pair.record, prompts, *responses, truncated=False)
+        whole = PairTokens(
+            pair.record, prompts, *responses, truncated=False, score_gaps=self._score_gaps(pair),
+            prompt_id=int.from_bytes(prompt_key(pair)[:8], "big", signed=True),
+        )  # fmt: skip
         tokens = self._limits.fit(pair, whole, cut, self._prompts_of, self.encoder.token_ends)
         if isinstance(tokens, PairTokens) and np.array_equal(tokens.chosen, tokens.rejected):
             found = "the same tokens on both sides" + (" after truncation" if tokens.truncated else "")
             remedy = "drop the record" + (" or raise max_length" if tokens.truncated else "")
             raise error_in(pair, "identical sides", found, remedy, "rejected")
         return tokens
+
+    def _score_gaps(self, pair: Pair) -> np.ndarray:
+        sides = pair.chosen_scores, pair.rejected_scores
+        chosen, rejected = (np.array([scores.get(name, np.nan) for name in self.dimensions]) for scores in sides)
+        return chosen - rejected
 
     def _prompts_of(self, pair: Pair) -> tuple[np.ndarray | None, ...]:
         texts = self._renderer.prompts(pair)

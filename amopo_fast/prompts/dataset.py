@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ import numpy as np
 
 from amopo_fast.data.config import DataConfig
 from amopo_fast.data.order import shuffled_order
-from amopo_fast.data.pair import template_kwargs
+from amopo_fast.data.pair import prompt_key, template_kwargs
 from amopo_fast.data.pairs import (
     DEFAULT_SCORE_RANGE,
     PARTS,
@@ -294,13 +293,6 @@ class _Loader:
         yield from flush()
         if errors and not counts.pairs and not held_out:
             raise no_usable_record(str(opened.source), errors, counts.dropped)
-
-
-def prompt_key(pair: Pair) -> bytes:
-    """16 bytes that are equal for equal prompts."""
-    messages = [[message.role, message.content, *filter(None, [message.fields])] for message in pair.messages]
-    content = [*messages, *filter(None, [pair.tools, pair.chat_template_kwargs])]
-    return hashlib.blake2b(json.dumps(content).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def is_held_out(pair: Pair, share: float, seed: int) -> bool:

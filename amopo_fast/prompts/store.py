@@ -12,15 +12,15 @@ import numpy as np
 
 from amopo_fast.prompts.tokens import PairTokens
 
-_VERSION = 1
+_VERSION = 2
 _ABSENT = -1
 
 
 class TokenStore(Sequence[PairTokens]):
-    """A folder of token ids, memory-mapped: `tokens.bin` (int32) and `index.bin` (int64 rows of offset, record, flags
-    and lengths).
+    """A folder of token ids, memory-mapped: `tokens.bin` (int32) and `index.bin` (int64 rows of offset, record, prompt
+    id, flags, lengths and the bits of the score gaps).
 
-    Only what is looked at is read into memory; the index takes 8 * (K + 5) bytes a pair.
+    Only what is looked at is read into memory; the index takes 8 * (2 K + 6) bytes a pair.
     """
 
     def __init__(self, folder: str | Path):
@@ -50,7 +50,8 @@ class TokenStore(Sequence[PairTokens]):
             for pair in pairs:
                 parts = [*pair.prompts, pair.chosen, pair.rejected]
                 lengths = [_ABSENT if part is None else len(part) for part in parts]
-                array("q", [tokens, pair.record, int(pair.truncated), *lengths]).tofile(index)
+                bits = pair.gaps().view(np.int64)
+                array("q", [tokens, pair.record, pair.prompt_id, int(pair.truncated), *lengths, *bits]).tofile(index)
                 for part in parts:
                     if part is not None:
                         body.write(np.asarray(part, dtype=np.int32).tobytes())
@@ -72,7 +73,10 @@ class TokenStore(Sequence[PairTokens]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
-        begin, record, truncated, *lengths = self._index[index].tolist()
+        row = self._index[index]
+        count = (len(row) - 6) // 2  # K
+        begin, record, prompt_id, truncated, *lengths = row[: count + 6].tolist()
+        gaps = row[count + 6 :].view(np.float64).copy()
         parts = []
         for length in lengths:
             if length == _ABSENT:
@@ -81,7 +85,7 @@ class TokenStore(Sequence[PairTokens]):
             parts.append(self._tokens[begin : begin + length].astype(np.int64))
             begin += length
         *prompts, chosen, rejected = parts
-        return PairTokens(record, tuple(prompts), chosen, rejected, bool(truncated))
+        return PairTokens(record, tuple(prompts), chosen, rejected, bool(truncated), gaps, prompt_id)
 
     def __reduce__(self):
         return TokenStore, (self.folder,)  # workers of a data loader map the file for themselves

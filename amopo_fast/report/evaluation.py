@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
@@ -32,10 +31,12 @@ def evaluation_page(title: str, evaluations: Evaluations) -> str:
     changed = {model: e for model, e in evaluations.items() if "difference" in e}
     if changed:
         rows = [
-            [model, *(_signed(e["difference"][name], _pairs(e, name)) for name in ("mean", *names))]
+            [model, *(_signed(e["difference"][name]) for name in ("mean", *names))]
             for model, e in changed.items()
         ]
         body += f"<h2>Change in accuracy since {escape(first)}, pair by pair</h2>" + table(columns, rows)
+    body += "<h2>Chosen response preferred</h2>"
+    body += table(columns, _table(evaluations, names, "preference_accuracy", _percent))
     body += "<h2>Margin</h2>" + table(columns, _table(evaluations, names, "margin", _value))
     body += pictures(evaluation_rows(evaluations))
     agreement = evaluations[last]["agreement"]
@@ -47,9 +48,14 @@ def evaluation_page(title: str, evaluations: Evaluations) -> str:
     ]
     body += f"<h2>Pairs in which two dimensions prefer the same side, and correlation of margins: {escape(last)}</h2>"
     body += table(["", *names], rows)
+    body += f"<h2>Scores of the dimensions: {escape(last)}</h2>"
+    columns = ["", "pairs", "tied", "rejected scores higher", "rank correlation of margin and score gap",
+               "calibration error"]  # fmt: skip
+    body += table(columns, _scores_table(evaluations[last], names))
     lead = (
-        f"{evaluations[last]['pairs']} pairs. Accuracy: the chosen response is likelier per token than the rejected "
-        f"one. Intervals are 95 %, take pairs as independent, and are left out below {FEWEST_FOR_INTERVAL} pairs."
+        f"{evaluations[last]['pairs']} pairs of {evaluations[last]['prompts']} prompts. Accuracy: the response with "
+        "the higher score in the dimension is likelier per token than the other one; ties do not count. Intervals are "
+        f"95 %, draw prompts again, and are left out below {FEWEST_FOR_INTERVAL} pairs."
     )
     return page(title, lead, body)
 
@@ -105,13 +111,13 @@ def _over_training(evaluations: Evaluations, names: Sequence[str], metric: str, 
     last = ordered[-1]["step"]
     values: list[float] = []
     for index, name in enumerate(names):
-        found, samples = [e["dimensions"][name][metric] for e in ordered], [_pairs(e, name) for e in ordered]
+        found = [e["dimensions"][name][metric] for e in ordered]
         # Intervals at one step stand beside each other.
         shift = 0.008 * last * (index - (len(names) - 1) / 2)
         marks.key(axis, name, look(index), marker=True)
-        marks.intervals(axis, [e["step"] + shift for e in ordered], found, look(index), samples=samples,
-                        scale=scale, joined=True)  # fmt: skip
-        values += marks.bounds(found, samples, scale)
+        marks.intervals(axis, [e["step"] + shift for e in ordered], found, look(index), scale=scale,
+                        joined=True)  # fmt: skip
+        values += marks.bounds(found, scale)
     _reference(axis, metric)
     _fit(axis, metric, values)
     marks.fit_steps(axis, last)
@@ -122,11 +128,10 @@ def _by_dimension(evaluations: Evaluations, names: Sequence[str], metric: str, s
     values: list[float] = []
     for index, (label, e) in enumerate(zip(told_apart(list(evaluations)), evaluations.values(), strict=True)):
         found = [e["mean"][metric], *(e["dimensions"][name][metric] for name in names)]
-        samples = [_pairs(e, name) for name in rows]
-        marks.intervals(axis, _places(len(rows), index, len(evaluations)), found, look(index), samples=samples,
-                        scale=scale, upright=False)  # fmt: skip
+        marks.intervals(axis, _places(len(rows), index, len(evaluations)), found, look(index), scale=scale,
+                        upright=False)  # fmt: skip
         marks.key(axis, label, look(index), marker=True, line=False)
-        values += marks.bounds(found, samples, scale)
+        values += marks.bounds(found, scale)
     marks.named_rows(axis, rows)
     limits = {"lowest": -1.5, "highest": 101.5} if metric == "accuracy" else {}
     marks.fit_x(axis, values, least=0.02 * scale, **limits)
@@ -137,11 +142,11 @@ def _by_length(evaluations: Evaluations, axis) -> None:
     groups: list[dict[str, Any]] = []
     for index, (label, e) in enumerate(zip(told_apart(list(evaluations)), evaluations.values(), strict=True)):
         groups = e["by_length"]
-        found, samples = [group["accuracy"] for group in groups], [group["pairs"] for group in groups]
-        marks.intervals(axis, _places(len(groups), index, len(evaluations)), found, look(index), samples=samples,
-                        scale=100, upright=False)  # fmt: skip
+        found = [group["accuracy"] for group in groups]
+        marks.intervals(axis, _places(len(groups), index, len(evaluations)), found, look(index), scale=100,
+                        upright=False)  # fmt: skip
         marks.key(axis, label, look(index), marker=True, line=False)
-        values += marks.bounds(found, samples, 100)
+        values += marks.bounds(found, 100)
     marks.named_rows(axis, [f"{_range(group['from'], group['to'])} tokens: {group['pairs']} pairs" for group in groups])
     marks.fit_x(axis, values, least=2, lowest=-1.5, highest=101.5)
 
@@ -206,37 +211,50 @@ def _fit(axis, metric: str, values: Sequence[float]) -> None:
 
 def _table(evaluations: Evaluations, names: Sequence[str], metric: str, cell: Callable) -> list[list[str]]:
     return [
-        [
-            model,
-            cell(e["mean"][metric], _pairs(e, "mean")),
-            *(cell(e["dimensions"][name][metric], _pairs(e, name)) for name in names),
-        ]
+        [model, *(cell(part[metric]) for part in (e["mean"], *(e["dimensions"][name] for name in names)))]
         for model, e in evaluations.items()
     ]
 
 
-def _pairs(e: dict[str, Any], name: str) -> int:
-    return e["pairs"] if name == "mean" else e["dimensions"][name]["pairs"]
+def _scores_table(e: dict[str, Any], names: Sequence[str]) -> list[list[str]]:
+    """What the scores of the dimensions say, and how well the margins and the probabilities follow them."""
+    rows = []
+    for name in names:
+        found = e["dimensions"][name]
+        calibration = found["calibration"]
+        rows.append(
+            [
+                name, str(found["pairs"]), str(found["tied"]), str(found["reversed"]),
+                _value(found["rank_correlation"]),
+                "absent" if calibration is None else f"{100 * calibration['error']:.1f} %",
+            ]  # fmt: skip
+        )
+    return rows
 
 
-def _with_interval(text: str, value: dict[str, float], pairs: int, form: Callable[[float], str]) -> str:
-    if math.isnan(value["value"]):
+def _cell(value: marks.Interval, text: str, bound: str, scale: float = 1.0) -> str:
+    """`text` and `bound` are formats."""
+    if value["value"] is None:
         return "absent"
-    enough = pairs >= FEWEST_FOR_INTERVAL and not math.isnan(value["low"])
-    return f"{text}|{form(value['low'])} to {form(value['high'])}" if enough else text
+    shown = text.format(scale * value["value"])
+    low, high = value["low"], value["high"]
+    known = low is not None and high is not None
+    return f"{shown}|{bound.format(scale * low)} to {bound.format(scale * high)}" if known else shown
 
 
-def _percent(value: dict[str, float], pairs: int) -> str:
-    return _with_interval(f"{100 * value['value']:.1f} %", value, pairs, lambda x: f"{100 * x:.1f}")
+def _percent(value: marks.Interval) -> str:
+    return _cell(value, "{:.1f} %", "{:.1f}", 100)
 
 
-def _signed(value: dict[str, float], pairs: int) -> str:
-    return _with_interval(f"{100 * value['value']:+.1f}", value, pairs, lambda x: f"{100 * x:+.1f}")
+def _signed(value: marks.Interval) -> str:
+    return _cell(value, "{:+.1f}", "{:+.1f}", 100)
 
 
-def _value(value: dict[str, float], pairs: int) -> str:
-    return _with_interval(f"{value['value']:.3f}", value, pairs, lambda x: f"{x:.3f}")
+def _value(value: marks.Interval) -> str:
+    return _cell(value, "{:.3f}", "{:.3f}")
 
 
-def _agreed(share: float, correlation: float) -> str:
-    return f"{100 * share:.1f} %" + ("" if math.isnan(correlation) else f"|r {correlation:.2f}")
+def _agreed(share: float | None, correlation: float | None) -> str:
+    if share is None:
+        return "absent"
+    return f"{100 * share:.1f} %" + ("" if correlation is None else f"|r {correlation:.2f}")

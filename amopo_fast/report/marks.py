@@ -12,7 +12,7 @@ from typing import Any
 from amopo_fast.report.curves import Points, thinned
 from amopo_fast.report.style import ALARM, CONTEXT, DIM, FILLS, GRID, INK, Look
 
-Interval = Mapping[str, float]  # {"value", "low", "high"}
+Interval = Mapping[str, "float | None"]  # {"value", "low", "high"}, None where it is not known
 
 # Of fewer samples no interval is shown: it would fill the axis, or promise more than it knows.
 FEWEST_FOR_INTERVAL = 10
@@ -63,34 +63,25 @@ def point(axis, x: float, y: float, look: Look) -> None:
 
 
 def intervals(
-    axis, xs: Sequence[float], values: Sequence[Interval], look: Look, *, samples: Sequence[int] | None = None,
-    scale: float = 1.0, joined: bool = False, upright: bool = True,
+    axis, xs: Sequence[float], values: Sequence[Interval], look: Look, *, scale: float = 1.0, joined: bool = False,
+    upright: bool = True,
 ) -> None:  # fmt: skip
     """Values at `xs` as markers, each with its interval. `joined` puts a line through them; not `upright`, `xs` are
     places on the vertical axis.
-
-    Where `samples` says how many each value is of, intervals of fewer than FEWEST_FOR_INTERVAL are left out.
     """
     turn = 1 if upright else -1
-    for x, v, shown in zip(xs, values, _enough(values, samples), strict=True):
-        if shown:
+    for x, v in zip(xs, values, strict=True):
+        if v["low"] is not None:
             ends = ([x, x], [scale * v["low"], scale * v["high"]])
             axis.plot(*ends[::turn], color=look.color, linewidth=1.3, alpha=0.65)
-    found = [(x, scale * v["value"]) for x, v in zip(xs, values, strict=True) if not math.isnan(v["value"])]
+    found = [(x, scale * v["value"]) for x, v in zip(xs, values, strict=True) if v["value"] is not None]
     axis.plot(*_xy(found)[::turn], color=look.color, linewidth=1.1, linestyle=look.dash if joined else "none",
               marker=look.marker, zorder=2.4)  # fmt: skip
 
 
-def bounds(values: Sequence[Interval], samples: Sequence[int] | None = None, scale: float = 1.0) -> list[float]:
+def bounds(values: Sequence[Interval], scale: float = 1.0) -> list[float]:
     """What an axis has to hold to show `intervals`."""
-    names = [("value", "low", "high") if shown else ("value",) for shown in _enough(values, samples)]
-    found = [scale * v[name] for v, each in zip(values, names, strict=True) for name in each]
-    return [y for y in found if not math.isnan(y)]
-
-
-def _enough(values: Sequence[Interval], samples: Sequence[int] | None) -> list[bool]:
-    counts = [FEWEST_FOR_INTERVAL] * len(values) if samples is None else samples
-    return [n >= FEWEST_FOR_INTERVAL and not math.isnan(v["low"]) for v, n in zip(values, counts, strict=True)]
+    return [scale * v[name] for v in values for name in ("value", "low", "high") if v[name] is not None]
 
 
 def named_rows(axis, names: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Saving and resuming around transformers.Trainer's loop: what it leaves out, so that a resumed run is the same run.
 
 Trainer restores weights, optimizer, scheduler and RNG. This adds the sums since the last log line, the order of saving
-and evaluating at the end of an epoch, SIGTERM, and the refusal of a checkpoint of another model or other data.
+and evaluating at the end of an epoch, signals, and the refusal of a checkpoint of another model or other data.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Protocol
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from amopo_fast.errors import CheckpointError
+from amopo_fast.errors import CheckpointError, NumbersError
 from amopo_fast.survival import checkpoints, durable
-from amopo_fast.survival.fingerprint import differences, run_fingerprint
-from amopo_fast.survival.safety import check_sharded
+from amopo_fast.survival.fingerprint import changed_options, differences, run_fingerprint
+from amopo_fast.survival.lock import OutputLock, require_lock
+from amopo_fast.survival.manifest import STATE_FILE, read_marker
 
 logger = logging.getLogger(__name__)
-
-STATE_FILE = "amopo_state_{rank}.pt"
 
 
 class AlreadyFinished(Exception):
@@ -50,68 +50,125 @@ class Checkpointer(TrainerCallback):
     Args:
         trainer: read when training begins, so it may be half built here.
         parts: per-rank state to save and restore by name, e.g. {"meter": trainer.meter}.
-        stop_requested: whether SIGTERM arrived, agreed over the ranks.
+        stop_requested: whether a signal asked to stop, agreed over the ranks.
+        options: those of the run, as `run_fingerprint` wants them; keep_options: sets some of them to other values.
     """
 
-    def __init__(self, trainer, parts: dict[str, Stateful], stop_requested: Callable[[], bool]):
+    def __init__(
+        self,
+        trainer,
+        parts: dict[str, Stateful],
+        stop_requested: Callable[[], bool],
+        options: Callable[[], dict],
+        keep_options: Callable[[dict], None],
+    ):
         self.trainer, self.parts, self.stop_requested = trainer, parts, stop_requested
+        self.options, self.keep_options = options, keep_options
+        self.uses_new_options = False  # of a resume, in the place of the checkpoint's
+        self._schedule: list[int] = []  # steps where the parts of the learning rate's schedule end
         self.stopped = False
         self._staging: str | None = None
         self._resumed: Path | None = None
+        self.loading: Path | None = None  # the checkpoint of a resume, until its first step begins
         self.fingerprint: dict = {}  # of the run, once it begins
         self._evaluation_due = False
         self._save_due = False
+        self._lock: OutputLock | None = None
+
+    def begin_schedule(self, steps: int) -> list[int]:
+        """Steps at which the parts of the schedule end, in a run of `steps`: a longer run than the checkpoint's follows
+        its schedule to the end, then one of its own; a shorter one stops on it."""
+        if not self._schedule or steps > self._schedule[-1]:
+            self._schedule = [*self._schedule, steps]
+        return self._schedule
 
     def run_dir(self, usual: str) -> str:
         """Where Trainer writes checkpoint-N: the staging folder while `save` runs."""
         return self._staging or usual
 
     def begin(self, resume: str | Path | bool | None) -> str | None:
-        """Choose and check the checkpoint that `Trainer.train` loads; the same answer, or error, on every rank.
+        """Lock output_dir until `end`, choose and check the checkpoint that `Trainer.train` loads; the same answer, or
+        error, on every rank.
 
         Raises:
-            CheckpointError: nothing to resume, or the checkpoint belongs to another model or other data.
+            CheckpointError: another run uses output_dir, nothing to resume, or the checkpoint belongs to another model,
+                other data or other options.
         """
-        outcome: list = [None, None]
+        outcome: list = [None]
         if self.trainer.is_world_process_zero():
+            self._lock = OutputLock(self.trainer.args.output_dir)
             try:
-                outcome = [self._choose(resume), self.fingerprint]
+                self._lock.__enter__()
+                outcome[0] = self._choose(resume)
             except CheckpointError as error:
                 outcome[0] = error
         if self.trainer.args.world_size > 1:
             broadcast_object_list(outcome)
-        if isinstance(outcome[0], CheckpointError):
-            raise outcome[0]
-        self.fingerprint = outcome[1]
+        try:
+            if isinstance(outcome[0], CheckpointError):
+                raise outcome[0]
+            self._resumed, self.fingerprint, changed, self._schedule = outcome[0]
+            self._settle(changed)
+        except CheckpointError:
+            self.end()
+            raise
         self.stopped = self._save_due = self._evaluation_due = False
-        self._resumed = outcome[0]
+        self.loading = self._resumed
         return None if self._resumed is None else str(self._resumed)
 
-    def _choose(self, resume: str | Path | bool | None) -> Path | None:
+    def end(self) -> None:
+        """Give output_dir free."""
+        if self._lock is not None:
+            self._lock.__exit__()
+            self._lock = None
+
+    def _choose(self, resume: str | Path | bool | None) -> tuple[Path | None, dict, dict[str, tuple], list[int]]:
+        """(checkpoint, fingerprint of the run, options that differ, the checkpoint's schedule)."""
         trainer, args = self.trainer, self.trainer.args
         folder = checkpoints.resolve(args.output_dir, resume)
-        self.fingerprint = run_fingerprint(
+        fingerprint = run_fingerprint(
             trainer.accelerator.unwrap_model(trainer.model),
             trainer.train_dataset.pairs,
             dimensions=trainer.meter.dimensions,
             seed=args.seed,
             pairs_per_step=args.pairs_per_step,
+            recipe=trainer.recipe,
+            options=self.options(),
         )
-        if folder is not None:
-            check_sharded(folder)
-            marker = checkpoints.read_marker(folder)
-            if marker["model_only"]:
-                raise CheckpointError(
-                    f"{folder} holds no optimizer: it was saved with save_only_model. Start a new run with "
-                    f"--model_name_or_path {folder}"
-                )
-            changed = differences(marker["fingerprint"], self.fingerprint)
-            if changed:
-                raise CheckpointError(
-                    f"{folder} belongs to another run: {'; '.join(changed)}. Resume with the model, data and options "
-                    "it was saved with, or start a new run in another output_dir"
-                )
-        return folder
+        if folder is None:
+            return None, fingerprint, {}, []
+        marker = read_marker(folder)
+        if marker["model_only"]:
+            raise CheckpointError(
+                f"{folder} holds no optimizer: it was saved with save_only_model. Start a new run with "
+                f"--model_name_or_path {folder}"
+            )
+        changed = differences(marker["fingerprint"], fingerprint)
+        if changed:
+            raise CheckpointError(
+                f"{folder} belongs to another run: {'; '.join(changed)}. Resume with the model, data and options "
+                "it was saved with, or start a new run in another output_dir"
+            )
+        options = changed_options(marker["fingerprint"], fingerprint)
+        if options and not args.on_changed_option:
+            raise CheckpointError(
+                f"{folder} was saved with other options: {_words(options)}. Give them as they were, or say which hold: "
+                "--on_changed_option keep (the checkpoint's) or use (those given now)"
+            )
+        return folder, fingerprint, options, marker.get("schedule", [])
+
+    def _settle(self, changed: dict[str, tuple]) -> None:
+        """Let the checkpoint's options hold, or the run's."""
+        keeps = self.trainer.args.on_changed_option == "keep"
+        self.uses_new_options = bool(changed) and not keeps
+        if self.uses_new_options:
+            self._schedule = []
+        if changed:
+            logger.warning("going on with %s: %s", "the checkpoint's options" if keeps else "other options than before",
+                           _words(changed))  # fmt: skip
+            if keeps:
+                self.keep_options({name: before for name, (before, _) in changed.items()})
+                self.fingerprint["options"] |= {name: before for name, (before, _) in changed.items()}
 
     def on_train_begin(self, args, state, control, **kwargs):
         output_dir = Path(args.output_dir)
@@ -127,6 +184,7 @@ class Checkpointer(TrainerCallback):
                 raise AlreadyFinished
 
     def on_step_begin(self, args, state, control, **kwargs):
+        self.loading = None
         # Not when training begins: Trainer restores the random state later, and an evaluation draws from it.
         self._evaluate_if_due()
 
@@ -145,6 +203,12 @@ class Checkpointer(TrainerCallback):
         # evaluation would lose its line on a resume.
         if control.should_save and (control.should_training_stop or float(state.epoch).is_integer()):
             control.should_save, self._save_due = False, True
+
+    def on_evaluation_stopped(self, control) -> None:
+        """Save now what was trained; the evaluation is made again after the resume."""
+        self._evaluation_due = True
+        control.should_evaluate = self._save_due = False
+        control.should_save = control.should_training_stop = self.stopped = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.stopped:
@@ -173,27 +237,57 @@ class Checkpointer(TrainerCallback):
             torch.save(self._state(), staged / STATE_FILE.format(rank=args.process_index))
             trainer.accelerator.wait_for_everyone()
             if args.should_save:
+                require_lock(output_dir)
                 if state.best_global_step == state.global_step:
                     state.best_model_checkpoint = str(output_dir / name)
                     state.save_to_json(str(staged / "trainer_state.json"))
-                marker = {
-                    "step": state.global_step,
-                    "fingerprint": self.fingerprint,
-                    "world_size": args.world_size,
-                    "model_only": args.save_only_model,
-                    "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-                }
-                checkpoints.publish(staged, output_dir / name, marker)
+                checkpoints.publish(
+                    staged, output_dir / name,
+                    step=state.global_step, fingerprint=self.fingerprint, schedule=self._schedule,
+                    world_size=args.world_size, model_only=args.save_only_model,
+                    versions={"torch": torch.__version__, "transformers": transformers.__version__},
+                )  # fmt: skip
                 durable.remove_tree(output_dir / checkpoints.STAGING)
                 checkpoints.rotate(output_dir, args.save_total_limit, state.best_model_checkpoint)
+        except NumbersError:
+            raise
         except Exception as error:
             if args.should_save:
                 shutil.rmtree(self._staging, ignore_errors=True)
-            raise CheckpointError(f"{name} could not be saved in {output_dir}: {_reason(error, output_dir)}. "
-                                  f"{self.where_to_resume()}") from error  # fmt: skip
+            raise self._not_saved(name, error) from error
         finally:
             self._staging = None
         trainer.accelerator.wait_for_everyone()
+
+    def save_final(self, write: Callable[[str], None]) -> None:
+        """Run `write(folder)`, which writes the trained model, and move it to output_dir: a model there is whole.
+
+        Raises:
+            CheckpointError: it could not be written; checkpoints are as they were.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        output_dir = Path(args.output_dir)
+        staged = output_dir / checkpoints.STAGING / "model"
+        if args.should_save:
+            checkpoints.clear_staging(output_dir)
+        trainer.accelerator.wait_for_everyone()
+        try:
+            write(str(staged))
+            trainer.accelerator.wait_for_everyone()
+            if args.should_save:
+                checkpoints.publish_model(staged, output_dir)
+        except NumbersError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if args.should_save:
+                shutil.rmtree(staged.parent, ignore_errors=True)
+            raise self._not_saved("the trained model", error) from error
+        trainer.accelerator.wait_for_everyone()
+
+    def _not_saved(self, what: str, error: Exception) -> CheckpointError:
+        output_dir = Path(self.trainer.args.output_dir)
+        reason = _reason(error, output_dir)
+        return CheckpointError(f"{what} could not be saved in {output_dir}: {reason}. {self.where_to_resume()}")
 
     def where_to_resume(self) -> str:
         """One sentence for the end of a message about a run that stopped."""
@@ -214,7 +308,7 @@ class Checkpointer(TrainerCallback):
 
     def _load_state(self, folder: Path) -> None:
         trainer, rank = self.trainer, self.trainer.args.process_index
-        saved_ranks = checkpoints.read_marker(folder)["world_size"]
+        saved_ranks = read_marker(folder)["world_size"]
 
         def load(number: int) -> dict:
             return torch.load(folder / STATE_FILE.format(rank=number), map_location="cpu", weights_only=True)
@@ -236,8 +330,14 @@ class Checkpointer(TrainerCallback):
             part.load_state_dict(state["parts"][name])
 
 
+def _words(changed: dict[str, tuple]) -> str:
+    return "; ".join(f"{name} was {before}, is {now}" for name, (before, now) in changed.items())
+
+
 def _reason(error: BaseException, folder: Path) -> str:
     """What went wrong; a full disk in words, since safetensors and torch.save report it in words of their own."""
+    if isinstance(error, CheckpointError):
+        return str(error)
     free = shutil.disk_usage(folder).free
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     # torch.save reports a short write as "unexpected pos" or "file write failed", without the cause.

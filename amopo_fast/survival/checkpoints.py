@@ -2,8 +2,8 @@
 
     .saving/checkpoint-N  ->  fsync  ->  checkpoint-N  ->  checkpoint-N/complete.json
 
-The marker `complete.json` comes last and lists every file with its size. A folder without it, or with a file that is
-missing or of another size, is skipped on resume, with the reason. transformers.Trainer writes the contents.
+The marker `complete.json` comes last (manifest.py). A folder without it, or with a file that is missing, damaged or not
+of that save, is skipped on resume, with the reason. transformers.Trainer writes the contents.
 """
 
 from __future__ import annotations
@@ -18,43 +18,23 @@ from pathlib import Path
 
 from amopo_fast.errors import CheckpointError
 from amopo_fast.survival import durable
+from amopo_fast.survival.manifest import MARKER, damage_of, make_manifest, problem_of
 
 logger = logging.getLogger(__name__)
 
-MARKER = "complete.json"
 STAGING = ".saving"
 SUPERSEDED = "superseded"
+CONFIGURATIONS = ("config.json", "adapter_config.json")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder `checkpoint-N`; `problem` says why it cannot be resumed, "" if it can."""
+    """A folder `checkpoint-N`; `problem` says why it is not complete, "" if it is. Its files were not read."""
 
     path: Path
     step: int
     problem: str
-
-
-def problem_of(folder: Path) -> str:
-    """Why `folder` is not a complete checkpoint, or ""."""
-    marker = folder / MARKER
-    if not marker.exists():
-        return f"it has no {MARKER}: saving it was cut off, or another program wrote it"
-    try:
-        content = json.loads(marker.read_text(encoding="utf-8"))
-        files = {str(name): int(size) for name, size in content["files"].items()}
-        content["step"], content["fingerprint"], content["world_size"], content["model_only"]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"its {MARKER} cannot be read ({type(error).__name__}: {error})"
-    for name, size in files.items():
-        try:
-            found = (folder / name).stat().st_size
-        except OSError:
-            return f"{name} is missing"
-        if found != size:
-            return f"{name} has {found} bytes, {size} were written"
-    return ""
 
 
 def step_of(folder: str | Path) -> int | None:
@@ -73,7 +53,7 @@ def checkpoints_in(output_dir: str | Path) -> list[Checkpoint]:
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Checkpoint]:
-    """Those that can be resumed, oldest first."""
+    """Those that were saved whole, oldest first."""
     return [checkpoint for checkpoint in checkpoints_in(output_dir) if not checkpoint.problem]
 
 
@@ -81,8 +61,9 @@ def resolve(output_dir: str | Path, resume: str | Path | bool | None) -> Path | 
     """The folder to resume from.
 
     Args:
-        resume: None or False: none. "last" or True: the newest complete checkpoint of `output_dir`; newer ones that are
-            not complete are logged with the reason. "auto": the same, or a fresh run if there is none. Else a folder.
+        resume: None or False: none. "last" or True: the newest whole checkpoint of `output_dir`, all of whose files are
+            read; newer ones that are cut off or damaged are logged with the reason. "auto": the same, or a fresh run if
+            there is none. Else a folder.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or the named folder is none.
@@ -91,19 +72,22 @@ def resolve(output_dir: str | Path, resume: str | Path | bool | None) -> Path | 
         return None
     word = str(resume).lower()
     if word not in ("true", "last", "auto"):
-        problem = problem_of(Path(str(resume))) if Path(str(resume)).is_dir() else "there is no such folder"
+        problem = damage_of(Path(str(resume))) if Path(str(resume)).is_dir() else "there is no such folder"
         if problem:
-            raise CheckpointError(f"{resume} cannot be resumed: {problem}. Give a complete one, or `last`")
+            raise CheckpointError(
+                f"{resume} cannot be resumed: {problem}. Give another one, or `last`, which takes the newest whole one"
+            )
         return Path(str(resume))
     skipped = []
     for checkpoint in reversed(checkpoints_in(output_dir)):
-        if not checkpoint.problem:
-            for other in skipped:
-                logger.warning("skipped %s: %s", other.path, other.problem)
+        problem = checkpoint.problem or damage_of(checkpoint.path)
+        if not problem:
+            for path, reason in skipped:
+                logger.warning("skipped %s: %s", path, reason)
             logger.warning("resuming from %s", checkpoint.path)
             return checkpoint.path
-        skipped.append(checkpoint)
-    reasons = "".join(f"; {other.path.name}: {other.problem}" for other in skipped)
+        skipped.append((checkpoint.path, problem))
+    reasons = "".join(f"; {path.name}: {reason}" for path, reason in skipped)
     if word == "auto":
         logger.warning("%s has no complete checkpoint%s: starting from the beginning", output_dir, reasons)
         return None
@@ -114,25 +98,42 @@ def resolve(output_dir: str | Path, resume: str | Path | bool | None) -> Path | 
     )
 
 
-def read_marker(folder: Path) -> dict:
-    """The marker of a complete checkpoint: {"step", "files", "fingerprint", "world_size", "model_only", "versions"}."""
-    return json.loads((folder / MARKER).read_text(encoding="utf-8"))
-
-
 def clear_staging(output_dir: Path) -> None:
     """Remove what killed saves and deletions left."""
     for leftover in (output_dir / STAGING, *output_dir.glob(".removing-*")):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def publish(staged: Path, final: Path, marker: dict) -> None:
-    """Turn a staged folder into the checkpoint `final`. The folder is only complete once this returns."""
-    files = {str(path.relative_to(staged)): path.stat().st_size for path in sorted(staged.rglob("*")) if path.is_file()}
+def publish(staged: Path, final: Path, **marker) -> None:
+    """Turn a staged folder into the checkpoint `final`. The folder is only complete once this returns.
+
+    Raises:
+        CheckpointError: the staged folder does not hold all of a checkpoint.
+    """
+    manifest = make_manifest(staged, **marker)
     durable.flush_tree(staged)
     durable.remove_tree(final)  # an incomplete one of the same step: `supersede` has moved complete ones away
     os.replace(staged, final)
     durable.flush(final.parent)
-    durable.write_text(final / MARKER, json.dumps({**marker, "files": files}, indent=1) + "\n")
+    durable.write_text(final / MARKER, json.dumps(manifest, indent=1) + "\n")
+
+
+def publish_model(staged: Path, output_dir: Path) -> None:
+    """Move a model's files from `staged` to `output_dir`. Its configuration goes first and comes last: cut off in
+    between there is no model, and never one with the weights of another."""
+    durable.flush_tree(staged)
+    names = sorted((path.name for path in staged.iterdir()), key=lambda name: (name in CONFIGURATIONS, name))
+    for name in CONFIGURATIONS:
+        (output_dir / name).unlink(missing_ok=True)
+    for old in (*output_dir.glob("*.safetensors"), *output_dir.glob("*.safetensors.index.json")):
+        if old.name not in names:
+            old.unlink()
+    durable.flush(output_dir)
+    for name in names:
+        durable.remove_tree(output_dir / name)
+        os.replace(staged / name, output_dir / name)
+    durable.flush(output_dir)
+    durable.remove_tree(output_dir / STAGING)
 
 
 def rotate(output_dir: Path, limit: int | None, keep: str | None = None) -> None:

@@ -66,9 +66,11 @@ class FailedStep:
         for part in ("weights", "gradients"):
             if content.get(part):
                 lines.append(f"not finite in the {part} of: {', '.join(content[part])}")
+        if content.get("changed_weights"):
+            lines.append(f"changed by it before that was known: {', '.join(content['changed_weights'])}")
         lines.append(f"gradient norm {_short(content.get('gradient_norm'))}, learning rate "
                      f"{_short(content.get('learning_rate'))}, seed {content.get('seed')}")  # fmt: skip
-        return Group(*lines, table)
+        return Group(*lines, table if content["pairs"] else "no records: no step had begun")
 
 
 def _short(value) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from amopo_fast.prompts.recipe import Recipe
 from amopo_fast.prompts.tokens import PairTokens
 
 SAMPLED = 1024  # elements of a frozen tensor that enter the digest: all of 32B's weights would take minutes
@@ -57,22 +58,51 @@ def model_digests(model: nn.Module) -> dict[str, str]:
     }
 
 
-def run_fingerprint(model: nn.Module, pairs, *, dimensions, seed: int, pairs_per_step: int) -> dict:
-    """JSON-serialisable. World size, micro-batches and hyper-parameters of the loss are free to change."""
+def run_fingerprint(
+    model: nn.Module, pairs, *, dimensions, seed: int, pairs_per_step: int, recipe: Recipe | None, options: dict
+) -> dict:
+    """JSON-serialisable. World size, micro-batches and the run's length are free to change.
+
+    options: {"options": values that the user may decide about, "method": those that may not change}.
+    """
     return {
         "model": model_digests(model),
         "data": {"pairs": len(pairs), "tokens": data_digest(pairs)},
         "order": {"dimensions": list(dimensions), "seed": seed, "pairs per step": pairs_per_step},
+        "recipe": {} if recipe is None else _prompts_of(recipe),
+        **options,
     }
 
 
+def _prompts_of(recipe: Recipe) -> dict:
+    content = {name: getattr(recipe, name) for name in ("prompt_order", "score_range", "max_length", "end_token")}
+    content |= {"wording": vars(recipe.wording), **recipe.prompt_options}
+    return json.loads(json.dumps(content, default=list))
+
+
 def differences(saved: dict, now: dict) -> list[str]:
-    """One line per entry that differs, in words for an error message."""
+    """One line per entry that differs, in words for an error message; what "options" holds aside."""
+    same_tokens = saved.get("data") == now["data"]
     lines = []
     for part, entries in now.items():
+        if part == "options":
+            continue
         for key, value in entries.items():
             before = saved.get(part, {}).get(key)
-            if before != value:
-                digests = isinstance(value, str)
-                lines.append(f"{part}: {key} changed" + ("" if digests else f" from {before} to {value}"))
+            if before == value or key == "template_date" and same_tokens:  # a template need not show it
+                continue
+            digest = part in ("model", "data") and isinstance(value, str)
+            lines.append(f"{part}: {key} changed" + ("" if digest else f" from {_brief(before)} to {_brief(value)}"))
     return lines
+
+
+def changed_options(saved: dict, now: dict) -> dict[str, tuple]:
+    """{name: (the checkpoint's value, the run's)} of what differs in "options"."""
+    before, after = saved.get("options", {}), now["options"]
+    names = sorted(before.keys() | after.keys())
+    return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
+
+
+def _brief(value) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else text[:117] + "..."

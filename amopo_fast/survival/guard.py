@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from amopo_fast.errors import NumbersError
+from amopo_fast.optim import applied_in_backward
 from amopo_fast.survival import durable
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class Guard(TrainerCallback):
         self._micro_batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def stop_requested(self) -> bool:
-        """Whether any rank had received SIGTERM before the last optimizer step."""
+        """Whether any rank had received a signal before the last optimizer step."""
         return self._stop
 
     def read_spikes(self) -> int:
@@ -70,10 +71,11 @@ class Guard(TrainerCallback):
             self._fail("the loss is not finite")
 
     def check_weights(self, when: str) -> None:
-        """Raises NumbersError if any weight, frozen ones included, is NaN or infinite. Synchronises once."""
+        """Raises NumbersError if any weight, frozen ones included, is NaN or infinite since the last step. Synchronises
+        once."""
         largest = _largest(self.trainer.model.parameters(), self.trainer.args.device)
         if not math.isfinite(self.trainer.accelerator.reduce(largest, "sum").item()):
-            self._fail(f"a weight is not finite {when}")
+            self._fail(f"a weight is not finite {when}", self.trainer.state.global_step)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._stop, self.spikes_since_log = False, 0
@@ -99,7 +101,7 @@ class Guard(TrainerCallback):
         if trainer.accelerator.scaler is not None:
             norm = torch.zeros_like(norm)  # fp16: the loss scaler skips a step whose gradients overflowed
         trained = (parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
-        flag = torch.tensor(float(self.termination.requested), device=args.device)
+        flag = torch.tensor(float(bool(self.termination.requested)), device=args.device)
         numbers = torch.stack([self._total_loss(), norm, _largest(trained, args.device), flag])
         loss, norm, largest, stop = trainer.accelerator.reduce(numbers, "sum").tolist()
         self._stop = stop > 0
@@ -140,14 +142,19 @@ class Guard(TrainerCallback):
         torch.distributed.all_gather_object(everyone, value)
         return everyone
 
-    def _fail(self, what: str) -> None:
-        """Write the step's records and statistics to failed-step-N.json and raise. Every rank comes here."""
+    def _fail(self, what: str, step: int | None = None) -> None:
+        """Write the step's records and statistics to failed-step-N.json and raise. Every rank comes here.
+
+        step: the one that is over; default: the one that was not finished.
+        """
         trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
-        step = state.global_step + 1
-        everyone = self._gathered(self._statistics())
+        over, step = step is not None, state.global_step + 1 if step is None else step
+        everyone = self._gathered(self._statistics(stepping=not over))
         # Each rank sees its own shards of a sharded model.
-        named = {part: sorted(set().union(*(rank[part] for rank in everyone))) for part in ("weights", "gradients")}
+        named = {part: sorted(set().union(*(rank[part] for rank in everyone)))
+                 for part in ("weights", "gradients", "changed_weights")}  # fmt: skip
         path = Path(args.output_dir) / f"failed-step-{step}.json"
+        problem = ""
         if trainer.is_world_process_zero():
             pairs = [pair for rank in everyone for pair in rank["pairs"]]
             report = {
@@ -161,20 +168,32 @@ class Guard(TrainerCallback):
                 "records": sorted({pair["record"] for pair in pairs}),
                 "pairs": pairs,
             }
-            path.parent.mkdir(parents=True, exist_ok=True)
-            durable.write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                durable.write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+            except OSError as error:
+                problem = f"; it could not be written: {error.strerror or error}"
         names = named["weights"] or named["gradients"]
-        where = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
-        # A loss is checked before the backward pass there, a gradient is known when it has been applied.
-        applied = what.startswith("the gradient") and trainer._steps_in_backward()
-        changed = "were changed by it (the optimizer steps in the backward pass)" if applied else "were not changed"
+        where = f" ({_list(names)})" if names else ""
         raise NumbersError(
-            f"step {step}: {what}{where}. The weights {changed}. The step's records and statistics are in "
-            f"{path}; look at them with `amopo-fast show DATA --failed_step {path}`. "
+            f"step {step}: {what}{where}. {self._effect(what, over, named['changed_weights'])}. The step's records and "
+            f"statistics are in {path}{problem}; look at them with `amopo-fast show DATA --failed_step {path}`. "
             f"{trainer.checkpointer.where_to_resume()}"
         )
 
-    def _statistics(self) -> dict:
+    def _effect(self, what: str, over: bool, changed: list[str]) -> str:
+        """What became of the weights, in a sentence."""
+        if over:
+            done = self.trainer.state.global_step
+            return "Nothing was saved" if done else "No step was done"
+        if not (what.startswith("the gradient") and self.trainer._steps_in_backward()):
+            return "The weights were not changed"
+        if applied_in_backward(self.trainer.optimizer) is None:
+            return "The weights were changed by it (the optimizer steps in the backward pass)"
+        count = f"{len(changed)} weights, whose gradients came before, were changed by it ({_list(changed)})"
+        return f"{count if changed else 'No weight was changed by it'}, that one and those after it were not"
+
+    def _statistics(self, stepping: bool) -> dict:
         trainer = self.trainer
         pairs = []
         for number, (loss, table, records) in enumerate(self._micro_batches):
@@ -190,10 +209,14 @@ class Guard(TrainerCallback):
         gradients = [name for name, p in trainer.model.named_parameters() if p.grad is not None and _bad(p.grad)]
         # Clipping by a NaN norm makes every gradient NaN; then the names say nothing.
         every = sum(p.grad is not None for p in trainer.model.parameters())
+        applied = (applied_in_backward(trainer.optimizer) if stepping else None) or {}
+        names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+        not_applied = [names[id(parameter)] for parameter, done in applied.items() if not done]
         return {
             "pairs": pairs,
             "weights": [name for name, parameter in trainer.model.named_parameters() if _bad(parameter)],
-            "gradients": [] if len(gradients) == every else gradients,
+            "gradients": not_applied[:1] if applied else [] if len(gradients) == every else gradients,
+            "changed_weights": [names[id(parameter)] for parameter, done in applied.items() if done],
         }
 
     def state_dict(self) -> dict:
@@ -225,6 +248,10 @@ def _largest(parameters, device: torch.device) -> torch.Tensor:
 def _bad(tensor: torch.Tensor) -> bool:
     tensor = _local(tensor)
     return tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+
+
+def _list(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
 def _plain(value) -> float | str | None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from amopo_fast.errors import CheckpointError
+from safetensors import safe_open
+from transformers.trainer_pt_utils import safe_globals
 
 _SECRET = re.compile(r"TOKEN(?!IZ)|SECRET|PASSW|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL", re.IGNORECASE)
 _SHORTEST = 8  # a shorter value would blank out ordinary words
@@ -50,35 +50,53 @@ _ALLOWED = {
 }  # fmt: skip
 
 
+class _Foreign(Exception):
+    """What no save of this package writes; the message is fit to be shown."""
+
+
 class _Index(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint's index")
+        raise _Foreign(f"{module}.{name} is not part of a checkpoint's index")
 
 
-def check_sharded(folder: str | Path) -> None:
-    """Refuse a checkpoint whose sharded parts would run code when torch.distributed.checkpoint unpickles them.
+def unreadable(folder: str | Path) -> str:
+    """Names the first file of a checkpoint that cannot be loaded, or not without running code, and why; "" if all can.
 
-    Reads the index with a list of allowed classes, then every entry that is not a tensor with weights_only=True.
-
-    Raises:
-        CheckpointError: names the file.
+    Tensors are mapped, not read. The index of sharded parts is read with a list of allowed classes, then every entry
+    that is not a tensor with weights_only=True. DeepSpeed's own files (global_step*) are left to DeepSpeed.
     """
-    for path in sorted(Path(folder).rglob(".metadata")):
+    folder = Path(folder)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
         try:
-            with path.open("rb") as file:
-                metadata = _Index(file).load()
-            for index, info in metadata.storage_data.items():
-                if type(metadata.state_dict_metadata[index.fqn]).__name__ == "BytesStorageMetadata":
-                    part = (path.parent / info.relative_path).resolve()
-                    if part.parent != path.parent.resolve():
-                        raise pickle.UnpicklingError(f"{info.relative_path} is outside of the folder")
-                    with part.open("rb") as file:
-                        file.seek(info.offset)
-                        torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+            if name.startswith("global_step"):
+                continue
+            if path.name == ".metadata":
+                _check_sharded(path)
+            elif path.suffix in (".pt", ".pth", ".bin"):
+                with safe_globals():  # numpy's, which random states are made of
+                    torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    file.keys()
         except Exception as error:  # a broken pickle raises anything
-            raise CheckpointError(
-                f"{path.parent} is not loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]}. Resume "
-                "from checkpoints that amopo-fast wrote"
-            ) from error
+            # torch's own words would advise to load it all the same
+            reason = str(error) if isinstance(error, _Foreign) else type(error).__name__
+            return f"{name} cannot be read without running code, or not at all ({reason})"
+    return ""
+
+
+def _check_sharded(path: Path) -> None:
+    """Raises where torch.distributed.checkpoint would run code when it unpickles the parts of an index."""
+    with path.open("rb") as file:
+        metadata = _Index(file).load()
+    for index, info in metadata.storage_data.items():
+        if type(metadata.state_dict_metadata[index.fqn]).__name__ == "BytesStorageMetadata":
+            part = (path.parent / info.relative_path).resolve()
+            if part.parent != path.parent.resolve():
+                raise _Foreign(f"{info.relative_path} is outside of the folder")
+            with part.open("rb") as file:
+                file.seek(info.offset)
+                torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)

@@ -31,6 +31,7 @@ CHOICES = {
     "optim_in_backward": (None, *IN_BACKWARD),
     "clip_in_backward": CLIPPING,
     "kernel_backend": KERNEL_BACKENDS,
+    "on_changed_option": (None, "keep", "use"),
     "attention_backend": ("auto", *ATTENTION_BACKENDS),
 }
 HYPER_PARAMETERS = ("beta", "gamma", "weighting", "compat", "sft_coef", "label_smoothing", "cpo_alpha")  # of objectives
@@ -137,6 +138,11 @@ class AMoPOConfig(TrainingArguments):
         default="auto",
         metadata={"help": "Of the final model's file: auto is the base model's own. Checkpoints keep what is trained."},
     )
+    on_changed_option: str | None = field(
+        default=None,
+        metadata={"help": "On a resume with other options than the checkpoint's (learning rate, beta, ...): keep those "
+                  "or use the ones given now. Default: refuse, with both values."},
+    )  # fmt: skip
     dry_run: bool = field(
         default=False,
         metadata={"help": "Measure one step on the longest micro-batch beside the prediction, save nothing and end."},

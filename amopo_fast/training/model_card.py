@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from transformers import TrainerState
 
 from amopo_fast.data.sources.candidate import NO_OBJECT
 from amopo_fast.prompts.recipe import Recipe
 
 _METRICS = ("loss", "accuracy/mean", "margin/mean")
+
+
+def write_model_card(output_dir: str | Path, recipe: Recipe, state: TrainerState, *, adapter: bool) -> None:
+    """README.md of a run's folder."""
+    folder = Path(output_dir)
+    plot = "metrics.png" if (folder / "metrics.png").is_file() else None
+    text = model_card(recipe, state.log_history, name=folder.resolve().name, plot=plot, adapter=adapter)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def model_card(recipe: Recipe, log: Sequence[dict[str, Any]], *, name: str, adapter: bool, plot: str | None) -> str:

@@ -30,6 +30,7 @@ class Batch:
     noise: Tensor | None = None  # (P, K, 2) float32 standard normal; an evaluation has none
     reference_logps: Tensor | None = None  # (P * K * 2,) sums of the label log-probs under the reference model
     num_chosen_tokens: Tensor | int | None = None  # of chosen responses, which a mean over tokens divides by; () or int
+    score_gaps: Tensor | None = None  # (P, K) score of the chosen minus that of the rejected response; NaN: no scores
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class Objective(ABC):
 # mean and standard deviation of the token probabilities.
 STATISTICS = ("logp_chosen", "logp_rejected", "prob_mean_chosen", "prob_mean_rejected", "prob_std_chosen",
               "prob_std_rejected")  # fmt: skip
+# By the dimension's own scores (a tie counts nowhere, and a pair whose rejected response has the higher score the other
+# way round), and by the pair: whether the chosen response is preferred. Without scores both are the latter.
+ACCURACIES = ("accuracy", "preference_accuracy")
 # Columns of which the mean over dimensions says nothing: they sum up to a constant or to another number.
 SHARES = ("weight", "loss")
 
@@ -79,19 +83,32 @@ def _statistics(stats: SequenceStats, num_dimensions: int) -> Iterator[Tensor]:
     yield from stats.prob_std.view(shape).unbind(-1)
 
 
-def outcome(loss: Tensor, own: dict[str, Tensor], stats: SequenceStats, num_dimensions: int) -> Outcome:
-    """An Outcome of an objective's own columns and the statistics, with absent dimensions masked."""
+def outcome(loss: Tensor, prefers: Tensor, own: dict[str, Tensor], stats: SequenceStats, batch: Batch) -> Outcome:
+    """An Outcome of an objective's own columns, the accuracies and the statistics, with absent dimensions masked.
+
+    prefers: (P, K) bool, whether the chosen side is preferred.
+    """
+    num_dimensions = batch.num_dimensions
     absent = ~(stats.length > 0).view(-1, num_dimensions, 2).all(-1)
-    columns = {**own, **dict(zip(STATISTICS, _statistics(stats, num_dimensions), strict=True))}
+    accuracies = {"accuracy": _by_scores(prefers, batch.score_gaps), "preference_accuracy": prefers}
+    columns = {**accuracies, **own, **dict(zip(STATISTICS, _statistics(stats, num_dimensions), strict=True))}
     return Outcome(loss, {name: c.detach().float().masked_fill(absent, float("nan")) for name, c in columns.items()})
+
+
+def _by_scores(prefers: Tensor, score_gaps: Tensor | None) -> Tensor:
+    """(P, K): whether the side with the higher score is preferred; NaN for a tie. Without scores it is the chosen."""
+    if score_gaps is None:
+        return prefers
+    right = torch.where(score_gaps < 0, ~prefers, prefers).float()
+    return right.masked_fill(score_gaps == 0, float("nan"))
 
 
 @dataclass(frozen=True)
 class AMoPO(Objective):
     """Adaptive multi-objective preference optimization (arXiv 2506.07165; docs/mathematics.md).
 
-    Own columns: margin m_k = beta * (l_w - l_l) - gamma; accuracy, whether the chosen side's mean log-prob is higher;
-    weight a_k; reward_* = beta * l; loss a_k * -log sigmoid(m_k), the dimension's share of the pair's loss.
+    A side is preferred that has the higher mean log-prob. Own columns: margin m_k = beta * (l_w - l_l) - gamma; weight
+    a_k; reward_* = beta * l; loss a_k * -log sigmoid(m_k), the dimension's share of the pair's loss.
     """
 
     beta: float = 0.8
@@ -100,7 +117,7 @@ class AMoPO(Objective):
     compat: str = "paper"
     sft_coef: float = 0.0
 
-    columns: ClassVar[tuple[str, ...]] = ("margin", "accuracy", "weight", "reward_chosen", "reward_rejected", "loss",
+    columns: ClassVar[tuple[str, ...]] = (*ACCURACIES, "margin", "weight", "reward_chosen", "reward_rejected", "loss",
                                           *STATISTICS)  # fmt: skip
 
     def __call__(self, stats: SequenceStats, batch: Batch) -> Outcome:
@@ -112,13 +129,12 @@ class AMoPO(Objective):
         chosen, rejected = list(_statistics(stats, batch.num_dimensions))[:2]
         own = {
             "margin": result.margins,
-            "accuracy": (chosen > rejected).float(),
             "weight": result.weights,
             "reward_chosen": result.chosen_rewards,
             "reward_rejected": result.rejected_rewards,
             "loss": result.weights * F.softplus(-result.margins),
         }
-        return outcome(result.loss, own, stats, batch.num_dimensions)
+        return outcome(result.loss, chosen > rejected, own, stats, batch)
 
     def for_evaluation(self) -> AMoPO:
         """Weighting "mean", which has no noise, or "uniform" if trained so."""

@@ -78,8 +78,8 @@ class _Sides:
 class _Preference(Objective):
     """A loss per pair and dimension from two rewards.
 
-    Own columns: reward_* are the two sides' rewards and margin their difference, as TRL logs them; accuracy is whether
-    the chosen side's is higher; weight is 1 / the pair's dimensions; loss is the dimension's share of the pair's.
+    Own columns: reward_* are the two sides' rewards and margin their difference, as TRL logs them; a side is preferred
+    whose reward is higher; weight is 1 / the pair's dimensions; loss is the dimension's share of the pair's.
     """
 
     beta: float = 0.1
@@ -99,13 +99,12 @@ class _Preference(Objective):
             loss = loss + share * sides.nll(batch)
         own = {
             "margin": rewards[0] - rewards[1],
-            "accuracy": (rewards[0] > rewards[1]).float(),
             "weight": weights,
             "reward_chosen": rewards[0],
             "reward_rejected": rewards[1],
             "loss": losses,
         }
-        return outcome(loss, own, stats, batch.num_dimensions)
+        return outcome(loss, rewards[0] > rewards[1], own, stats, batch)
 
     def _rewards(self, sides: _Sides) -> tuple[Tensor, Tensor]:
         raise NotImplementedError

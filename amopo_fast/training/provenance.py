@@ -37,11 +37,16 @@ def describe_run(
     }
     return dataclasses.replace(
         recipe,
-        objective={"name": type(objective).__name__.lower(), **dataclasses.asdict(objective)},
+        objective=objective_entry(objective),
         base_model=base,
         tokenizer={} if tokenizer is None else {"name": tokenizer.name_or_path, "digest": tokenizer_digest(tokenizer)},
         versions={"amopo-fast": __version__, **{name: version for name in PACKAGES if (version := _version(name))}},
     )
+
+
+def objective_entry(objective: Objective) -> dict:
+    """A recipe's "objective"."""
+    return {"name": type(objective).__name__.lower(), **dataclasses.asdict(objective)}
 
 
 def prepare_serving(

@@ -91,6 +91,7 @@ class ReferenceLogps(TrainerCallback):
             with torch.no_grad():
                 # Every rank runs as many rows: sharded models gather their weights together.
                 for turn in range(-(-len(rows) // args.world_size)):
+                    self.trainer.stop_between_rows()
                     number = turn * args.world_size + args.process_index
                     row = rows[min(number, len(rows) - 1)]
                     stats = self.score(build_plan([pairs[index] for index in row]).to(args.device))

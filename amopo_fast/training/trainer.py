@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +18,12 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    set_seed,
 )
 from transformers.trainer_utils import TrainOutput
 
-from amopo_fast.errors import CheckpointError, NumbersError
+from amopo_fast.errors import CheckpointError, DataError, NumbersError, OptionError
 from amopo_fast.models.activations import KeepLayers
-from amopo_fast.models.architecture import positions_of, vocabulary_of
 from amopo_fast.models.check import prepare_model
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.faster_layers import compile_layers
@@ -36,11 +34,10 @@ from amopo_fast.models.saving import (
     prepare_saving,
     weights_digest,
 )
-from amopo_fast.models.scoring import backend_for, check_lengths, score_wrapped
+from amopo_fast.models.scoring import score_wrapped
 from amopo_fast.optim import backward_grad_norm, choose_optimizer
 from amopo_fast.packing.plan import Plan
 from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, PlannedBatches, plan_epochs
-from amopo_fast.prompts.model_limits import check_pairs, check_vocabulary
 from amopo_fast.prompts.recipe import Recipe
 from amopo_fast.prompts.tokenizer import load_tokenizer
 from amopo_fast.prompts.tokens import PairTokens
@@ -48,17 +45,20 @@ from amopo_fast.report.console import console_callback
 from amopo_fast.survival.checkpointer import AlreadyFinished, Checkpointer
 from amopo_fast.survival.guard import Guard
 from amopo_fast.survival.safety import write_arguments
-from amopo_fast.survival.signals import Termination
+from amopo_fast.survival.signals import EvaluationStopped, Termination
 from amopo_fast.training.arguments import check_best_metric
+from amopo_fast.training.checks import check_data
 from amopo_fast.training.config import AMoPOConfig
+from amopo_fast.training.epochs import EpochOfPlan, epochs_to_plan
 from amopo_fast.training.loading import load_for_training
 from amopo_fast.training.metrics import Meter, evaluation_metrics
 from amopo_fast.training.metrics_file import MetricsFile
-from amopo_fast.training.model_card import model_card
+from amopo_fast.training.model_card import write_model_card
 from amopo_fast.training.objective import Batch, Objective, Outcome
 from amopo_fast.training.objectives import objective_of
 from amopo_fast.training.provenance import describe_run, prepare_serving
 from amopo_fast.training.reference import ReferenceLogps
+from amopo_fast.training.resume import continue_schedule, keep_options, options_of, use_values, values_of_groups
 from amopo_kernels import SequenceStats
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class AMoPOTrainer(Trainer):
             processing_class = processing_class or load_tokenizer(model)
             model = load_for_training(ModelConfig(model), args, train_dataset, adapter=peft_config is not None)
         if peft_config is not None:
+            set_seed(args.seed)  # Trainer's own comes after the adapter's weights were drawn
             model = add_adapter(model, peft_config)
         rate = args.settle_learning_rate(adapter=hasattr(model, "peft_config"))
         prepare_saving(model)
@@ -117,26 +118,15 @@ class AMoPOTrainer(Trainer):
             compile_layers(model)
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset or ()}
         check_best_metric(args, dimensions, [name for name, pairs in evals.items() if len(pairs)])
-        for pair in chain(train_dataset or (), *evals.values()):
-            if len(pair.prompts) != len(dimensions):
-                raise ValueError(
-                    f"record {pair.record} has {len(pair.prompts)} dimensions, the trainer {len(dimensions)}: "
-                    f"tokenize with dimensions={list(dimensions)}"
-                )
-        check_lengths(model, chain(train_dataset or (), *evals.values()))
-        vocabulary, positions = vocabulary_of(model), positions_of(model)
-        if processing_class is not None:
-            check_vocabulary(processing_class, vocabulary)
-        check_pairs(chain(train_dataset or (), *evals.values()), vocabulary=vocabulary, positions=positions)
+        check_data([train_dataset or (), *evals.values()], model, processing_class, dimensions)
         callbacks = list(callbacks or [])
         if train_dataset is not None:
-            # A fractional last epoch ends by max_steps, so the plan covers it whole.
             sizes = PairSizes.of(train_dataset)
             schedule = plan_epochs(
                 sizes.computed,
                 pairs_per_step=args.pairs_per_step,
                 tokens_per_micro_batch=args.tokens_per_micro_batch,
-                epochs=_epochs_to_plan(args, len(train_dataset)),
+                epochs=epochs_to_plan(args, len(train_dataset)),
                 seed=args.seed,
                 world_size=args.world_size,
                 rank=args.process_index,
@@ -145,7 +135,7 @@ class AMoPOTrainer(Trainer):
             self._batches = PlannedBatches(schedule)
             args.gradient_accumulation_steps = schedule.accumulation
             described = "\n".join(filter(None, [schedule.describe(sizes, args.tokens_per_micro_batch), rate]))
-            callbacks.insert(0, _EpochOfPlan(self._batches, described))
+            callbacks.insert(0, EpochOfPlan(self._batches, described))
             if kwargs.get("optimizers", (None, None))[0] is None:
                 kwargs.setdefault("optimizer_cls_and_kwargs", choose_optimizer(args, model, schedule.accumulation))
         if args.keep_layers:
@@ -154,7 +144,10 @@ class AMoPOTrainer(Trainer):
         self.meter = Meter(dimensions, self.objective.columns)
         self.termination = Termination()
         self.guard = Guard(self, self.termination)
-        self.checkpointer = Checkpointer(self, {"meter": self.meter, "guard": self.guard}, self.guard.stop_requested)
+        self.checkpointer = Checkpointer(
+            self, {"meter": self.meter, "guard": self.guard}, self.guard.stop_requested,
+            options=lambda: options_of(args, model), keep_options=lambda values: keep_options(self, values),
+        )  # fmt: skip
         super().__init__(
             model=model,
             args=args,
@@ -177,7 +170,8 @@ class AMoPOTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs) -> TrainOutput:
         """Trainer.train; `resume_from_checkpoint` is a folder, "last" (or True) or "auto" (see `checkpoints.resolve`).
 
-        SIGTERM during training saves a checkpoint and returns; `self.checkpointer.stopped` tells.
+        SIGTERM, SIGINT, SIGUSR1 and SIGHUP during training save a checkpoint and return: `self.checkpointer.stopped`
+        tells, `self.termination.requested` names the signal. A second SIGINT raises KeyboardInterrupt.
 
         Raises:
             CheckpointError: nothing to resume from, another run's checkpoint, or one that could not be saved.
@@ -192,20 +186,70 @@ class AMoPOTrainer(Trainer):
         except AlreadyFinished:
             self.log({"train_loss": 0.0})
             result = TrainOutput(self.state.global_step, 0.0, {})
+        except EvaluationStopped:  # before the first step since the resume
+            self.checkpointer.stopped = True
+            result = TrainOutput(self.state.global_step, 0.0, {})
         except Exception as error:
-            if not isinstance(error, (CheckpointError, NumbersError)):
+            known = isinstance(error, (CheckpointError, NumbersError))
+            if self.checkpointer.loading and not (known or isinstance(error, (DataError, OptionError))):
+                text = " ".join(str(error).split())[:300]
+                raise CheckpointError(
+                    f"{folder} cannot be loaded: {type(error).__name__}: {text}. Give an older checkpoint's folder"
+                ) from error
+            if not known:
                 logger.error(
                     "training stopped after step %d. %s", self.state.global_step, self.checkpointer.where_to_resume()
                 )
             raise
+        finally:
+            self.checkpointer.end()
         return result._replace(training_loss=self._mean_loss())
 
     def _mean_loss(self) -> float:
         """Mean over all steps of the run; Trainer's own covers the steps since the resume."""
         return self._total_loss_scalar / max(self.state.global_step, 1)
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Trainer's; a run that was made longer continues the checkpoint's schedule."""
+        new = self.lr_scheduler is None
+        ends = self.checkpointer.begin_schedule(num_training_steps)
+        schedule = super().create_scheduler(ends[0], optimizer)
+        if new:
+            continue_schedule(schedule, self.args, ends)
+        return schedule
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        given = values_of_groups(self) if self.checkpointer.uses_new_options else None
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if given is not None:
+            use_values(self, *given)
+
+    def stop_between_rows(self) -> None:
+        """Between two rows of what is no training, which can take longer than the time until SIGKILL.
+
+        Raises:
+            EvaluationStopped: a signal asked some rank to stop.
+        """
+        if self.termination.active:
+            flag = torch.tensor(float(bool(self.termination.requested)), device=self.args.device)
+            if self.accelerator.reduce(flag, "sum").item() if self.args.world_size > 1 else self.termination.requested:
+                raise EvaluationStopped
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        random_state = torch.get_rng_state()  # an evaluation draws from it
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            torch.set_rng_state(random_state)
+            self.checkpointer.on_evaluation_stopped(self.control)
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer.save_model; raises NumbersError, and writes nothing, if a weight is NaN or infinite."""
         self.guard.check_weights("before saving")
+        super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model, trial) -> None:
         self.checkpointer.save(lambda: super(AMoPOTrainer, self)._save_checkpoint(model, trial))
 
     def _save(self, output_dir=None, state_dict=None) -> None:
@@ -221,16 +265,21 @@ class AMoPOTrainer(Trainer):
                 declare_dtype(folder, self._save_dtype)
 
     def save_final(self, dtype: torch.dtype | None = None) -> None:
-        """Save the trained model for from_pretrained into output_dir; an adapter keeps its dtype.
+        """Save the trained model for from_pretrained into output_dir, whole or not at all; an adapter keeps its dtype.
 
         Args:
             dtype: of the file's weights; default: those that were trained.
+
+        Raises:
+            CheckpointError: it could not be written. NumbersError: a weight is NaN or infinite.
         """
         if self.is_fsdp_enabled:  # the checkpoints are sharded
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         self._save_dtype = None if hasattr(self.model, "peft_config") else dtype
         try:
-            self.save_model()
+            self.checkpointer.save_final(lambda folder: self.save_model(folder, _internal_call=True))
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         finally:
             self._save_dtype = None
 
@@ -240,13 +289,7 @@ class AMoPOTrainer(Trainer):
         if self.recipe is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            plot = "metrics.png" if (folder / "metrics.png").is_file() else None
-            text = model_card(
-                self.recipe, self.state.log_history, name=folder.resolve().name, plot=plot,
-                adapter=hasattr(self.model, "peft_config"),
-            )  # fmt: skip
-            (folder / "README.md").write_text(text, encoding="utf-8")
+            write_model_card(self.args.output_dir, self.recipe, self.state, adapter=hasattr(self.model, "peft_config"))
 
     def _get_output_dir(self, trial) -> str:
         # Lets _save_checkpoint write to a staging folder: there is no other way to tell it where to.
@@ -284,7 +327,7 @@ class AMoPOTrainer(Trainer):
         plan = inputs["plan"]
         references = self._references(model, inputs, objective)
         pairs, tokens = inputs["num_pairs"] / ranks, inputs["num_chosen_tokens"] / ranks
-        batch = Batch(plan.num_dimensions, pairs, inputs["noise"], references, tokens)
+        batch = Batch(plan.num_dimensions, pairs, inputs["noise"], references, tokens, inputs["score_gaps"])
         return objective(self._score(model, plan), batch)
 
     def _references(self, model: nn.Module, inputs: dict, objective: Objective) -> torch.Tensor | None:
@@ -316,6 +359,7 @@ class AMoPOTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(loss, table (P, K, columns), records (P,)) of the objective without chance."""
+        self.stop_between_rows()
         objective = self.objective.for_evaluation()
         with torch.no_grad():
             result = self._outcome(model, inputs, objective, ranks=1)
@@ -357,26 +401,3 @@ def _datasets(pairs):
     if isinstance(pairs, dict):
         return {name: PairDataset(each) for name, each in pairs.items()}
     return None if pairs is None else PairDataset(pairs)
-
-
-def _epochs_to_plan(args: AMoPOConfig, num_pairs: int) -> int:
-    if args.max_steps > 0:
-        return math.ceil(args.max_steps / math.ceil(num_pairs / args.pairs_per_step))
-    return math.ceil(args.num_train_epochs)
-
-
-class _EpochOfPlan(TrainerCallback):
-    def __init__(self, batches: PlannedBatches, description: str):
-        self.batches = batches
-        self.description = description
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        half = torch.bfloat16 if args.bf16 else torch.float16
-        with torch.autocast(args.device.type, dtype=half, enabled=bool(args.bf16 or args.fp16)):
-            backend = backend_for(model, args.device, args.attention_backend)
-        if state.is_world_process_zero:
-            print(f"{self.description}\nattention: {backend}", flush=True)
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        # On a resume within an epoch, state.epoch is a fraction; rounding keeps 1 - 1e-16 from meaning epoch 0.
-        self.batches.set_epoch(math.floor(round(state.epoch or 0.0, 6)))

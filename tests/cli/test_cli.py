@@ -43,7 +43,8 @@ def test_train_writes_model_metrics_and_plot_and_resumes(workspace, capsys):
     assert {"margin/correctness", "accuracy/mean", "weight/no_object", "tokens_per_second/computed"} <= lines[0].keys()
     assert any("eval_accuracy/helpfulness" in line for line in lines)
     assert (out / "model.safetensors").exists() and (out / "metrics.png").stat().st_size > 10_000
-    assert main(["train", "--config", str(config), "--num_train_epochs", "3", "--resume_from_checkpoint", "last"]) == 0
+    longer = ["--beta", "1.5", "--num_train_epochs", "3", "--resume_from_checkpoint", "last"]
+    assert main(["train", "--config", str(config), *longer]) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
 

@@ -1,7 +1,6 @@
 """Scores against the model's own logits, intervals, and the command on models, adapters and checkpoints."""
 
 import json
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +13,8 @@ from amopo_fast.data.pairs import DEFAULT_DIMENSIONS, read_pairs
 from amopo_fast.demo.data import HELDOUT_FILE
 from amopo_fast.demo.model import demo_model
 from amopo_fast.demo.tokenizer import demo_tokenizer
-from amopo_fast.evaluation.preferences import _histogram, difference, mean_interval, score_pairs, summary, wilson
+from amopo_fast.evaluation.preferences import _histogram, score_pairs
+from amopo_fast.evaluation.summary import difference, summary
 from amopo_fast.prompts.builder import PromptBuilder
 from amopo_fast.training.objective import AMoPO
 from amopo_kernels import sequence_stats
@@ -28,6 +28,8 @@ def pairs():
     tokens = PromptBuilder(demo_tokenizer(), DEFAULT_DIMENSIONS, max_length=256).tokenize(found[:12])[0]
     first = tokens[0]
     tokens[0] = replace(first, prompts=(first.prompts[0], None, *first.prompts[2:]))
+    for pair, gap in ((tokens[1], 0.0), (tokens[2], -1.0), (tokens[3], -2.0)):
+        pair.score_gaps[2] = gap
     return tokens
 
 
@@ -58,7 +60,10 @@ def test_scores_are_those_of_separate_sequences(pairs, scores):
             chosen, rejected = (x.mean().item() for x in logps)
             row = dict(zip(AMoPO.columns, scores.table[p, k], strict=True))
             assert row["margin"] == pytest.approx(BETA * (chosen - rejected) - GAMMA, abs=1e-4)
-            assert row["accuracy"] == (chosen > rejected)
+            assert row["preference_accuracy"] == (chosen > rejected)
+            gap = pair.score_gaps[k]
+            right = np.nan if gap == 0 else (chosen > rejected) != (gap < 0)
+            assert row["accuracy"] == right or np.isnan([row["accuracy"], right]).all()
             assert row["logp_rejected"] == pytest.approx(rejected, abs=1e-4)
             mean_p.append(sum(x.exp().mean().item() for x in logps))
         weights = np.exp(mean_p) / np.exp(mean_p).sum()
@@ -85,41 +90,37 @@ def test_token_probabilities_are_counted_by_dimension_and_side():
 
 def test_summary_counts_what_the_table_holds(scores):
     found = summary(scores)
-    accuracy = scores.column("accuracy")
+    accuracy, preference = scores.column("accuracy"), scores.column("preference_accuracy")
     for k, name in enumerate(DEFAULT_DIMENSIONS):
-        entry = found["dimensions"][name]
+        entry, gaps = found["dimensions"][name], scores.score_gaps[:, k][~np.isnan(preference[:, k])]
         assert entry["pairs"] == 12 - (k == 1)
         assert entry["accuracy"]["value"] == pytest.approx(np.nanmean(accuracy[:, k]))
+        assert entry["preference_accuracy"]["value"] == pytest.approx(np.nanmean(preference[:, k]))
+        assert (entry["tied"], entry["reversed"]) == ((gaps == 0).sum(), (gaps < 0).sum())
+        assert np.isnan(accuracy[:, k]).sum() == entry["tied"] + (k == 1)
         assert sum(entry["weight"]["counts"]) == entry["pairs"]
-    assert found["mean"]["accuracy"]["value"] == pytest.approx(np.nanmean(accuracy, 1).mean())
+        bins = entry["calibration"]["bins"]
+        assert sum(part["pairs"] for part in bins) == entry["pairs"] - entry["tied"]
+        assert sum(part["pairs"] * part["accuracy"] for part in bins) == pytest.approx(np.nansum(accuracy[:, k]))
+    assert found["dimensions"]["no_object"]["rank_correlation"]["value"] is None  # it has no scores
+    assert found["dimensions"]["correctness"]["tied"] and found["dimensions"]["correctness"]["reversed"]
+    assert found["mean"]["accuracy"]["value"] == pytest.approx(np.nanmean(np.nanmean(accuracy, 1)))
     groups = found["by_length"]
     assert sum(group["pairs"] for group in groups) == 12
     assert all(a["to"] < b["from"] for a, b in zip(groups, groups[1:], strict=False))
     same = np.array(found["agreement"]["same_side"])
     assert np.allclose(np.diag(same), 1) and np.allclose(same, same.T)
-    assert same[0, 2] == pytest.approx((accuracy[:, 0] == accuracy[:, 2]).mean())
+    assert same[0, 2] == pytest.approx((preference[:, 0] == preference[:, 2]).mean())
     json.dumps(found, allow_nan=False)
-
-
-def test_intervals_hold_what_they_promise():
-    # Published worked example: 81 of 263 is 0.308 with 0.2553 to 0.3662 (Newcombe 1998, method 3).
-    interval = wilson(81, 263)
-    assert (round(interval["low"], 4), round(interval["high"], 4)) == (0.2553, 0.3662)
-    assert wilson(0, 5)["low"] == 0 and wilson(5, 5)["high"] == 1 and math.isnan(wilson(0, 0)["value"])
-    rng = np.random.default_rng(0)
-    hits = [mean["low"] <= 0.3 <= mean["high"] for mean in
-            (mean_interval(rng.normal(0.3, 2, 60)) for _ in range(2000))]  # fmt: skip
-    assert 0.925 < np.mean(hits) < 0.965
-    assert math.isnan(mean_interval(np.array([np.nan]))["value"])
 
 
 def test_difference_is_paired(pairs, scores):
     other = replace(scores, table=scores.table.copy())
-    other.column("accuracy")[:3, 2] = 1 - other.column("accuracy")[:3, 2]
-    expected = other.column("accuracy")[:, 2] - scores.column("accuracy")[:, 2]
-    change = difference(scores, other)["correctness"]
+    other.column("accuracy")[:3, 0] = 1 - other.column("accuracy")[:3, 0]
+    expected = other.column("accuracy")[:, 0] - scores.column("accuracy")[:, 0]
+    change = difference(scores, other)["no_object"]
     assert change["value"] == pytest.approx(expected.mean()) and change["value"] != 0
-    assert change["high"] - change["value"] == pytest.approx(1.96 * expected.std(ddof=1) / 12**0.5, rel=1e-3)
+    assert change["low"] <= change["value"] <= change["high"]
     with pytest.raises(ValueError, match="different pairs"):
         difference(scores, score_pairs(demo_model(1), pairs[1:], dimensions=DEFAULT_DIMENSIONS))
 
@@ -159,8 +160,8 @@ def test_all_checkpoints_of_a_run(run_folder, capsys):
 
 
 def test_the_table_has_no_interval_of_a_few_pairs():
-    value = {"value": 0.5, "low": 0.1, "high": 0.8}
-    assert _interval(value, 9) == "50.0" and _interval(value, 10) == "50.0 ±40.0"
+    assert _interval({"value": 0.5, "low": None, "high": None}) == "50.0"
+    assert _interval({"value": 0.5, "low": 0.1, "high": 0.8}) == "50.0 ±40.0"
 
 
 def test_an_adapter_is_evaluated_on_its_base_model(run_folder, tmp_path, capsys):

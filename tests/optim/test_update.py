@@ -214,3 +214,37 @@ def test_bytes_of_states():
             actual = sum(t.numel() * t.element_size() for t in new_state(p, kind).values())
             assert moment_bytes(p.numel(), kind) == actual, (kind, shape)
     assert isinstance(moments_of(new_state(torch.empty(4096), "4bit"))[0], Moment)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("update", [update_, update_triton.update_])
+def test_a_scale_that_is_nan_leaves_everything_as_it_is(kind, update):
+    n = 5 * 256 + 24 * (kind == "fp32")
+    parameter = torch.randn(n).bfloat16()
+    state = new_state(parameter, kind)
+    update(parameter, torch.randn(n), *moments_of(state), hyper(1, seed=2**62), torch.tensor(1.0))
+    before = [parameter.clone(), *(tensor.clone() for tensor in state.values())]
+    gradient = torch.randn(n)
+    gradient[3] = float("inf")
+    update(parameter, gradient, *moments_of(state), hyper(2, seed=2**62), torch.tensor(float("nan")))
+    assert all(map(torch.equal, before, [parameter, *state.values()]))
+    update(parameter, torch.randn(n), *moments_of(state), hyper(2, seed=2**62), torch.tensor(0.5))
+    assert not torch.equal(before[0], parameter)
+
+
+@pytest.mark.parametrize("states", KINDS)
+def test_in_backward_nothing_changes_after_a_gradient_that_is_not_finite(states):
+    from amopo_fast.optim import AdamW
+
+    layers = [torch.nn.Parameter(torch.randn(70, 64)) for _ in range(4)]
+    optimizer = AdamW(layers, lr=0.1, states=states, in_backward=True)
+    before = [layer.detach().clone() for layer in layers]
+    x = torch.randn(3, 64)
+    for number, layer in enumerate(layers):
+        x = (x @ layer.T)[:, :64]
+        if number == 1:
+            layer.register_hook(lambda grad: grad * float("inf"))
+    x.sum().backward()
+    assert [bool(done) for done in optimizer.applied().values()] == [True, True, False, False]
+    assert [torch.equal(a, b) for a, b in zip(before, layers, strict=True)] == [True, True, False, False]
+    assert optimizer.grad_norm().isfinite().item() is False

@@ -1,6 +1,5 @@
 """The page of evaluations: intervals where there are enough pairs, and the panels."""
 
-import math
 import re
 
 import pytest
@@ -18,27 +17,40 @@ def interval(value, half):
 
 def evaluation(pairs, accuracy, step=None, *, names=NAMES, absent=()):
     """A summary as `eval` makes it, of `pairs` pairs."""
+    lost = {"value": None, "low": None, "high": None}
+
+    def within(value, half):
+        return interval(value, half) if pairs >= 10 else {**lost, "value": value}
+
     e = {
         "pairs": pairs,
+        "prompts": pairs,
         "step": step,
-        "mean": {"accuracy": interval(accuracy, 0.1), "margin": interval(accuracy - 1, 0.2)},
+        "mean": {
+            "accuracy": within(accuracy, 0.1), "preference_accuracy": within(accuracy, 0.1),
+            "margin": within(accuracy - 1, 0.2),
+        },  # fmt: skip
         "dimensions": {},
         "by_length": [
-            {"from": -40, "to": -1, "pairs": pairs // 2, "accuracy": interval(accuracy - 0.05, 0.15)},
-            {"from": 0, "to": 60, "pairs": pairs - pairs // 2, "accuracy": interval(accuracy + 0.05, 0.15)},
+            {"from": -40, "to": -1, "pairs": pairs // 2, "accuracy": within(accuracy - 0.05, 0.15)},
+            {"from": 0, "to": 60, "pairs": pairs - pairs // 2, "accuracy": within(accuracy + 0.05, 0.15)},
         ],
         "agreement": {
             "same_side": [[1.0] * len(names)] * len(names),
-            "margin_correlation": [[math.nan] * len(names)] * len(names),
+            "margin_correlation": [[None] * len(names)] * len(names),
         },
         "probabilities": {"edges": [0.0, 0.5, 1.0]},
     }
     for index, name in enumerate(names):
-        lost = {"value": math.nan, "low": math.nan, "high": math.nan}
         e["dimensions"][name] = {
             "pairs": 0 if name in absent else pairs,
-            "accuracy": lost if name in absent else interval(accuracy - 0.02 * index, 0.1),
-            "margin": lost if name in absent else interval(accuracy - 1, 0.2),
+            "tied": 1,
+            "reversed": 2,
+            "accuracy": lost if name in absent else within(accuracy - 0.02 * index, 0.1),
+            "preference_accuracy": lost if name in absent else within(accuracy, 0.1),
+            "rank_correlation": lost if name in absent else within(0.3, 0.1),
+            "calibration": None if name in absent else {"error": 0.07, "bins": []},
+            "margin": lost if name in absent else within(accuracy - 1, 0.2),
             "weight": {"edges": [0.4, 0.5, 0.6], "counts": [0, 0] if name in absent else [pairs - 1, 1]},
         }
         e["probabilities"][name] = {"chosen": [10, 90], "rejected": [40, 60]}

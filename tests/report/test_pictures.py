@@ -237,15 +237,15 @@ def test_a_missing_metric_is_said(tmp_path):
         assert drawn(rows, row, column).texts[-1].get_text() == "not logged", (row, column)
 
 
-def test_intervals_need_enough_samples():
+def test_intervals_are_drawn_where_they_are_known():
     value = {"value": 0.5, "low": 0.1, "high": 0.9}
-    absent = {"value": math.nan, "low": math.nan, "high": math.nan}
-    for samples, lines in (([9, 9], 1), ([9, 10], 2), ([10, 10], 3), (None, 3)):
+    few, absent = {**value, "low": None, "high": None}, {"value": None, "low": None, "high": None}
+    for values, lines in (([few, few], 1), ([few, value], 2), ([value, value], 3)):
         axis = Figure().add_axes((0, 0, 1, 1))
-        marks.intervals(axis, [0, 1], [value, value], LOOKS[0], samples=samples)
+        marks.intervals(axis, [0, 1], values, LOOKS[0])
         assert len(axis.get_lines()) == lines
-        assert (0.9 in marks.bounds([value, value], samples)) == (lines > 1)
-    assert marks.bounds([absent], [50]) == []
+        assert (0.9 in marks.bounds(values)) == (lines > 1)
+    assert marks.bounds([absent]) == []
 
 
 # ----- the sheet -----

@@ -29,7 +29,7 @@ def small_model(seed=0, **options):
     return Qwen2ForCausalLM(Qwen2Config(**{**shape, **options}))
 
 
-def small_trainer(output_dir, *, pairs=None, model=None, callbacks=None, **options):
+def small_trainer(output_dir, *, pairs=None, model=None, callbacks=None, recipe=None, peft_config=None, **options):
     if options.get("save_strategy", "steps") == "steps":
         options.setdefault("save_steps", 2)
     config = AMoPOConfig(
@@ -39,7 +39,9 @@ def small_trainer(output_dir, *, pairs=None, model=None, callbacks=None, **optio
             "logging_steps": 3, "eval_strategy": "epoch", "disable_tqdm": True, "report_to": "none", **options,
         }
     )  # fmt: skip
-    trainer = AMoPOTrainer(model or small_model(), config, dimensions=DIMENSIONS, callbacks=callbacks,
-                           train_dataset=pairs or small_pairs(14), eval_dataset=small_pairs(4, seed=1))  # fmt: skip
+    trainer = AMoPOTrainer(
+        model or small_model(), config, dimensions=DIMENSIONS, callbacks=callbacks, recipe=recipe,
+        peft_config=peft_config, train_dataset=pairs or small_pairs(14), eval_dataset=small_pairs(4, seed=1),
+    )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -199,3 +199,93 @@ def test_the_guard_waits_for_the_device_once_a_step(tmp_path):
     run.accelerator.reduce = lambda tensor, *args: shapes.append(tuple(tensor.shape)) or reduce(tensor, *args)
     run.train()
     assert shapes.count((4,)) == 8 and reads.count == 0
+
+
+def test_with_the_step_in_backward_the_weights_after_a_bad_gradient_are_as_they_were(tmp_path):
+    """Gradients come from the head down: those above layer 0 have stepped, the report names them."""
+    before = {}
+
+    def act(model):
+        break_gradient(model)
+        before.update({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+
+    run = small_trainer(tmp_path, callbacks=[BeforeStep(3, act)], optim_in_backward="adamw", pairs_per_step=1,
+                        tokens_per_micro_batch=10**6)  # fmt: skip
+    with pytest.raises(NumbersError) as caught:
+        run.train()
+    message, bad = str(caught.value), "model.layers.0.mlp.up_proj.weight"
+    assert message.startswith(f"step 4: the gradient is not finite ({bad}). ")
+    after = weights(run)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert "lm_head.weight" in changed and bad not in changed and "model.embed_tokens.weight" not in changed
+    assert f"{len(changed)} weights, whose gradients came before, were changed by it (lm_head.weight, " in message
+    assert "that one and those after it were not. " in message
+    assert f"The last complete checkpoint is {tmp_path / 'checkpoint-2'}" in message
+    report = json.loads((tmp_path / "failed-step-4.json").read_text())
+    assert report["changed_weights"] == sorted(changed) and report["gradients"] == [bad]
+    assert all(weight.isfinite().all() for weight in after.values())
+
+
+@pytest.mark.parametrize("rate, step", [(1e38, 1), (1e38, 3)])
+def test_the_step_that_broke_the_weights_is_named(tmp_path, rate, step):
+    """Not the one after it: `step` is what the message, the file's name and the report say."""
+
+    def act(model):
+        run.optimizer.param_groups[0]["lr"] = rate
+
+    run = small_trainer(tmp_path, callbacks=[BeforeStep(step - 1, act)], max_grad_norm=0.0, save_steps=1,
+                        lr_scheduler_type="constant", warmup_steps=0)  # fmt: skip
+
+    class Overflow(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == step - 1:
+                with torch.no_grad():
+                    model.lm_head.weight.mul_(rate)
+
+    run.add_callback(Overflow())
+    with pytest.raises(NumbersError, match=f"step {step}: a weight is not finite before saving .lm_head.*Nothing was"):
+        run.train()
+    report = json.loads((tmp_path / f"failed-step-{step}.json").read_text())
+    assert report["step"] == step and len(report["records"]) == 4
+    assert [checkpoint.step for checkpoint in complete_checkpoints(tmp_path)] == list(range(1, step))
+
+
+def test_a_last_step_that_breaks_the_weights_is_not_saved_as_the_model(tmp_path):
+    run = small_trainer(tmp_path, max_steps=2, save_strategy="no", eval_strategy="no")
+    run.train()
+    break_weight(run.model)
+    for save in (run.save_final, run.save_model):
+        with pytest.raises(NumbersError, match="step 2: a weight is not finite before saving .model.layers.1.mlp.up"):
+            save()
+    assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "config.json").exists()
+
+
+def test_show_reads_every_report_that_the_guard_writes(tmp_path, capsys):
+    from amopo_fast.cli import main
+    from amopo_fast.demo.data import DIMENSIONS, TRAIN_FILE
+    from amopo_fast.demo.run import demo_trainer
+
+    def reports():
+        untrained = demo_trainer(tmp_path / "begin", seed=0, max_steps=2)
+        break_weight(untrained.model)
+        yield untrained.train
+        yield untrained.save_model
+        for number, (action, options) in enumerate(
+            [(break_gradient, {}), (break_unused_weight, {}), (break_weight, {"objective": "simpo"}),
+             (break_gradient, {"optim_in_backward": "adamw", "tokens_per_micro_batch": 10**6}),
+             (break_weight, {"objective": "sft"})]
+        ):  # fmt: skip
+            calls = [BeforeStep(1, action)]
+            run = small_trainer(tmp_path / str(number), callbacks=calls, save_strategy="no", **options)
+            yield run.train
+
+    for number, fail in enumerate(reports()):
+        with pytest.raises(NumbersError):
+            fail()
+        report = max(tmp_path.rglob("failed-step-*.json"), key=lambda path: path.stat().st_mtime_ns)
+        content = json.loads(report.read_text())
+        options = ["--dimensions", *DIMENSIONS, "--failed_step", str(report)]
+        assert main(["show", str(TRAIN_FILE), *options]) == 0, capsys.readouterr().err
+        output = capsys.readouterr().out
+        assert f"step {content['step']}: {content['reason']}" in output, number
+        assert all(f"record {record}" in output for record in content["records"])

@@ -11,17 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from small_run import small_trainer
 
 from amopo_fast.cli import main
 from amopo_fast.demo.data import DIMENSIONS, TRAIN_FILE
 from amopo_fast.demo.model import demo_model
 from amopo_fast.demo.tokenizer import demo_tokenizer
-from amopo_fast.errors import CheckpointError
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.loading import load_model
-from amopo_fast.survival.checkpoints import MARKER
-from amopo_fast.survival.safety import check_sharded, redact
+from amopo_fast.survival.safety import redact, unreadable
 from amopo_fast.training.config import AMoPOConfig
 
 ROOT = Path(__file__).parents[2]
@@ -76,34 +73,19 @@ def test_error_messages_are_redacted(monkeypatch, capsys):
     assert redact("rather-long") == "rather-long"
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "amopo_state_0.pt"])
-def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path, file):
-    small_trainer(tmp_path, max_steps=2).train()
-    folder = tmp_path / "checkpoint-2"
-    (folder / file).write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
-    marker = json.loads((folder / MARKER).read_text())
-    marker["files"][file] = (folder / file).stat().st_size
-    (folder / MARKER).write_text(json.dumps(marker))
-    with pytest.raises(Exception, match="(?i)weights.only"):
-        small_trainer(tmp_path).train(resume_from_checkpoint="last")
-    assert not (tmp_path / "owned").exists()
-
-
 def save_sharded(folder, extra):
     dcp.save({"weight": torch.ones(3), "groups": extra}, storage_writer=dcp.FileSystemWriter(folder))
 
 
 def test_sharded_parts_are_read_without_running_code(tmp_path):
     save_sharded(tmp_path / "good" / "optimizer_0", [{"lr": 0.1, "betas": (0.9, 0.99)}])
-    check_sharded(tmp_path / "good")
+    assert unreadable(tmp_path / "good") == ""
     save_sharded(tmp_path / "entry" / "optimizer_0", Evil(tmp_path / "owned"))
     assert not (tmp_path / "owned").exists()
-    with pytest.raises(CheckpointError, match="optimizer_0 is not loaded"):
-        check_sharded(tmp_path / "entry")
+    assert unreadable(tmp_path / "entry").startswith("optimizer_0/.metadata cannot be read without running code")
     shutil.copytree(tmp_path / "good", tmp_path / "index")
     (tmp_path / "index" / "optimizer_0" / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
-    with pytest.raises(CheckpointError, match="io.open is not part of a checkpoint's index"):
-        check_sharded(tmp_path / "index")
+    assert "(io.open is not part of a checkpoint's index)" in unreadable(tmp_path / "index")
     assert not (tmp_path / "owned").exists()
 
 

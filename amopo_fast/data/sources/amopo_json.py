@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from amopo_fast.data.sources.candidate import MISSING, Candidate, Dropped, RawRecord, extras_of
+from amopo_fast.data.sources.candidate import MISSING, Candidate, Dropped, RawRecord, extras_of, one_a_record
 from amopo_fast.data.sources.spec import Source
 from amopo_fast.errors import DataError, shown
 
@@ -26,11 +26,7 @@ def candidates(
     raws: Iterator[RawRecord | DataError], source: Source, dimensions: Sequence[str]
 ) -> Iterator[Candidate | Dropped | DataError]:
     """Keys other than the configured dimensions are left alone."""
-    for raw in raws:
-        try:
-            yield raw if isinstance(raw, DataError) else _candidate(raw, dimensions, str(source))
-        except DataError as error:
-            yield error
+    return one_a_record(raws, lambda raw: _candidate(raw, dimensions, str(source)))
 
 
 def _candidate(raw: RawRecord, dimensions: Sequence[str], source: str) -> Candidate:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from amopo_fast.errors import DataError
 
 NO_OBJECT = "no_object"  # the dimension whose instruction names all the others and no score
 
@@ -76,3 +78,14 @@ class Candidate:
                 break
         before, dot, last = name.rpartition(".")
         return record, line, before + dot + self.names.get(f".{last}", last)
+
+
+def one_a_record(
+    raws: Iterator[RawRecord | DataError], make: Callable[[RawRecord], Candidate]
+) -> Iterator[Candidate | DataError]:
+    """What `make` makes of each record; a DataError stands in the place of a record that is bad."""
+    for raw in raws:
+        try:
+            yield raw if isinstance(raw, DataError) else make(raw)
+        except DataError as error:
+            yield error

@@ -13,7 +13,7 @@ from typing import Any
 
 from amopo_fast.data.sources import trl
 from amopo_fast.data.sources.amopo_json import as_object, numbers_of
-from amopo_fast.data.sources.candidate import MISSING, Candidate, Dropped, RawRecord, extras_of
+from amopo_fast.data.sources.candidate import MISSING, Candidate, Dropped, RawRecord, extras_of, one_a_record
 from amopo_fast.data.sources.spec import Source
 from amopo_fast.errors import DataError, shown
 
@@ -30,11 +30,7 @@ def recognizes(value: dict[str, Any]) -> bool:
 def candidates(
     raws: Iterator[RawRecord | DataError], source: Source, dimensions: Sequence[str]
 ) -> Iterator[Candidate | Dropped | DataError]:
-    for raw in raws:
-        try:
-            yield raw if isinstance(raw, DataError) else _candidate(raw, str(source), dimensions)
-        except DataError as error:
-            yield error
+    return one_a_record(raws, lambda raw: _candidate(raw, str(source), dimensions))
 
 
 def _candidate(raw: RawRecord, source: str, dimensions: Sequence[str]) -> Candidate:

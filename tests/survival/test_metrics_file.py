@@ -1,0 +1,67 @@
+"""metrics.jsonl is whole after a resume and a full disk; a checkpoint's own log does not grow with the run."""
+
+import json
+
+import pytest
+from small_run import small_trainer
+from test_checkpoints import At, metrics, tiny_disk  # noqa: F401
+
+from amopo_fast.survival.checkpoints import complete_checkpoints
+from amopo_fast.training import metrics_file
+
+OPTIONS = {"logging_steps": 1, "num_train_epochs": 4, "save_total_limit": None}
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(metrics_file, "KEPT", 5)
+
+
+def history(folder, step):
+    return json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+
+
+def test_a_checkpoint_holds_the_first_and_the_last_lines(short, tmp_path):
+    small_trainer(tmp_path, **OPTIONS).train()
+    assert len(metrics(tmp_path)) == 21  # 16 steps, 4 evaluations, the end
+    assert [line["step"] for line in history(tmp_path, 2)] == [1, 2]
+    assert [line["step"] for line in history(tmp_path, 16)] == [1, 14, 15, 16, 16]
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 14])
+def test_a_resumed_run_has_every_line_once(short, tmp_path, step):
+    """Step 4 ends an epoch with an evaluation; at 6 and later, lines are in the file alone."""
+    small_trainer(tmp_path, **OPTIONS).train()
+    expected = metrics(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')
+    small_trainer(tmp_path, **OPTIONS).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert metrics(tmp_path) == expected
+
+
+def test_lines_that_no_checkpoint_and_no_file_has_are_said_to_be_lost(short, tmp_path, caplog):
+    small_trainer(tmp_path, **OPTIONS).train()
+    expected = metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    small_trainer(tmp_path, **OPTIONS).train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
+    assert "metrics.jsonl lacks lines of the run before step 12: they are lost" in caplog.text
+    assert metrics(tmp_path) == [expected[0], *(line for line in expected if line["step"] >= 12)]
+
+
+def test_a_full_disk_ends_no_run_and_costs_no_line(tiny_disk, caplog):  # noqa: F811
+    filler = tiny_disk / "filler"
+
+    def fill():
+        with filler.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(512))
+            except OSError:
+                pass
+
+    calls = [At(2, fill), At(6, filler.unlink)]
+    run = small_trainer(tiny_disk, save_strategy="no", eval_strategy="no", callbacks=calls, logging_steps=1)
+    run.train()
+    assert [line["step"] for line in metrics(tiny_disk)] == [1, 2, 3, 4, 5, 6, 7, 8, 8]
+    assert caplog.text.count("metrics.jsonl cannot be written (No space left on device)") == 1
+    assert not complete_checkpoints(tiny_disk)
