@@ -1,8 +1,15 @@
-"""The errors of a run. Each message names the place, what was found there and what to do about it."""
+"""The errors of a run, and the checks of their own values that all configurations share.
+
+Each message names the place, what was found there and what to do about it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import reprlib
+from collections.abc import Iterable
+from typing import Any
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
@@ -33,6 +40,67 @@ class OptionError(ValueError):
 def shown(value: object) -> str:
     """A value as an error message shows it: its type and at most about 60 characters of it."""
     return f"{type(value).__name__} {_short.repr(value)}"
+
+
+def changed_fields(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass's instance that are not at their default, with their values."""
+    found = {}
+    for each in dataclasses.fields(config):
+        default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
+        value = getattr(config, each.name, default)
+        if value is not default and value != default:
+            found[each.name] = value
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """`option` is read only where `other` is one of `values` (none: where it is set at all)."""
+
+    option: str
+    other: str
+    values: tuple = ()
+
+    def refuse(self, config: Any, changed: dict[str, Any]) -> None:
+        """Raises OptionError where the option is set and nothing reads it."""
+        if self.option not in changed:
+            return
+        found = getattr(config, self.other, None)
+        each = found if isinstance(found, list) else [found]
+        if any(value in self.values for value in each) if self.values else found:
+            return
+        wanted = f"{self.other} {' or '.join(map(str, self.values))}" if self.values else self.other
+        raise OptionError(
+            f"{self.option}={changed[self.option]!r} has no effect without {wanted}: set that, or leave "
+            f"{self.option} out",
+            self.option,
+        )
+
+
+def check_numbers(
+    config: Any, *, positive: Iterable[str] = (), not_negative: Iterable[str] = (), below_one: Iterable[str] = ()
+) -> None:
+    """Every number of a dataclass's instance is finite, and those that are named lie in their range: above 0, from 0,
+    from 0 to below 1. None, an option that is not set, passes.
+
+    Raises:
+        OptionError: names the option, its value and the range.
+    """
+    for name, value in ((each.name, getattr(config, each.name, None)) for each in dataclasses.fields(config)):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise OptionError(f"{name}={value} must be a finite number", name)
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise OptionError(f"{name} has {value.bit_length()} bits: write a number below 2**63", name)
+    ranges = (
+        (positive, "must be positive", lambda value: value > 0),
+        (not_negative, "must not be negative", lambda value: value >= 0),
+        (below_one, "must be from 0 to below 1", lambda value: 0 <= value < 1),
+    )
+    for names, what, holds in ranges:
+        for name in names:
+            value = getattr(config, name, None)
+            if value is not None and not holds(value):
+                raise OptionError(f"{name}={value} {what}", name)
 
 
 class DataError(ValueError):

@@ -1,5 +1,6 @@
-"""The command line `amopo-fast`. Exit codes: 0 done, 1 failed or bad data, 2 bad usage, 3 stopped by a signal, with a
-checkpoint of every step that was trained, 4 a NaN or infinite number, 130 stopped at once by Ctrl-C.
+"""The command line `amopo-fast`. Exit codes: 0 done, 1 failed or bad data, 2 bad usage (an option that is unknown,
+impossible or without effect), 3 stopped by a signal, with a checkpoint of every step that was trained, 4 a NaN or
+infinite number, 130 stopped at once by Ctrl-C.
 
 One module per command; each has `add_parser(commands)`, which makes its parser and names the function that runs it.
 """
@@ -13,7 +14,8 @@ from collections.abc import Sequence
 
 from amopo_fast import __version__
 from amopo_fast.cli import data, demo, estimate, evaluate, generate, merge, plot, train
-from amopo_fast.errors import CheckpointError, NumbersError
+from amopo_fast.cli.spellings import hint
+from amopo_fast.errors import CheckpointError, NumbersError, OptionError
 from amopo_fast.report.quiet import hold_back
 
 DESCRIPTION = "AMoPO: multi-objective preference optimization of causal language models."
@@ -26,36 +28,68 @@ EXAMPLES = """examples:
   amopo-fast generate runs/a --prompt "..." --target helpfulness=5     an answer that is asked for a dimension
   amopo-fast chat runs/a --target helpfulness=5    a conversation with a trained model
   amopo-fast merge runs/lora merged                a LoRA adapter into its base model
-  amopo-fast estimate --model DIR --gpu h200       memory and speed of training a model, by part and optimizer
+  amopo-fast estimate DIR --gpu h200               memory and speed of training a model, by part and optimizer
   amopo-fast train --config run.yaml --beta 1.0    train; any key of the YAML file can be given as --key value
 """
 COMMANDS = (demo, train, generate, evaluate, plot, data, estimate, merge)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes no abbreviations: an option that comes later would change what they mean."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; `argv` without the program's name. Returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "amopo-fast", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"amopo-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in COMMANDS:
         module.add_parser(commands)
-    # Only `train` takes options that its parser does not know: those of its dataclasses.
+    # Only commands with the options of a run take what their parser does not know: those of its dataclasses.
     arguments, rest = parser.parse_known_args(argv)
     arguments.rest = rest
-    if arguments.rest and not arguments.takes_rest:
-        parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
+    if rest and not arguments.takes_rest:
+        known = [flag for action in commands.choices[arguments.command]._actions for flag in action.option_strings]
+        meant = hint(rest[0].split("=")[0], known, flags=True) if rest[0].startswith("-") else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{meant}")
     hold_back()
     if not sys.stderr.isatty():  # bars of model loading and saving; their libraries read it when they are imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         return arguments.run(arguments)
-    except (ValueError, OSError, CheckpointError, NumbersError) as error:
-        from amopo_fast.survival.safety import redact
-
-        print(redact(f"amopo-fast {arguments.command}: error: {error}"), file=sys.stderr)
-        return 4 if isinstance(error, NumbersError) else 1
+    except OptionError as error:
+        return _fail(arguments.command, error, 2)
+    except NumbersError as error:
+        return _fail(arguments.command, error, 4)
+    except (ValueError, OSError, CheckpointError) as error:
+        return _fail(arguments.command, error, 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which a command without torch need not import
+            raise
+        return _fail(arguments.command, f"{error}; {_LESS_MEMORY}", 1)
     except KeyboardInterrupt:
         print(f"amopo-fast {arguments.command}: stopped by SIGINT; what was saved before is whole", file=sys.stderr)
         return 130
+
+
+_LESS_MEMORY = (
+    "lower tokens_per_micro_batch (tokens_per_row, batch_size), set gradient_checkpointing, or ask `amopo-fast "
+    "estimate` what fits"
+)
+
+
+def _fail(command: str, error: object, code: int) -> int:
+    from amopo_fast.survival.safety import redact
+
+    if "tqdm" in sys.modules:  # an open bar's line ends before the message
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
+    print(redact(f"amopo-fast {command}: error: {error}"), file=sys.stderr)
+    return code

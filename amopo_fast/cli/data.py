@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+from amopo_fast.cli.numbers import whole_or_zero
+from amopo_fast.errors import OptionError
+
 
 def add_parser(commands) -> None:
     validate = commands.add_parser(
@@ -31,7 +34,7 @@ def _parse(command: str, rest, add_arguments):
     if arguments.data:
         config = replace(config, train_data=arguments.data)
     if not config.train_data:
-        raise ValueError(f"name the data: amopo-fast {command} FILE, or --config with train_data in it")
+        raise OptionError(f"name the data: amopo-fast {command} FILE, or --config with train_data in it")
     return config, model, arguments
 
 
@@ -80,7 +83,7 @@ def run_show(arguments) -> int:
     from amopo_fast.survival.failed_step import FailedStep
 
     def add_arguments(parser) -> None:
-        parser.add_argument("--record", type=int, default=0, help="number of the record, from 0")
+        parser.add_argument("--record", type=whole_or_zero, default=0, help="number of the record, from 0")
         parser.add_argument("--failed_step", help="failed-step-N.json of a run: shows that step's numbers and records")
 
     config, model, options = _parse("show", arguments.rest, add_arguments)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from amopo_fast.cli.numbers import seed
+
 
 def add_parser(commands) -> None:
     demo = commands.add_parser("demo", help="train a tiny model on the bundled data and plot what it learned")
     demo.add_argument("--output_dir", default="amopo-demo", help="where the run goes (default: amopo-demo)")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=seed, default=0)
     demo.set_defaults(run=run, takes_rest=False)
 
 

@@ -6,6 +6,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+from amopo_fast.cli.numbers import share, whole, whole_or_zero
+from amopo_fast.errors import OptionError
+
 DEFAULT_TOKENS = 8192
 
 
@@ -16,19 +19,20 @@ def add_parser(commands) -> None:
         description="Predicts peak memory and speed of each optimizer, alone and sharded. Shapes come from the model's "
         "configuration; activations and FLOP from running it on tensors without memory.",
     )
-    parser.add_argument("--model", required=True, help="Hub name, folder or config.json of a causal LM")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="Hub name, folder or config.json of a model")
+    parser.add_argument("--model_name_or_path", help="the same")
     parser.add_argument("--config_overrides", help="num_hidden_layers=8,hidden_size=1024,...")
     parser.add_argument("--gpu", default="h200", help="h200, h100, a100-80, ... or GiB of memory (default: h200)")
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the model by FSDP (default: 1)")
-    parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS,
+    parser.add_argument("--gpus", type=whole, default=1, help="GPUs that share the model by FSDP (default: 1)")
+    parser.add_argument("--tokens", type=whole, default=DEFAULT_TOKENS,
                         help=f"computed tokens of a micro-batch (default: {DEFAULT_TOKENS})")  # fmt: skip
-    parser.add_argument("--label_tokens", type=int, help="response tokens that predict a label (default: half of them)")
-    parser.add_argument("--max_length", type=int, default=1024, help="tokens of a sequence (default: 1024)")
+    parser.add_argument("--label_tokens", type=whole, help="tokens that predict a label (default: half of them)")
+    parser.add_argument("--max_length", type=whole, default=1024, help="tokens of a sequence (default: 1024)")
     parser.add_argument("--no_checkpointing", action="store_true", help="keep every layer's activations")
-    parser.add_argument("--keep_layers", type=int, default=0, help="checkpoint all but the last N layers")
+    parser.add_argument("--keep_layers", type=whole_or_zero, default=0, help="checkpoint all but the last N layers")
     parser.add_argument("--offload", action="store_true", help="layer checkpoints in host memory")
     parser.add_argument("--no_liger", action="store_true", help="without liger-kernel's RMSNorm and SwiGLU")
-    parser.add_argument("--efficiency", type=float, help="share of the GPU's dense bfloat16 peak that is reached")
+    parser.add_argument("--efficiency", type=share, help="share of the GPU's dense bfloat16 peak that is reached")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run, takes_rest=False)
 
@@ -48,9 +52,12 @@ def run(arguments) -> int:
     from amopo_fast.memory.advice import OPTIMIZERS
     from amopo_fast.models.loading import model_errors
 
+    name = arguments.model or arguments.model_name_or_path
+    if not name or (arguments.model and arguments.model_name_or_path):
+        raise OptionError("name one model: amopo-fast estimate MODEL", "model_name_or_path")
     gpu = prediction.parse_gpu(arguments.gpu)
-    with model_errors(arguments.model):
-        config = load_config(arguments.model, arguments.config_overrides)
+    with model_errors(name):
+        config = load_config(name, arguments.config_overrides)
     row = prediction.Row(
         arguments.tokens, arguments.label_tokens or arguments.tokens // 2, 2 * arguments.tokens, arguments.max_length
     )
@@ -73,7 +80,7 @@ def run(arguments) -> int:
                          "needed": result.needed, "fits": result.needed <= gpu.memory, "moment": result.moment,
                          "parameters": result.parameters, "trained": result.trained,
                          "tokens_per_second": speed})  # fmt: skip
-    report = {"model": arguments.model, "gpu": dataclasses.asdict(gpu), "row": dataclasses.asdict(row),
+    report = {"model": name, "gpu": dataclasses.asdict(gpu), "row": dataclasses.asdict(row),
               "efficiency": efficiency, "efficiency_source": "given" if arguments.efficiency else "assumed",
               "reserve": prediction.RESERVE, "setup": changes, "rows": rows}  # fmt: skip
     print(json.dumps(report, indent=1)) if arguments.json else _print(report)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amopo_fast.errors import OptionError
+from amopo_fast.cli.numbers import whole
+from amopo_fast.errors import check_numbers
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
@@ -23,8 +24,7 @@ class EvaluationOptions:
     seed: int = field(default=42, metadata={"help": "With eval_share: the training run's seed."})
 
     def __post_init__(self):
-        if self.beta <= 0:
-            raise OptionError(f"beta={self.beta} must be positive", "beta")
+        check_numbers(self, positive=["beta"], not_negative=["seed"])
 
 
 def add_parser(commands) -> None:
@@ -39,8 +39,8 @@ def _add_arguments(parser) -> None:
 
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder or Hub name of a model or adapter, or a run")
     parser.add_argument("--checkpoints", action="store_true", help="every checkpoint of a run, and its final model")
-    parser.add_argument("--output", help="folder for eval.json and eval.html (default: the first model's folder)")
-    parser.add_argument("--tokens_per_row", type=int, default=8192, help="computed tokens of a packed row, at most")
+    parser.add_argument("--output_dir", help="folder for eval.json and eval.html (default: the first model's folder)")
+    parser.add_argument("--tokens_per_row", type=whole, default=8192, help="computed tokens of a packed row, at most")
     parser.add_argument("--layout", choices=LAYOUTS, default="auto",
                         help="shared prefixes, separate rows, or auto: the first that is exact")  # fmt: skip
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
@@ -107,7 +107,7 @@ def run(arguments) -> int:
         del model
     if options.per_pair:
         Path(options.per_pair).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    folder = Path(options.output or (options.models[0] if Path(options.models[0]).is_dir() else "amopo-eval"))
+    folder = Path(options.output_dir or (options.models[0] if Path(options.models[0]).is_dir() else "amopo-eval"))
     text = json.dumps({label or "eval": found for label, found in sets.items()}, indent=1, allow_nan=False)
     _write(folder, sets, text)
     if options.json:

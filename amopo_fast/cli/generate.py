@@ -7,6 +7,9 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from amopo_fast.cli.numbers import boolean, finite, seed, whole, whole_or_zero
+from amopo_fast.errors import OptionError
+
 _HELP_OF_SAMPLING = {
     "max_new_tokens": "tokens of an answer, at most", "do_sample": "draw tokens instead of taking the likeliest",
     "temperature": "of the draw; 0 takes the likeliest", "top_p": "draw from the likeliest tokens of this mass",
@@ -26,8 +29,8 @@ def add_parser(commands) -> None:
     source.add_argument("--prompt", action="append", help="text of a user message; may be given several times")
     source.add_argument("--data", help="file of prompts: records with `prompt` (text or messages) or `messages`")
     generate.add_argument("--compare", metavar="BASE", help="a second model's answers to the same prompts")
-    generate.add_argument("--out", help="JSONL file for the answers; default: printed")
-    generate.add_argument("--batch_size", type=int, default=8, help="prompts at a time (default: 8)")
+    generate.add_argument("--output_file", help="JSONL file for the answers; default: printed")
+    generate.add_argument("--batch_size", type=whole, default=8, help="prompts at a time (default: 8)")
     _add_sampling(generate)
     generate.set_defaults(run=run_generate, takes_rest=False)
     chat = commands.add_parser("chat", help="talk to a trained model; /target helpfulness=1 changes what is asked for")
@@ -47,14 +50,8 @@ def _add_model_and_target(parser) -> None:
 
 def _add_sampling(parser) -> None:
     for name, text in _HELP_OF_SAMPLING.items():
-        kind = {"max_new_tokens": int, "top_k": int, "seed": int, "do_sample": _boolean}.get(name, float)
+        kind = {"max_new_tokens": whole, "top_k": whole_or_zero, "seed": seed, "do_sample": boolean}.get(name, finite)
         parser.add_argument(f"--{name}", type=kind, default=None, help=text)
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
 
 
 def _sampling(arguments):
@@ -71,9 +68,9 @@ def run_generate(arguments) -> int:
 
     target, sampling = Target.parse(arguments.target), _sampling(arguments)
     conversations = _conversations(arguments)
-    out = Path(arguments.out) if arguments.out else None
+    out = Path(arguments.output_file) if arguments.output_file else None
     if out is not None and (out.is_dir() or not out.resolve().parent.is_dir()):
-        raise ValueError(f"--out {out}: name a file in a folder that exists")
+        raise OptionError(f"--output_file {out}: name a file in a folder that exists")
     names = [arguments.model, *([arguments.compare] if arguments.compare else [])]
     answers = []
     recipe = None

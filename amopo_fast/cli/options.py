@@ -16,7 +16,8 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 import yaml
 from transformers import HfArgumentParser
 
-from amopo_fast.data.sources.spec import did_you_mean, parse_sources
+from amopo_fast.cli.spellings import hint
+from amopo_fast.data.sources.spec import parse_sources
 from amopo_fast.errors import OptionError, shown
 
 # Keys whose YAML value may be a mapping or a list of them.
@@ -83,8 +84,8 @@ def parse_options(
     if unknown:
         flag = unknown[0].split("=")[0]
         known = [option for action in parser._actions for option in action.option_strings]
-        hint = did_you_mean(flag, known) if flag.startswith("-") else ""
-        raise OptionError(f"command line: unknown option {flag}{hint}; `{parser.prog} --help` lists the options")
+        meant = hint(flag, known, flags=True) if flag.startswith("-") else ""
+        raise OptionError(f"command line: unknown option {flag}{meant}; `{parser.prog} --help` lists the options")
     for token in rest:
         if token.startswith("--"):
             name = token[2:].split("=")[0].replace("-", "_")
@@ -129,7 +130,7 @@ def _from_yaml(
         if key not in known:
             if any(key in field_names(each) for each in ignore):
                 continue
-            raise OptionError(f"{config}: unknown key {key!r}{did_you_mean(key, known)}; write a key that exists")
+            raise OptionError(f"{config}: unknown key {key!r}{hint(str(key), known)}; write a key that exists")
         if value is None:  # an empty value is the default
             continue
         checked[key] = value if key in SOURCE_KEYS else _typed(f"{config}: {key}", value, types_of[key])

@@ -10,7 +10,7 @@ FORMATS = ("png", "svg", "html")
 def add_parser(commands) -> None:
     plot = commands.add_parser("plot", help="draw the metrics of training runs as PNG, SVG and a page")
     plot.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a training run")
-    plot.add_argument("--output", help="folder for metrics.png, metrics.svg and report.html (default: the first run's)")
+    plot.add_argument("--output_dir", help="folder for metrics.png, metrics.svg and report.html (default: first run's)")
     plot.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: all")
     plot.set_defaults(run=run, takes_rest=False)
 
@@ -22,7 +22,7 @@ def run(arguments) -> int:
     from amopo_fast.report.training import describe, reading, run_rows
 
     runs = read_runs(arguments.runs)
-    folder = Path(arguments.output or arguments.runs[0])
+    folder = Path(arguments.output_dir or arguments.runs[0])
     for kind in arguments.formats:
         if kind == "html":
             title, lead = describe(runs)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from amopo_fast.errors import OptionError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which `amopo-fast --help` need not
     from amopo_fast.data.config import DataConfig
@@ -27,10 +30,38 @@ def add_parser(commands) -> None:
 
 
 def check_output_dir(folder: Path) -> None:
-    """Raises ValueError where something that is no folder is in the way."""
+    """Raises OptionError where something that is no folder is in the way."""
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
-            raise ValueError(f"output_dir: {place} is a file; name a folder")
+            raise OptionError(f"output_dir: {place} is a file; name a folder")
+
+
+def check_evaluation(data_config: DataConfig, config: AMoPOConfig) -> None:
+    """Raises OptionError for evaluation sets that nothing reads, and for a best metric that none of them gives."""
+    from amopo_fast.data.sources.spec import parse_sources
+    from amopo_fast.prompts.dataset import named_sources
+    from amopo_fast.training.arguments import check_best_metric
+
+    if data_config.eval_data and config.eval_strategy == "no" and not config.eval_on_start:
+        raise OptionError("eval_data has no effect without eval_strategy: set it to epoch, or to steps with eval_steps",
+                          "eval_data")  # fmt: skip
+    sets = list(named_sources(parse_sources(data_config.eval_data))) or ([""] if data_config.eval_share else [])
+    if config.eval_strategy != "no" and not sets:
+        raise OptionError(f"eval_strategy={config.eval_strategy.value} needs eval_data or eval_share", "eval_strategy")
+    check_best_metric(config, data_config.dimensions, sets)
+
+
+def hide_bars() -> None:
+    """Of the libraries that load models and data sets; `disable_tqdm` alone is Trainer's."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bars()
+    disable_progress_bar()
+    if importlib.util.find_spec("datasets") is not None:
+        import datasets
+
+        datasets.disable_progress_bars()
 
 
 def print_counts(data: Data) -> None:
@@ -93,7 +124,12 @@ def _run(arguments, progress: Progress) -> int:
         "train", (DataConfig, ModelConfig, AMoPOConfig), arguments.rest
     )
     if not data_config.train_data:
-        raise ValueError("train_data is missing: give --train_data FILE, or train_data in the YAML file")
+        raise OptionError("train_data is missing: give --train_data FILE, or train_data in the YAML file", "train_data")
+    if not model_config.model_name_or_path:
+        raise OptionError("model_name_or_path is missing: give a folder or a Hub name", "model_name_or_path")
+    check_evaluation(data_config, config)
+    if config.disable_tqdm:
+        hide_bars()
     check_output_dir(Path(config.output_dir))
     owns = config.process_index == 0 and not config.dry_run
     with OutputLock(config.output_dir) if owns else contextlib.nullcontext():
@@ -116,9 +152,10 @@ def adapter_as_saved(model_config: ModelConfig, resume: Path | None, config: AMo
 
 
 def _train(data_config: DataConfig, model_config: ModelConfig, config: AMoPOConfig, progress: Progress) -> int:
-    from amopo_fast.models.loading import load_shape, model_errors, peft_config, tokenizer_of
+    from amopo_fast.models.loading import load_shape, model_errors, peft_config
     from amopo_fast.models.saving import final_dtype
     from amopo_fast.prompts.dataset import load_data
+    from amopo_fast.prompts.tokenizer import load_tokenizer
     from amopo_fast.survival import checkpoints
     from amopo_fast.survival.signals import Interrupted
     from amopo_fast.training.loading import load_for_training
@@ -129,8 +166,8 @@ def _train(data_config: DataConfig, model_config: ModelConfig, config: AMoPOConf
     # Before the model is loaded, which can take minutes. The trainer asks rank 0 alone.
     resume = checkpoints.resolve(folder, config.resume_from_checkpoint) if config.process_index == 0 else None
     with model_errors(model_config.model_name_or_path):
-        tokenizer = tokenizer_of(model_config)
         shape = load_shape(model_config)  # what is wrong with it is said before the data is read
+    tokenizer = load_tokenizer(model_config.tokenizer_name_or_path or model_config.model_name_or_path)
     data_config = as_begun(data_config, resume, config)
     model_config = adapter_as_saved(model_config, resume, config)
     data = load_data(data_config, tokenizer, seed=config.seed, folder=folder / "tokens" / f"rank{config.process_index}")
@@ -150,12 +187,7 @@ def _train(data_config: DataConfig, model_config: ModelConfig, config: AMoPOConf
         recipe=data.recipe,
         peft_config=peft_config(model_config),
     )
-    try:
-        trainer.train(resume_from_checkpoint=resume)
-    except KeyError as error:
-        if "metric_for_best_model" not in str(error):
-            raise
-        raise ValueError(error.args[0]) from None
+    trainer.train(resume_from_checkpoint=resume)
     if trainer.checkpointer.stopped:
         if trainer.is_world_process_zero():
             name, step = trainer.termination.requested or "a signal to another rank", trainer.state.global_step

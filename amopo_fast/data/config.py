@@ -6,8 +6,8 @@ import datetime
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from amopo_fast.data.pair import DEFAULT_DIMENSIONS, template_kwargs
-from amopo_fast.errors import OptionError
+from amopo_fast.data.pair import DEFAULT_DIMENSIONS, check_dimensions, template_kwargs
+from amopo_fast.errors import OptionError, check_numbers
 
 
 @dataclass
@@ -83,6 +83,19 @@ class DataConfig:
     )
 
     def __post_init__(self):
+        check_numbers(self, positive=["max_length"], below_one=["eval_share"])
+        if self.eval_data and self.eval_share:
+            raise OptionError("eval_share holds out a part of train_data: leave it out where there is eval_data",
+                              "eval_share")  # fmt: skip
+        try:
+            check_dimensions(self.dimensions, (0, 1))
+        except ValueError as error:
+            raise OptionError(str(error), "dimensions") from None
+        if (self.score_min is None) != (self.score_max is None):
+            raise OptionError("give both score_min and score_max, or neither", "score_min")
+        if self.score_min is not None and self.score_min >= self.score_max:
+            found = f"score_min={self.score_min:g} must be below score_max={self.score_max:g}"
+            raise OptionError(found, "score_min")
         try:
             self.chat_template_kwargs = template_kwargs(self.chat_template_kwargs) or None
         except ValueError as error:

@@ -66,14 +66,16 @@ def parse_gpu(text: str) -> Gpu:
     """A name of GPUS, or a number of GiB (then without a known speed).
 
     Raises:
-        ValueError: neither.
+        OptionError: neither.
     """
     if text.lower() in GPUS:
         return GPUS[text.lower()]
     try:
         gib = float(text.lower().removesuffix("gib").removesuffix("gb"))
     except ValueError:
-        raise ValueError(f"--gpu {text}: give GiB or one of {', '.join(GPUS)}") from None
+        gib = 0.0
+    if not 0 < gib < 2**20:  # NaN too
+        raise OptionError(f"--gpu {text}: give GiB or one of {', '.join(GPUS)}", "gpu")
     return Gpu(f"{gib:g} GiB", int(gib * GIB), 0.0)
 
 

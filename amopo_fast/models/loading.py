@@ -19,22 +19,24 @@ from transformers import AutoConfig, PretrainedConfig, set_seed
 
 from amopo_fast import hub
 from amopo_fast.errors import OptionError
+from amopo_fast.models.config import ModelConfig, lora_targets
 from amopo_fast.models.depth import set_layers
+from amopo_fast.models.head import head_of
 from amopo_fast.models.saving import weights_digest
 from amopo_fast.models.text_part import auto_class, not_adapted
 from amopo_fast.prompts.recipe import Recipe, recipe_of
-from amopo_fast.prompts.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainingArguments
-
-    from amopo_fast.models.config import ModelConfig
+    from transformers import BitsAndBytesConfig, TrainingArguments
 
 
 @contextmanager
-def model_errors(name: str | None) -> Iterator[None]:
-    """Turns what the libraries raise while a model loads into a ValueError that names the model and a remedy."""
+def model_errors(name: str | None, what: str = "model_name_or_path") -> Iterator[None]:
+    """Turns what the libraries raise while a model loads into a ValueError that names the model and a remedy.
+
+    what: names the option or argument that the model was given by.
+    """
     try:
         yield
     except OptionError:
@@ -45,37 +47,28 @@ def model_errors(name: str | None) -> Iterator[None]:
             f"{type(error).__name__}: {text[:400]}; give a folder with config.json, tokenizer.json and whole "
             ".safetensors files, or a Hub name"
         )
-        raise ValueError(f"model_name_or_path: {name!r} cannot be loaded: {remedy}") from error
-
-
-def tokenizer_of(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The run's tokenizer.
-
-    Raises:
-        OptionError: no model is named. ValueError: it cannot be loaded.
-    """
-    if not config.model_name_or_path:
-        raise OptionError("model_name_or_path is missing: give a folder or a Hub name")
-    return load_tokenizer(config.tokenizer_name_or_path or config.model_name_or_path)
+        raise ValueError(f"{what}: {name!r} cannot be loaded: {remedy}") from error
 
 
 def load_shape(config: ModelConfig) -> PretrainedConfig:
     """The model's configuration with `config_overrides` applied.
 
     Raises:
-        OptionError: overrides of a trained model, or of fields that the configuration does not have.
+        OptionError: overrides of fields that the configuration does not have, or that no model can be made of.
     """
-    if config.config_overrides and not config.random_weights:
-        raise OptionError("config_overrides needs --random_weights: trained weights have one shape")
     hub.prefer_cache_if_unreachable(config.model_name_or_path)
     shape = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=False)
     if config.config_overrides:
         before = shape.get_text_config().num_hidden_layers
         try:
             shape.update_from_string(config.config_overrides)
-        except ValueError as error:
-            raise OptionError(f"config_overrides: {error}; write NAME=NUMBER,... of the model's config.json") from None
-        set_layers(shape, shape.get_text_config().num_hidden_layers, before)
+            set_layers(shape, shape.get_text_config().num_hidden_layers, before)
+            with torch.device("meta"):
+                auto_class(shape).from_config(shape, trust_remote_code=False)
+        except Exception as error:  # whatever a model raises that is built of impossible sizes
+            found = " ".join(str(error).split())[:300] or type(error).__name__
+            raise OptionError(f"config_overrides: {found}; write NAME=NUMBER,... of the model's config.json that fit "
+                              "each other", "config_overrides") from None  # fmt: skip
     return shape
 
 
@@ -83,14 +76,12 @@ def load_model(config: ModelConfig, args: TrainingArguments, dtype: torch.dtype)
     """A causal LM in `dtype` on the device of this rank; on the CPU where FSDP or DeepSpeed will place it.
 
     Raises:
-        OptionError: a 4-bit model with random weights. OSError: not found.
+        OSError: not found.
     """
     engine_places = bool(args.fsdp) or args.deepspeed is not None
     device = torch.device("cpu") if engine_places else args.device
     quantisation = quantisation_config(config, dtype)
     if config.random_weights:
-        if quantisation is not None:
-            raise OptionError("load_in_4bit quantises trained weights; leave --random_weights out")
         shape = load_shape(config)
         set_seed(args.seed)
         with torch.device(device):
@@ -169,25 +160,37 @@ def peft_config(config: ModelConfig) -> LoraConfig | None:
         return None
     from peft import LoraConfig
 
-    targets = config.lora_target_modules or ["all-linear"]
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=targets[0] if len(targets) == 1 else targets,
+        target_modules=lora_targets(config),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )
 
 
 def add_adapter(model: nn.Module, adapter: LoraConfig) -> nn.Module:
-    """Freeze a model under a new adapter, whose weights are float32, of its text part alone."""
+    """Freeze a model under a new adapter, whose weights are float32, of its text part alone.
+
+    Raises:
+        OptionError: peft cannot lay the adapter over the model.
+        ValueError: an adapter on the head, which the kernels read as one matrix.
+    """
     from peft import get_peft_model
 
     adapter.exclude_modules = adapter.exclude_modules or not_adapted(model)
-
-    return get_peft_model(model, adapter)
+    try:
+        model = get_peft_model(model, adapter)
+    except Exception as error:  # peft raises whatever its layers raise
+        text = " ".join(str(error).split()).split(" Please")[0][:300]
+        names = sorted({name.rpartition(".")[2] for name, module in model.named_modules()
+                        if isinstance(module, nn.Linear)})  # fmt: skip
+        raise OptionError(f"lora_target_modules: {text}; the model's linear layers are {', '.join(names)}",
+                          "lora_target_modules") from error  # fmt: skip
+    head_of(model)
+    return model
 
 
 def tokenizer_folder(name: str) -> str:

@@ -52,18 +52,18 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, *, base: str | No
     if (output / "config.json").exists():
         raise ValueError(f"{output} holds a model already; name another folder")
     recipe = Recipe.read(adapter)
-    with model_errors(str(adapter)):
+    with model_errors(str(adapter), "adapter"):
         config = PeftConfig.from_pretrained(adapter)
     base = base or config.base_model_name_or_path
     hub.prefer_cache_if_unreachable(base)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    with model_errors(base):
+    with model_errors(base, "base"):
         model = load_whole(base, dtype=kind)
     if recipe is not None:
         check_base(model, recipe, base)
     if _changes_a_tied_weight(model, adapter):
         _untie(model)
-    with model_errors(str(adapter)):
+    with model_errors(str(adapter), "adapter"):
         adapted = load_adapter(model, adapter)
     tokenizer = load_tokenizer(str(adapter) if (adapter / "tokenizer.json").is_file() else base)
     known = [i for i in tokenizer(_TEXT)["input_ids"] if i < vocabulary_of(model)]

@@ -35,7 +35,7 @@ def choose_optimizer(args: TrainingArguments, model: nn.Module, micro_batches: i
     Raises:
         ValueError: `optim_in_backward` where it cannot work, or an optimizer that cannot train bfloat16 weights.
     """
-    sharded = bool(args.fsdp) or args.deepspeed is not None
+    sharded = _is_sharded(args)
     options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon,
                "seed": args.seed}  # fmt: skip
     rounds = args.weight_precision != "bf16"
@@ -51,7 +51,8 @@ def choose_optimizer(args: TrainingArguments, model: nn.Module, micro_batches: i
         logger.warning(PLAIN_BF16_WARNING)
 
     if args.optim_in_backward:
-        _require_one_backward_per_step(args, micro_batches, sharded)
+        if reason := in_backward_refusal(args, micro_batches):
+            raise ValueError(f"optim_in_backward={args.optim_in_backward}: {reason}")
         _say_how_it_clips(args)
         return AdamW, {
             **options,
@@ -82,24 +83,25 @@ def choose_optimizer(args: TrainingArguments, model: nn.Module, micro_batches: i
     return AdamW, {**options, "states": STATES_OF_OPTIM[name], "stochastic_rounding": rounds}
 
 
-def _require_one_backward_per_step(args, micro_batches: int, sharded: bool) -> None:
-    reason = None
+def _is_sharded(args) -> bool:
+    return bool(args.fsdp) or args.deepspeed is not None
+
+
+def in_backward_refusal(args, micro_batches: int = 1) -> str | None:
+    """Why a run's optimizer cannot step in the backward pass, and what to do; None where it can."""
     if micro_batches > 1:
-        reason = (
+        return (
             f"a step of pairs_per_step={args.pairs_per_step} pairs is split into {micro_batches} micro-batches, whose "
             "gradients would have to be accumulated; raise tokens_per_micro_batch or lower pairs_per_step"
         )
-    elif sharded:
-        reason = "FSDP and DeepSpeed reduce and shard gradients on their own; use --optim adamw_torch_8bit there"
-    elif args.world_size > 1 or args.n_gpu > 1:
-        reason = (
+    if _is_sharded(args):
+        return "FSDP and DeepSpeed reduce and shard gradients on their own; use --optim adamw_torch_8bit there"
+    if args.world_size > 1:
+        return (
             "on several ranks each would step with its own gradient before they are averaged, and the weights would "
             "diverge; shard the model with FSDP instead"
         )
-    elif args.fp16:
-        reason = "float16 needs a loss scaler, which judges all gradients before the step; use bf16"
-    if reason:
-        raise ValueError(f"--optim_in_backward {args.optim_in_backward}: {reason}")
+    return "float16 needs a loss scaler, which judges all gradients before the step; use bf16" if args.fp16 else None
 
 
 def _say_how_it_clips(args) -> None:

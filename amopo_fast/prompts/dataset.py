@@ -26,7 +26,7 @@ from amopo_fast.data.pairs import (
 from amopo_fast.data.sources.candidate import Dropped
 from amopo_fast.data.sources.formats import OpenSource, open_source
 from amopo_fast.data.sources.spec import Source, parse_sources
-from amopo_fast.errors import DataError
+from amopo_fast.errors import DataError, OptionError
 from amopo_fast.prompts.builder import PromptBuilder
 from amopo_fast.prompts.recipe import Recipe, recipe_of_prompts
 from amopo_fast.prompts.store import TokenStore
@@ -91,17 +91,13 @@ def load_data(
         wording: of the instructions; default: the configuration's prompt_template.
 
     Raises:
-        ValueError: no training data, or options that contradict each other.
+        OptionError: no training data is named, or nothing is held out. ValueError: no pair is left.
         DataError: a source cannot be read or, unless bad records are skipped, has a bad one.
     """
     sources = parse_sources(config.train_data)
     if not sources:
-        raise ValueError("train_data is missing: give --train_data FILE, or train_data in the YAML file")
+        raise OptionError("train_data is missing: give --train_data FILE, or train_data in the YAML file")
     eval_sources = named_sources(parse_sources(config.eval_data))
-    if not 0 <= config.eval_share < 1:
-        raise ValueError(f"eval_share={config.eval_share} must be from 0 to below 1")
-    if eval_sources and config.eval_share:
-        raise ValueError("eval_share holds out a part of train_data: leave it out where there is eval_data")
     opened = [open_source(source) for source in [*sources, *eval_sources.values()]]
     score_range = common_score_range(config, opened)
     loader = _Loader(config, tokenizer, score_range, seed, folder, wording, one_of_several=len(opened) > 1)
@@ -124,7 +120,7 @@ def load_data(
     elif config.eval_share:
         evals = {"": Mixture(held_out, seed)}
         if not len(evals[""]):
-            raise ValueError(f"eval_share={config.eval_share} holds out no prompt of this data; raise it")
+            raise OptionError(f"eval_share={config.eval_share} holds out no prompt of this data; raise it", "eval_share")  # noqa: E501
     train = parts[0].pairs if len(parts) == 1 and parts[0].weight == 1 else Mixture(parts, seed)
     return Data(train, evals, loader.counts, score_range, loader.recipe(train), shared)
 
@@ -140,7 +136,7 @@ def load_eval_data(
     """
     if not config.eval_data:
         if not config.eval_share:
-            raise ValueError("eval_data is missing: give --eval_data FILE, or --train_data with --eval_share")
+            raise OptionError("eval_data is missing: give --eval_data FILE, or --train_data with --eval_share")
         return replace(load_data(config, tokenizer, seed=seed, folder=folder, wording=wording), train=[])
     opened = {name: open_source(source) for name, source in named_sources(parse_sources(config.eval_data)).items()}
     score_range = common_score_range(config, list(opened.values()))
@@ -155,11 +151,7 @@ def common_score_range(config: DataConfig, opened: Sequence[OpenSource]) -> tupl
 
     Raises ValueError where they do not.
     """
-    if (config.score_min is None) != (config.score_max is None):
-        raise ValueError("give both score_min and score_max, or neither")
     if config.score_min is not None:
-        if config.score_min >= config.score_max:
-            raise ValueError(f"score_min={config.score_min:g} must be below score_max={config.score_max:g}")
         return float(config.score_min), float(config.score_max)
     ranges = {str(each.source): each.score_range or DEFAULT_SCORE_RANGE for each in opened}
     if len(set(ranges.values())) > 1:

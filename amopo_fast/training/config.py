@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, Field, dataclass, field, fields
+import logging
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
 from transformers import TrainingArguments
 
-from amopo_fast.errors import OptionError
+from amopo_fast.errors import OptionError, changed_fields, check_numbers
 from amopo_fast.models.attention_backends import BACKENDS as ATTENTION_BACKENDS
 from amopo_fast.models.choice import LAYOUTS
 from amopo_fast.models.faster_layers import liger_by_default, liger_config
 from amopo_fast.models.precision import WEIGHT_PRECISIONS, autocasts_by_default
 from amopo_fast.optim import IN_BACKWARD
 from amopo_fast.optim.adamw import CLIPPING
+from amopo_fast.training.arguments import refuse_unread, refuse_without_effect, try_names
 from amopo_fast.training.objectives import OBJECTIVES
+from amopo_kernels.dispatch import BACKENDS as KERNEL_BACKENDS
 
+logger = logging.getLogger(__name__)
+
+FULL_LEARNING_RATE, ADAPTER_LEARNING_RATE = 3e-7, 2e-5
 CHOICES = {
     "objective": tuple(OBJECTIVES),
     "weighting": ("gaussian", "mean", "uniform"),
@@ -25,14 +31,23 @@ CHOICES = {
     "weight_precision": WEIGHT_PRECISIONS,
     "optim_in_backward": (None, *IN_BACKWARD),
     "clip_in_backward": CLIPPING,
+    "kernel_backend": KERNEL_BACKENDS,
     "on_changed_option": (None, "keep", "use"),
     "attention_backend": ("auto", *ATTENTION_BACKENDS),
     "layout": LAYOUTS,
 }
 HYPER_PARAMETERS = ("beta", "gamma", "weighting", "compat", "sft_coef", "label_smoothing", "cpo_alpha")  # of objectives
-POSITIVE = ("tokens_per_micro_batch", "per_device_train_batch_size", "per_device_eval_batch_size",
-            "gradient_accumulation_steps")  # fmt: skip
-NOT_NEGATIVE = ("seed", "learning_rate", "sft_coef", "max_grad_norm", "dataloader_num_workers", "logits_cache_gib")
+POSITIVE = (
+    "beta", "pairs_per_step", "tokens_per_micro_batch", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "save_steps", "eval_steps", "logging_steps", "save_total_limit", "eval_accumulation_steps",
+    "torch_empty_cache_steps", "adam_epsilon", "ddp_timeout", "ddp_bucket_cap_mb", "dataloader_prefetch_factor",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "seed", "learning_rate", "weight_decay", "max_grad_norm", "sft_coef", "cpo_alpha", "warmup_steps",
+    "eval_delay", "dataloader_num_workers", "logits_cache_gib", "keep_layers",
+)  # fmt: skip
+BELOW_ONE = ("adam_beta1", "adam_beta2")
 
 
 @dataclass
@@ -139,7 +154,11 @@ class AMoPOConfig(TrainingArguments):
         default=False,
         metadata={"help": "Measure one step on the longest micro-batch beside the prediction, save nothing and end."},
     )
-    learning_rate: float = field(default=3e-7, metadata={"help": "Initial learning rate."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": f"Initial learning rate. Default: {FULL_LEARNING_RATE:g}, with an adapter "
+                  f"{ADAPTER_LEARNING_RATE:g}."},
+    )  # fmt: skip
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or a share of all steps below 1."})
     max_grad_norm: float = field(default=3.0, metadata={"help": "Gradient clipping norm; 0: none."})
@@ -150,9 +169,14 @@ class AMoPOConfig(TrainingArguments):
         default=False, metadata={"help": "Every trained parameter is used, so the search of the graph is left out."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Batches are plans, not columns."})
+    hub_strategy: str = field(default="end", metadata={"help": "The final model alone is uploaded, with push_to_hub."})
     per_device_eval_batch_size: int = field(default=4, metadata={"help": "Pairs in an evaluation row."})
 
     def __post_init__(self):
+        changed = changed_fields(self)
+        check_numbers(self, positive=POSITIVE, not_negative=NOT_NEGATIVE, below_one=BELOW_ONE)
+        self._check_own_numbers()
+        refuse_without_effect(self, changed)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and autocasts_by_default()
         if self.use_liger_kernel is None:
@@ -172,41 +196,61 @@ class AMoPOConfig(TrainingArguments):
                     json.loads(value)
                 except ValueError as error:
                     raise OptionError(f"{name}: not JSON: {error}", name) from None
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                named = ", ".join(filter(None, choices))
+                raise OptionError(f"{name}={getattr(self, name)!r}; choose one of {named}", name)
         try:
             super().__post_init__()
         except Exception as error:  # TrainingArguments raises whatever its libraries raise
             text = " ".join(str(error).split()) or type(error).__name__
-            raise OptionError(text, self._blamed(text)) from error
+            raise OptionError(text, self._blamed(text, changed)) from error
+        if self.n_gpu > 1:
+            logger.warning(
+                "%d GPUs are visible and this process trains on the first: start one process on each with `accelerate "
+                "launch --config_file configs/accelerate/ddp.yaml -m amopo_fast.cli train ...`", self.n_gpu,
+            )  # fmt: skip
+            self._n_gpu = 1  # more would make Trainer wrap the model in nn.DataParallel, which splits rows of tokens
         if self.use_cpu and (self.fsdp or self.deepspeed):
             raise OptionError(
                 "use_cpu with fsdp or deepspeed: accelerate would silently run DDP; leave one of them out", "use_cpu"
             )
         if self.use_liger_kernel:
             self.liger_kernel_config = liger_config(self.liger_kernel_config)
-        if self.torch_compile:
-            raise OptionError(
-                "torch_compile compiles the whole model, for every row anew; use compile_layers", "torch_compile"
-            )
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                named = ", ".join(filter(None, choices))
-                raise OptionError(f"{name}={getattr(self, name)!r}; choose one of {named}", name)
         self._settle_objective()
-        for name in POSITIVE if self.max_steps > 0 else (*POSITIVE, "num_train_epochs"):
-            if not getattr(self, name) > 0:
-                raise OptionError(f"{name}={getattr(self, name)} must be positive", name)
-        for name in NOT_NEGATIVE:
-            if not getattr(self, name) >= 0:
-                raise OptionError(f"{name}={getattr(self, name)} must not be negative", name)
         if self.pairs_per_step is None:
             self.pairs_per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if self.pairs_per_step < self.world_size:
             raise OptionError(
                 f"pairs_per_step={self.pairs_per_step} is less than the {self.world_size} ranks", "pairs_per_step"
             )
+        refuse_unread(self, changed)
+        try_names(self, changed)
         if self.compat == "upstream" and self.pairs_per_step > 1:
             # The softmax of that mode runs over a call's pairs, so its loss depends on how a step is split.
             self.tokens_per_micro_batch = max(self.tokens_per_micro_batch, 2**31)
+
+    def settle_learning_rate(self, *, adapter: bool) -> str:
+        """Fill in the learning rate's default, which an adapter's presence decides. Returns a line that says so; ""
+        where the user chose it."""
+        usual = ADAPTER_LEARNING_RATE if adapter else FULL_LEARNING_RATE
+        if self.learning_rate is None:
+            self.learning_rate = usual
+            return f"learning_rate: {usual:g}, the default {'of an adapter' if adapter else 'for all weights'}"
+        if adapter and 0 < self.learning_rate < 1e-6:
+            logger.warning(
+                "learning_rate=%g hardly moves an adapter, which starts from zero: 1e-5 to 1e-4 are usual",
+                self.learning_rate,
+            )
+        return ""
+
+    def _check_own_numbers(self) -> None:
+        if self.seed >= 2**32:
+            raise OptionError(f"seed={self.seed} must be below 2**32, which numpy's generators take", "seed")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise OptionError(f"max_steps={self.max_steps} must be positive; -1 trains num_train_epochs", "max_steps")
+        if self.max_steps < 0 and not self.num_train_epochs > 0:
+            raise OptionError(f"num_train_epochs={self.num_train_epochs} must be positive", "num_train_epochs")
 
     def _settle_objective(self) -> None:
         """Fill in the objective's own defaults; refuse what it does not have."""
@@ -221,19 +265,12 @@ class AMoPOConfig(TrainingArguments):
                 raise OptionError(
                     f"{name}={value} has no effect with objective {self.objective}: it belongs to {used}", name
                 )
-        if self.beta is not None and not self.beta > 0:
-            raise OptionError(f"beta={self.beta} must be positive", "beta")
         if not 0 <= self.label_smoothing < 0.5:
             raise OptionError(f"label_smoothing={self.label_smoothing} must be from 0 to below 0.5", "label_smoothing")
 
-    def _blamed(self, text: str) -> str:
+    def _blamed(self, text: str, changed: dict[str, object]) -> str:
         """The option that an error of transformers is about: the one that it names or whose value it quotes, among
         those that are not at their default."""
-        changed = [f for f in fields(self) if f.init and getattr(self, f.name, None) != _default(f)]
-        named = [f.name for f in changed if f.name in text]
-        quoted = [f.name for f in changed if isinstance(v := getattr(self, f.name), str) and v and v in text]
+        named = [name for name in changed if name in text]
+        quoted = [name for name, value in changed.items() if isinstance(value, str) and value and value in text]
         return max(named, key=len, default="") or next(iter(quoted), "")
-
-
-def _default(each: Field) -> object:
-    return each.default if each.default_factory is MISSING else each.default_factory()

@@ -47,6 +47,7 @@ from amopo_fast.survival.checkpointer import AlreadyFinished, Checkpointer
 from amopo_fast.survival.guard import Guard
 from amopo_fast.survival.safety import write_arguments
 from amopo_fast.survival.signals import EvaluationStopped, Termination
+from amopo_fast.training.arguments import check_best_metric
 from amopo_fast.training.checks import check_data
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.epochs import EpochOfPlan, epochs_to_plan
@@ -105,6 +106,7 @@ class AMoPOTrainer(Trainer):
         if peft_config is not None:
             set_seed(args.seed)  # Trainer's own comes after the adapter's weights were drawn
             model = add_adapter(model, peft_config)
+        rate = args.settle_learning_rate(adapter=hasattr(model, "peft_config"))
         prepare_saving(model)
         self.objective = objective_of(args)
         base = weights_digest(model)
@@ -117,6 +119,7 @@ class AMoPOTrainer(Trainer):
         if args.compile_layers:
             compile_layers(model)
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset or ()}
+        check_best_metric(args, dimensions, [name for name, pairs in evals.items() if len(pairs)])
         check_data([train_dataset or (), *evals.values()], model, processing_class, dimensions)
         callbacks = list(callbacks or [])
         if train_dataset is not None:
@@ -132,8 +135,8 @@ class AMoPOTrainer(Trainer):
             )
             self._batches = PlannedBatches(schedule)
             args.gradient_accumulation_steps = schedule.accumulation
-            lines = [schedule.describe(sizes, args.tokens_per_micro_batch), choice.describe(sizes.share)]
-            callbacks.insert(0, EpochOfPlan(self._batches, "\n".join(lines)))
+            lines = [schedule.describe(sizes, args.tokens_per_micro_batch), rate, choice.describe(sizes.share)]
+            callbacks.insert(0, EpochOfPlan(self._batches, "\n".join(filter(None, lines))))
             if kwargs.get("optimizers", (None, None))[0] is None:
                 kwargs.setdefault("optimizer_cls_and_kwargs", choose_optimizer(args, model, schedule.accumulation))
         if args.keep_layers:
@@ -300,6 +303,9 @@ class AMoPOTrainer(Trainer):
             batch_sampler=self._batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
             pin_memory=self.args.dataloader_pin_memory,
         )
 

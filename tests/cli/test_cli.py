@@ -71,21 +71,21 @@ def test_show_prints_a_record_and_refuses_what_is_not_there(workspace, capsys):
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "options, message, code",
     [
-        (["--train_data", "nowhere.json"], "nowhere.json"),
-        ([], "train_data is missing"),
-        (["--beta", "-1"], "beta=-1"),
-        (["--weighting", "best"], "weighting='best'"),
-        (["--on_bad_record", "ignore"], "on_bad_record"),
-        (["--resume_from_checkpoint", "last"], "no checkpoint"),
+        (["--train_data", "nowhere.json"], "nowhere.json", 1),
+        ([], "train_data is missing", 2),
+        (["--beta", "-1"], "beta=-1", 2),
+        (["--weighting", "best"], "weighting='best'", 2),
+        (["--on_bad_record", "ignore"], "on_bad_record", 2),
+        (["--resume_from_checkpoint", "last"], "no checkpoint", 1),
     ],
 )
-def test_bad_options_end_with_a_sentence(workspace, tmp_path, capsys, options, message):
+def test_bad_options_end_with_a_sentence(workspace, tmp_path, capsys, options, message, code):
     base = ["--model_name_or_path", str(workspace / "model"), "--output_dir", str(tmp_path), "--use_cpu", "true"]
     if options and options[0] != "--train_data":
         base += ["--train_data", str(workspace / "pairs.json")]
-    assert main(["train", *base, *options]) == 1
+    assert main(["train", *base, *options]) == code
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
 
@@ -93,5 +93,5 @@ def test_bad_options_end_with_a_sentence(workspace, tmp_path, capsys, options, m
 def test_an_unknown_key_of_the_configuration_is_named(tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text("learning_rat: 1\n")
-    assert main(["train", "--config", str(config)]) == 1
+    assert main(["train", "--config", str(config)]) == 2
     assert "unknown key 'learning_rat'" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_a_command_says_what_matters(folder):
         "merge lora merged",
     )
     first_words = [line.split()[0] for line in trained[0].splitlines()]
-    assert first_words == ["pairs.jsonl:", "8", "2", "attention:", "step", "model:"]
+    assert first_words == ["pairs.jsonl:", "8", "2", "learning_rate:", "attention:", "step", "model:"]
     assert resumed[1].splitlines() == [
         "resuming from run/checkpoint-1",
         "the learning rate follows the checkpoint's schedule to step 1, then one of 1 more steps",

@@ -189,7 +189,7 @@ def test_the_table_has_no_interval_of_a_few_pairs():
 def test_an_adapter_is_evaluated_on_its_base_model(run_folder, tmp_path, capsys):
     models = [str(run_folder / "run"), str(run_folder / "adapter")]
     data = str(run_folder / "heldout.jsonl")
-    assert main(["eval", *models, "--eval_data", data, "--output", str(tmp_path), "--json"]) == 0
+    assert main(["eval", *models, "--eval_data", data, "--output_dir", str(tmp_path), "--json"]) == 0
     found = list(json.loads((tmp_path / "eval.json").read_text())["eval"].values())
     assert json.loads(capsys.readouterr().out)["eval"]
     assert found[0]["mean"]["margin"]["value"] != found[1]["mean"]["margin"]["value"]

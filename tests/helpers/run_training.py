@@ -25,7 +25,8 @@ def trainer(output_dir, budget=120, **options):
         Qwen2Config(vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
                     num_key_value_heads=1, attention_dropout=0.1)
     )  # fmt: skip
-    options = {"save_strategy": "steps", "save_steps": 2, **options}
+    saves = options.get("save_strategy", "steps") == "steps"
+    options = {"save_strategy": "steps", **({"save_steps": 2} if saves else {}), **options}
     config = AMoPOConfig(
         output_dir=str(output_dir), pairs_per_step=4, tokens_per_micro_batch=budget, num_train_epochs=2, use_cpu=True,
         learning_rate=1e-2, disable_tqdm=True, **options,

@@ -187,15 +187,15 @@ def test_gpus_by_name_and_by_size():
 
 def test_command(tmp_path, capsys):
     QWEN_32B.save_pretrained(tmp_path)
-    assert main(["estimate", "--model", str(tmp_path / "config.json"), "--gpu", "h200", "--gpus", "8"]) == 0
+    assert main(["estimate", str(tmp_path / "config.json"), "--gpu", "h200", "--gpus", "8"]) == 0
     shown = capsys.readouterr().out
     assert "32,763,876,352 parameters" in shown and "assumed, not measured" in shown
     assert "--optim_in_backward adamw_8bit --gradient_checkpointing true" in shown
-    assert main(["estimate", "--model", str(tmp_path), "--gpu", "10", "--json"]) == 0
+    assert main(["estimate", str(tmp_path), "--gpu", "10", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert not any(row["fits"] for row in report["rows"]) and report["efficiency_source"] == "assumed"
     assert sum(report["rows"][0]["parts"].values()) == report["rows"][0]["peak"]
-    assert main(["estimate", "--model", str(tmp_path / "nowhere")]) == 1
+    assert main(["estimate", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
 
 

@@ -47,7 +47,7 @@ def test_a_model_of_another_precision_than_asked_for_is_refused(tmp_path):
 
 
 def test_under_fsdp_low_bit_states_without_torchao_are_refused_by_name(tmp_path, monkeypatch):
-    args = config(tmp_path, optim="adamw_torch_8bit")
+    args = config(tmp_path, optim="adamw_torch_8bit", learning_rate=1e-3)
     args.fsdp = True
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="under FSDP or DeepSpeed is torchao's, .* pip install torchao"):
@@ -58,7 +58,7 @@ def test_under_fsdp_torchaos_optimizer_is_told_to_round_stochastically(tmp_path)
     pytest.importorskip("torchao")
     from transformers import Trainer
 
-    args = config(tmp_path, optim="adamw_torch_8bit")
+    args = config(tmp_path, optim="adamw_torch_8bit", learning_rate=1e-3)
     args.fsdp = True
     assert choose_optimizer(args, linear(torch.bfloat16), 1) is None
     cls, options = Trainer.get_optimizer_cls_and_kwargs(args)

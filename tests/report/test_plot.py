@@ -54,7 +54,7 @@ def plotted(tmp_path_factory):
     one = write_run(folder / "a" / "run", sets=("eval_own_", "eval_other_"))
     other = write_run(folder / "b" / "run", 60, shift=0.5)
     assert main(["plot", str(one)]) == 0
-    assert main(["plot", str(one), str(other), "--output", str(folder / "both")]) == 0
+    assert main(["plot", str(one), str(other), "--output_dir", str(folder / "both")]) == 0
     return {"one": one, "both": folder / "both"}
 
 

@@ -30,10 +30,12 @@ def small_model(seed=0, **options):
 
 
 def small_trainer(output_dir, *, pairs=None, model=None, callbacks=None, recipe=None, peft_config=None, **options):
+    if options.get("save_strategy", "steps") == "steps":
+        options.setdefault("save_steps", 2)
     config = AMoPOConfig(
         **{
             "output_dir": str(output_dir), "pairs_per_step": 4, "tokens_per_micro_batch": 120, "num_train_epochs": 2,
-            "use_cpu": True, "learning_rate": 1e-2, "save_steps": 2, "save_strategy": "steps", "save_total_limit": 2,
+            "use_cpu": True, "learning_rate": 1e-2, "save_strategy": "steps", "save_total_limit": 2,
             "logging_steps": 3, "eval_strategy": "epoch", "disable_tqdm": True, "report_to": "none", **options,
         }
     )  # fmt: skip
