@@ -25,6 +25,10 @@ class NumbersError(RuntimeError):
     """A NaN or an infinity; the message says where, in which step, and which file holds the step's records."""
 
 
+class ModelError(ValueError):
+    """Files of a model or an adapter that cannot be used; the message names them and the remedy."""
+
+
 class OptionError(ValueError):
     """An option that cannot be used; the message says why and what to use.
 

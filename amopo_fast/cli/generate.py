@@ -61,12 +61,24 @@ def _sampling(arguments):
     return Sampling(**{name: value for name, value in given.items() if value is not None})
 
 
+def _target(arguments):
+    """What is asked for, refused before a model is loaded if it cannot be."""
+    from amopo_fast.evaluation.generation import Target
+    from amopo_fast.prompts.recipe import recipe_of
+
+    target = Target.parse(arguments.target)
+    recipe = recipe_of(arguments.model)
+    if recipe is not None:
+        target.require(recipe)
+    return target
+
+
 def run_generate(arguments) -> int:
     from tqdm import tqdm
 
-    from amopo_fast.evaluation.generation import Target, TrainedModel, generate
+    from amopo_fast.evaluation.generation import TrainedModel, generate
 
-    target, sampling = Target.parse(arguments.target), _sampling(arguments)
+    target, sampling = _target(arguments), _sampling(arguments)
     conversations = _conversations(arguments)
     out = Path(arguments.output_file) if arguments.output_file else None
     if out is not None and (out.is_dir() or not out.resolve().parent.is_dir()):
@@ -124,7 +136,7 @@ def run_chat(arguments) -> int:
 
     from amopo_fast.evaluation.generation import Target, TrainedModel, generate
 
-    target, sampling = Target.parse(arguments.target), _sampling(arguments)
+    target, sampling = _target(arguments), _sampling(arguments)
     trained = TrainedModel.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     messages = list(opening)

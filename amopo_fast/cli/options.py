@@ -22,6 +22,9 @@ from amopo_fast.errors import OptionError, shown
 
 # Keys whose YAML value may be a mapping or a list of them.
 SOURCE_KEYS = ("train_data", "eval_data")
+# Ways to say one thing: one on the command line takes the place of the others in the YAML file.
+INSTEAD = (("eval_data", "eval_share"), ("pairs_per_step", "per_device_train_batch_size"),
+           ("pairs_per_step", "gradient_accumulation_steps"))  # fmt: skip
 # Whose keys a run's YAML file may hold beside the data's.
 RUN_CLASSES = (
     "amopo_fast.models.config:ModelConfig",
@@ -76,8 +79,12 @@ def parse_options(
     first = _Parser(prog=parser.prog, allow_abbrev=False, add_help=False)
     first.add_argument("--config")
     config = first.parse_known_args(list(rest))[0].config
+    on_command_line = {token[2:].split("=")[0].replace("-", "_") for token in rest if token.startswith("--")}
     if config:
         values = _from_yaml(config, types_of, keys, ignore)
+        for pair in INSTEAD:
+            if on_command_line & set(pair):
+                values = {key: value for key, value in values.items() if key not in pair}
         origin = {key: f"{config}: {key}" for key in values}
         parser.set_defaults(**values)
     namespace, unknown = parser.parse_known_args(list(rest))
@@ -86,10 +93,7 @@ def parse_options(
         known = [option for action in parser._actions for option in action.option_strings]
         meant = hint(flag, known, flags=True) if flag.startswith("-") else ""
         raise OptionError(f"command line: unknown option {flag}{meant}; `{parser.prog} --help` lists the options")
-    for token in rest:
-        if token.startswith("--"):
-            name = token[2:].split("=")[0].replace("-", "_")
-            origin[name] = f"command line: --{name}"
+    origin |= {name: f"command line: --{name}" for name in on_command_line}
     for key in SOURCE_KEYS:
         if hasattr(namespace, key):
             try:
@@ -144,11 +148,10 @@ def _typed(where: str, value: Any, hint: Any) -> Any:
         options = [each for each in get_args(hint) if each is not type(None)]
         if len(options) == 1:
             return _typed(where, value, options[0])
-        if isinstance(value, tuple(each for each in (get_origin(o) or o for o in options) if isinstance(each, type))):
-            return value
-        if isinstance(value, (list, dict)) and not any((get_origin(each) or each) in (list, dict) for each in options):
+        kinds = [get_origin(each) or each for each in options]
+        if isinstance(value, (list, dict)) and type(value) not in kinds:
             raise OptionError(f"{where}: write one value, found {shown(value)}")
-        return value if isinstance(value, (list, dict)) else str(value)
+        return value if isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type))) else str(value)
     if origin is Literal:
         if value not in get_args(hint):
             raise OptionError(f"{where}: found {shown(value)}; choose one of {', '.join(map(str, get_args(hint)))}")

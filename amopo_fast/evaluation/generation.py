@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from amopo_fast.data.pair import PLAIN
+from amopo_fast.data.sources.candidate import NO_OBJECT
 from amopo_fast.errors import OptionError
 from amopo_fast.models.loading import load_trained, tokenizer_folder
 from amopo_fast.prompts.recipe import RECIPE_FILE, Recipe, recipe_of
@@ -52,6 +53,20 @@ class Target:
         if PLAIN in scores and (len(scores) > 1 or scores[PLAIN] is not None):
             raise OptionError(f"target {PLAIN!r} asks for nothing: leave the others out", "target")
         return cls({}, plain=True) if PLAIN in scores else cls(scores)
+
+    def require(self, recipe: Recipe) -> None:
+        """Raises OptionError where a model with this recipe cannot be asked for it."""
+        low, high = recipe.score_range
+        for name, score in self.scores.items():
+            if name not in recipe.dimensions:
+                choices = ", ".join((*recipe.dimensions, PLAIN))
+                raise OptionError(f"target: unknown dimension {name}: choose one of {choices}", "target")
+            if name == NO_OBJECT and score is not None:
+                raise OptionError(f"target: dimension {name} takes no score", "target")
+            if name != NO_OBJECT and (score is None or not low <= score <= high):
+                found = "none" if score is None else f"{score:g}"
+                raise OptionError(f"target: dimension {name} needs a score from {low:g} to {high:g}, found {found}",
+                                  "target")  # fmt: skip
 
     @property
     def template_arguments(self) -> dict[str, Any]:
@@ -122,6 +137,10 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and not value >= low:
                 raise OptionError(f"{name}={value} must be {low} or more", name)
+        if self.top_p is not None and self.top_p > 1:
+            raise OptionError(f"top_p={self.top_p} must be at most 1", "top_p")
+        if self.repetition_penalty is not None and not self.repetition_penalty > 0:
+            raise OptionError(f"repetition_penalty={self.repetition_penalty} must be positive", "repetition_penalty")
 
     def arguments(self) -> dict[str, Any]:
         """For `model.generate`. A temperature of 0 is greedy; one above it samples unless do_sample says no."""

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, set_seed
 
 from amopo_fast import hub
-from amopo_fast.errors import OptionError
+from amopo_fast.errors import ModelError, OptionError
 from amopo_fast.models.config import ModelConfig, lora_targets
 from amopo_fast.models.depth import set_layers
 from amopo_fast.models.head import head_of
@@ -39,7 +39,7 @@ def model_errors(name: str | None, what: str = "model_name_or_path") -> Iterator
     """
     try:
         yield
-    except OptionError:
+    except (OptionError, ModelError):
         raise  # says what to do already
     except Exception as error:
         text = " ".join(str(error).split())
@@ -98,7 +98,7 @@ def load_whole(name: str | Path, shape: PretrainedConfig | None = None, **option
     remote code, of a model that lacks nothing: what is missing would be filled with random numbers.
 
     Raises:
-        OptionError: a tensor is missing, or is of another shape than the configuration says; names them.
+        ModelError: a tensor is missing, or is of another shape than the configuration says; names them.
     """
     shape = shape or AutoConfig.from_pretrained(name, trust_remote_code=False)
     model, report = auto_class(shape).from_pretrained(
@@ -129,9 +129,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     return adapted
 
 
-def _not_whole(name: str | Path, what: str) -> OptionError:
-    return OptionError(f"{str(name)!r} cannot be loaded: {what}; copy all of its .safetensors files and its own "
-                       "configuration again")  # fmt: skip
+def _not_whole(name: str | Path, what: str) -> ModelError:
+    return ModelError(f"{str(name)!r} cannot be loaded: {what}; copy all of its .safetensors files and its own "
+                      "configuration again")  # fmt: skip
 
 
 def _only_the_first_rank_reads() -> bool:

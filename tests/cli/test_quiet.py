@@ -51,10 +51,11 @@ def test_a_command_says_what_matters(folder):
         "merge lora merged",
     )
     first_words = [line.split()[0] for line in trained[0].splitlines()]
-    assert first_words == ["pairs.jsonl:", "8", "2", "learning_rate:", "attention:", "step", "model:"]
+    assert first_words == ["pairs.jsonl:", "8", "2", "learning_rate:", "layout:", "attention:", "step", "model:"]
     assert resumed[1].splitlines() == [
         "resuming from run/checkpoint-1",
         "the learning rate follows the checkpoint's schedule to step 1, then one of 1 more steps",
     ]
-    assert trained[1] == evaluated[1] == adapted[1] == merged[1] == ""
+    assert evaluated[1].startswith("run: layout: shared") and len(evaluated[1].splitlines()) == 1
+    assert trained[1] == adapted[1] == merged[1] == ""
     assert merged[0] == "merged model: merged\n"

@@ -197,19 +197,19 @@ def test_an_adapter_is_evaluated_on_its_base_model(run_folder, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("code", "options", "message"),
     [
-        (["nowhere/at-all-/x/y"], "cannot be loaded"),
-        (["./nowhere"], "no folder of a model"),
-        (["EMPTY"], "holds no model"),
-        (["RUN"], "eval_data is missing"),
-        (["RUN", "--eval_data", "none.json"], "none.json"),
-        (["RUN", "--eval_data", "DATA", "--beta", "0"], "beta=0.0 must be positive"),
-        (["RUN", "--eval_data", "DATA", "--dimensions", "speed"], "no record has a score 'speed'"),
+        (1, ["nowhere/at-all-/x/y"], "cannot be loaded"),
+        (1, ["./nowhere"], "no folder of a model"),
+        (1, ["EMPTY"], "holds no model"),
+        (2, ["RUN"], "eval_data is missing"),
+        (1, ["RUN", "--eval_data", "none.json"], "none.json"),
+        (2, ["RUN", "--eval_data", "DATA", "--beta", "0"], "beta=0.0 must be positive"),
+        (1, ["RUN", "--eval_data", "DATA", "--dimensions", "speed"], "no record has a score 'speed'"),
     ],
 )
-def test_bad_evaluations_end_with_a_sentence(run_folder, tmp_path, capsys, options, message):
+def test_bad_evaluations_end_with_a_sentence(run_folder, tmp_path, capsys, code, options, message):
     names = {"RUN": str(run_folder / "run"), "DATA": str(run_folder / "heldout.jsonl"), "EMPTY": str(tmp_path)}
-    assert main(["eval", *(names.get(option, option) for option in options)]) == 1
+    assert main(["eval", *(names.get(option, option) for option in options)]) == code
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error

@@ -9,6 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from amopo_fast.errors import OptionError
+from amopo_fast.models.choice import choice_of
 from amopo_fast.training import arguments
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.trainer import console_trainer
@@ -84,6 +85,7 @@ ACTS = {
     "tokens_per_micro_batch": (4096, "rows", {}),
     "kernel_backend": ("chunked", "backends", {}),
     "attention_backend": ("sdpa", None, {}),  # the only one of a CPU
+    "layout": ("separate", "layout", {}),
     "compile_layers": (True, "layers", {}),
     "weight_precision": ("bf16_stochastic", "dtype", {}),
     "optim_in_backward": ("adamw_8bit", "optimizer", {"pairs_per_step": 1}),
@@ -104,7 +106,8 @@ ELSEWHERE = {
     "run_name": "the trackers", "project": "trackio", "trackio_space_id": "trackio", "trackio_bucket_id": "trackio",
     "trackio_static_space_id": "trackio", "push_to_hub": "the Hub", "hub_token": "the Hub", "hub_model_id": "the Hub",
     "hub_private_repo": "the Hub", "hub_always_push": "the Hub", "hub_revision": "the Hub",
-    "resume_from_checkpoint": "`amopo-fast train` (tests/survival)", "dry_run": "`amopo-fast train` (tests/cli)",
+    "resume_from_checkpoint": "`amopo-fast train` (tests/survival)",
+    "on_changed_option": "a resume (tests/survival/test_resume_policy.py)", "dry_run": "`amopo-fast train` (tests/cli)",
     "save_dtype": "`amopo-fast train` (tests/training/test_loading.py)",
     "restore_callback_states_from_checkpoint": "callbacks that a Python program gives",
     "disable_tqdm": "terminals", "do_train": "true is what `train` does in any case",
@@ -123,7 +126,12 @@ def test_the_table_holds_every_field():
     assert sum(map(len, listed)) == len(fields), "an option is listed twice"
 
 
-def observe(folder, monkeypatch, **options):
+# Parts of `observe` that are there before a run trains.
+SET_UP = ("output", "checkpointing_options", "verbosity", "callbacks", "evaluation_rows",
+          "loader", "layers", "layout")  # fmt: skip
+
+
+def observe(folder, monkeypatch, trains=True, **options):
     """What a tiny run did, by the name of a part."""
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
@@ -143,7 +151,7 @@ def observe(folder, monkeypatch, **options):
     trainer = console_trainer(model, args, dimensions=["first", "second"], train_dataset=data, eval_dataset=data[:4])
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(known)
-    evaluation_rows = [batch["plan"].records.tolist() for batch in trainer.get_eval_dataloader()]
+    evaluation_rows = list(trainer.get_eval_dataloader().batch_sampler)
     loader = trainer.get_train_dataloader()
     rows, collate = [], trainer.data_collator
 
@@ -153,7 +161,7 @@ def observe(folder, monkeypatch, **options):
         return batch
 
     trainer.data_collator = record
-    metrics = {} if options.get("compile_layers") else trainer.train().metrics  # compiling takes minutes
+    metrics = trainer.train().metrics if trains else {}
     log = trainer.state.log_history
     saved = sorted(path.name for path in folder.glob("checkpoint-*"))
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
@@ -172,7 +180,8 @@ def observe(folder, monkeypatch, **options):
         "kept": [layer.gradient_checkpointing for layer in model.model.layers],
         "logged": [line["step"] for line in log if "loss" in line],
         "verbosity": verbosity,
-                "callbacks": [type(each).__name__ for each in trainer.callback_handler.callbacks],
+        "layout": choice_of(model).layout,
+        "callbacks": [type(each).__name__ for each in trainer.callback_handler.callbacks],
         "evaluations": [line["step"] for line in log if "eval_loss" in line],
         "evaluation_rows": evaluation_rows,
         "best": (trainer.state.best_model_checkpoint, saved),
@@ -190,15 +199,16 @@ def observe(folder, monkeypatch, **options):
 
 @pytest.fixture(scope="module")
 def observed(tmp_path_factory):
-    """`observe`, once for each set of options."""
+    """A part of `observe`, which runs once for each set of options."""
     known = {}
 
-    def run(options):
-        key = repr(sorted(options.items()))
+    def run(options, part):
+        key = repr((sorted(options.items()), part not in SET_UP))
         if key not in known:
             with pytest.MonkeyPatch.context() as patch:
-                known[key] = observe(tmp_path_factory.mktemp("options"), patch, **options)
-        return known[key]
+                folder = tmp_path_factory.mktemp("options")
+                known[key] = observe(folder, patch, trains=part not in SET_UP, **options)
+        return known[key][part]
 
     return run
 
@@ -207,11 +217,11 @@ def observed(tmp_path_factory):
 def test_an_option_changes_what_its_name_says(option, observed, tmp_path):
     value, part, beside = ACTS[option]
     if part is None:
-        return configured(tmp_path, **{option: value})
+        assert getattr(configured(tmp_path, **{option: value}), option) == value
+        return
     if option == "output_dir":
         value = str(tmp_path / value)
-    before, after = observed(beside), observed({**beside, option: value})
-    assert before[part] != after[part]
+    assert observed(beside, part) != observed({**beside, option: value}, part)
 
 
 OTHER = {  # a value away from the default of every option that is refused
