@@ -158,7 +158,7 @@ def train(shape: str, options: dict, budget: int, device: str, steps: int) -> di
             for callback in (PrinterCallback, ProgressCallback):
                 trainer.remove_callback(callback)
             trainer.train()
-        batches = trainer._batches.schedule.epochs[0][WARMUP : WARMUP + steps]
+        batches = trainer._batches.epoch.batches[WARMUP : WARMUP + steps]
         used = [i for batch in batches for i in batch.pairs]
         tokens = {kind: int(getattr(sizes, kind)[used].sum()) for kind in ("computed", "padded", "labels")}
     return {"pairs_per_step": args.pairs_per_step, "longest_tokens": row.tokens, **predicted, **window.row(tokens),

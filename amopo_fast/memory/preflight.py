@@ -8,7 +8,7 @@ from amopo_fast.errors import OptionError
 from amopo_fast.memory.advice import first_remedy
 from amopo_fast.memory.estimate import GIB, Estimate, Row, Setup, estimate
 from amopo_fast.packing.plan import Plan
-from amopo_fast.packing.schedule import MicroBatch, PairSizes, Schedule
+from amopo_fast.packing.schedule import Epoch, MicroBatch, PairSizes
 
 
 class DoesNotFit(OptionError):
@@ -20,9 +20,9 @@ def row_of(plan: Plan) -> Row:
     return Row(plan.num_tokens, plan.labels.shape[0], keys, plan.longest, plan.input_ids.shape[0])
 
 
-def longest_micro_batch(schedule: Schedule, sizes: PairSizes) -> MicroBatch:
-    """The first epoch's micro-batch with the most computed tokens."""
-    return max(schedule.epochs[0], key=lambda batch: sizes.tokens(batch.pairs))
+def longest_micro_batch(epoch: Epoch, sizes: PairSizes) -> MicroBatch:
+    """The epoch's micro-batch with the most computed tokens."""
+    return max(epoch.batches, key=lambda batch: sizes.tokens(batch.pairs))
 
 
 def require_fit(name: str, config: PretrainedConfig, row: Row, setup: Setup, free: int) -> Estimate:

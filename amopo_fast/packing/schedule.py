@@ -1,4 +1,4 @@
-"""Which pairs form a step and a micro-batch: planned for all epochs before training, and the noise of the weights.
+"""Which pairs form a step and a micro-batch, planned an epoch at a time, and the noise of the weights.
 
 Everything here is a pure function of (seed, epoch, record, ...): a run is the same under any split into ranks or
 micro-batches and after a resume.
@@ -6,7 +6,7 @@ micro-batches and after a resume.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -121,109 +121,129 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """All epochs of one rank: `epochs[e]` is the list of micro-batches, `accumulation` to an optimizer step."""
+class Epoch:
+    """One rank's micro-batches of an epoch, `accumulation` to an optimizer step; its last step may hold fewer."""
 
-    epochs: list[list[MicroBatch]]
+    batches: list[MicroBatch]
     accumulation: int
 
-    def describe(self, sizes: PairSizes, budget: int) -> str:
-        """What an epoch costs, in words: token counts of the data set and this rank's longest micro-batch."""
-        padded, unshared, computed, labels = (
-            int(x.sum()) for x in (sizes.padded, sizes.unshared, sizes.computed, sizes.labels)
-        )
-        rows = [[sizes.tokens(batch.pairs) for batch in epoch] for epoch in self.epochs]
-        first = max(rows[0][: self.accumulation])
-        mean = sum(map(sum, rows)) / sum(map(len, rows))
-        steps = -(-len(rows[0]) // self.accumulation)
-        text = (
-            f"{len(sizes.computed):,} pairs an epoch: {padded:,} tokens padded, {unshared:,} without padding, "
-            f"{computed:,} computed ({padded / computed:.2f} padded tokens each), {labels:,} labels\n"
-            f"{steps:,} optimizer steps an epoch, {self.accumulation} micro-batches each of {mean:,.0f} computed "
-            f"tokens on average; the longest has {max(map(max, rows)):,}, the first one {first:,}"
-        )
-        above = int((sizes.computed > budget).sum())
-        if above:
-            text += f"\n{above:,} pairs are longer than tokens_per_micro_batch={budget:,}: each is a micro-batch alone"
-        return text
 
+@dataclass(frozen=True)
+class Schedule:
+    """How one rank's epochs are split into optimizer steps of `pairs_per_step` pairs and these into micro-batches.
 
-def plan_epochs(
-    sizes: PairSizes,
-    *,
-    pairs_per_step: int,
-    tokens_per_micro_batch: int,
-    epochs: int,
-    seed: int,
-    world_size: int = 1,
-    rank: int = 0,
-) -> Schedule:
-    """Split every epoch into optimizer steps of `pairs_per_step` pairs and these into micro-batches.
-
-    Micro-batches are best-fit packed under `tokens_per_micro_batch` computed tokens; a pair above it stands alone.
-    Every step of a run has the same number of them, which Trainer wants: the most that any step needs; a step that
-    needs fewer is split further. The last step of an epoch may hold fewer pairs. Every rank has the same number of
-    micro-batches. In a step the longest micro-batch comes first, and the run begins with the step that holds the
-    longest pair, whatever the budget: memory is known in the first minute.
+    An epoch is planned when it begins, from its number and these alone: start-up, memory and the numbers of an epoch do
+    not depend on how many there are.
 
     Raises:
         ValueError: fewer pairs in a step than ranks, or no pairs.
     """
-    pairs = len(sizes.computed)
-    if not pairs:
-        raise ValueError("there are no pairs to train on")
-    if pairs_per_step < world_size:
-        raise ValueError(f"pairs_per_step={pairs_per_step} is less than the {world_size} ranks; raise pairs_per_step")
-    tokens = sizes.computed
-    epochs_steps = []
-    for epoch in range(epochs):
-        order = shuffled_order(pairs, seed, epoch)
-        steps = [order[i : i + pairs_per_step].tolist() for i in range(0, len(order), pairs_per_step)]
-        if epoch == 0 and len(steps) > 1:
+
+    sizes: PairSizes
+    pairs_per_step: int
+    tokens_per_micro_batch: int
+    seed: int
+    world_size: int = 1
+    rank: int = 0
+
+    def __post_init__(self):
+        if not len(self.sizes.computed):
+            raise ValueError("there are no pairs to train on")
+        if self.pairs_per_step < self.world_size:
+            raise ValueError(
+                f"pairs_per_step={self.pairs_per_step} is less than the {self.world_size} ranks; raise pairs_per_step"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of every epoch."""
+        return -(-len(self.sizes.computed) // self.pairs_per_step)
+
+    def epoch(self, number: int) -> Epoch:
+        """Micro-batches are best-fit packed under `tokens_per_micro_batch` computed tokens; a pair above it stands
+        alone.
+
+        Every step of an epoch has the same number of them, which Trainer wants, and on every rank: the most that any
+        step needs; a step that needs fewer is split further. The last step may hold fewer pairs. In a step the longest
+        micro-batch comes first, and epoch 0 begins with the step that holds the longest pair, whatever the budget:
+        memory is known in the first minute.
+        """
+        steps = self._shares(number)
+        accumulation = self._accumulation(steps)
+        batches: list[MicroBatch] = []
+        for index, shares in enumerate(steps):
+            count = sum(map(len, shares))
+            chosen = int(self.sizes.chosen[list(chain(*shares))].sum())
+            last = index == len(steps) - 1
+            slots = min(accumulation, max(map(len, shares))) if last else accumulation
+            own = shares[self.rank] if self.rank < len(shares) else []
+            groups = best_fit(own, self.sizes, self.tokens_per_micro_batch, slots)
+            batches += [MicroBatch(tuple(group), number, count, chosen) for group in groups]
+            shortest = min(shares[0], key=lambda i: (self.sizes.computed[i], i))
+            batches += [MicroBatch((shortest,), number, count, chosen, 0.0)] * (slots - len(groups))
+        return Epoch(batches, accumulation)
+
+    def accumulation(self, number: int) -> int:
+        """Micro-batches of a step of that epoch."""
+        return self._accumulation(self._shares(number))
+
+    def _accumulation(self, steps: list[list[list[int]]]) -> int:
+        return max(len(best_fit(share, self.sizes, self.tokens_per_micro_batch)) for share in chain(*steps))
+
+    def _shares(self, number: int) -> list[list[list[int]]]:
+        """The pairs of each step of an epoch, split over ranks."""
+        tokens = self.sizes.computed
+        order = shuffled_order(len(tokens), self.seed, number)
+        steps = [order[i : i + self.pairs_per_step].tolist() for i in range(0, len(order), self.pairs_per_step)]
+        if number == 0 and len(steps) > 1:
             # A short last step stays last: Trainer gives only the last one fewer micro-batches.
-            full = len(steps) if len(steps[-1]) == pairs_per_step else len(steps) - 1
+            full = len(steps) if len(steps[-1]) == self.pairs_per_step else len(steps) - 1
             longest = max(range(full), key=lambda i: (tokens[steps[i]].max(), -i))
             steps[0], steps[longest] = steps[longest], steps[0]
-        epochs_steps.append([_balanced(step, tokens, min(world_size, len(step))) for step in steps])
+        return [_balanced(step, tokens, min(self.world_size, len(step))) for step in steps]
 
-    accumulation = max(
-        len(best_fit(share, sizes, tokens_per_micro_batch))
-        for steps in epochs_steps
-        for shares in steps
-        for share in shares
-    )
-    result = []
-    for epoch, steps in enumerate(epochs_steps):
-        batches: list[MicroBatch] = []
-        for number, shares in enumerate(steps):
-            count = sum(map(len, shares))
-            chosen = int(sizes.chosen[list(chain(*shares))].sum())
-            last = number == len(steps) - 1
-            slots = min(accumulation, max(map(len, shares))) if last else accumulation
-            own = shares[rank] if rank < len(shares) else []
-            groups = best_fit(own, sizes, tokens_per_micro_batch, slots)
-            batches += [MicroBatch(tuple(group), epoch, count, chosen) for group in groups]
-            filler = MicroBatch((min(shares[0], key=lambda i: (tokens[i], i)),), epoch, count, chosen, 0.0)
-            batches += [filler] * (slots - len(groups))
-        result.append(batches)
-    return Schedule(result, accumulation)
+    def describe(self) -> str:
+        """What an epoch costs, in words: token counts of the data set, this rank's longest micro-batch of epoch 0."""
+        sizes, first = self.sizes, self.epoch(0)
+        padded, unshared, computed, labels = (
+            int(x.sum()) for x in (sizes.padded, sizes.unshared, sizes.computed, sizes.labels)
+        )
+        rows = [sizes.tokens(batch.pairs) for batch in first.batches]
+        text = (
+            f"{len(sizes.computed):,} pairs an epoch: {padded:,} tokens padded, {unshared:,} without padding, "
+            f"{computed:,} computed ({padded / computed:.2f} padded tokens each), {labels:,} labels\n"
+            f"{self.steps:,} optimizer steps an epoch; in the first {first.accumulation} micro-batches a step, of "
+            f"{sum(rows) / len(rows):,.0f} computed tokens on average; the longest has {max(rows):,}, the first one "
+            f"{max(rows[: first.accumulation]):,}"
+        )
+        above = int((sizes.computed > self.tokens_per_micro_batch).sum())
+        if above:
+            text += (
+                f"\n{above:,} pairs are longer than tokens_per_micro_batch={self.tokens_per_micro_batch:,}: each is a "
+                "micro-batch alone"
+            )
+        return text
 
 
 class PlannedBatches(Sampler):
-    """DataLoader batch_sampler over the micro-batches of the current epoch (`set_epoch`); yields [MicroBatch]."""
+    """DataLoader batch_sampler over the micro-batches of the current epoch (`set_epoch`); yields [MicroBatch].
 
-    def __init__(self, schedule: Schedule):
-        self.schedule = schedule
-        self.epoch = 0
+    plan: an epoch by its number, from 0, with which it begins.
+    """
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def __init__(self, plan: Callable[[int], Epoch]):
+        self._plan = plan
+        self.epoch = plan(0)
+
+    def set_epoch(self, number: int) -> Epoch:
+        self.epoch = self._plan(number)
+        return self.epoch
 
     def __len__(self) -> int:
-        return len(self.schedule.epochs[0])
+        return len(self.epoch.batches)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        return iter([[batch] for batch in self.schedule.epochs[self.epoch]])
+        return iter([[batch] for batch in self.epoch.batches])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from amopo_fast.memory.preflight import longest_micro_batch, row_of
 from amopo_fast.memory.profile import LiveBytes
 from amopo_fast.models.choice import choice_of
 from amopo_fast.packing.plan import build_plan
-from amopo_fast.packing.schedule import PairSizes, PlannedBatches, Schedule
+from amopo_fast.packing.schedule import Epoch, PairSizes, PlannedBatches
 from amopo_fast.training.loading import setup_of
 
 if TYPE_CHECKING:
@@ -73,12 +73,13 @@ def dry_run(trainer: AMoPOTrainer) -> DryRun:
     """
     args, model = trainer.args, trainer.model
     pairs = trainer.train_dataset.pairs
-    schedule = trainer._batches.schedule
+    epoch = trainer._batches.epoch
     layout = choice_of(model).layout
-    batch = longest_micro_batch(schedule, PairSizes.of(pairs, layout))
+    batch = longest_micro_batch(epoch, PairSizes.of(pairs, layout))
     row = row_of(build_plan([pairs[i] for i in batch.pairs], layout))
-    micro_batches = schedule.accumulation
-    trainer._batches = PlannedBatches(Schedule([[replace(batch, epoch=0)] * (2 * micro_batches)], micro_batches))
+    micro_batches = epoch.accumulation
+    two_steps = Epoch([replace(batch, epoch=0)] * (2 * micro_batches), micro_batches)
+    trainer._batches = PlannedBatches(lambda number: two_steps)
 
     adapters = getattr(model, "peft_config", None)
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and (adapters or p.requires_grad)}

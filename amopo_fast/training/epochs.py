@@ -1,4 +1,4 @@
-"""The epochs of a run: how many are planned, and which one the batches are taken from."""
+"""The epochs of a run: how they are planned, and what is said about them before the first."""
 
 from __future__ import annotations
 
@@ -9,31 +9,37 @@ import torch
 from transformers import TrainerCallback
 
 from amopo_fast.models.scoring import backend_for
-from amopo_fast.packing.schedule import PlannedBatches
+from amopo_fast.packing.schedule import PairSizes, Schedule
 
 if TYPE_CHECKING:
     from amopo_fast.training.config import AMoPOConfig
 
-
-def epochs_to_plan(args: AMoPOConfig, num_pairs: int) -> int:
-    """A fractional last epoch ends by max_steps, so the plan covers it whole."""
-    if args.max_steps > 0:
-        return math.ceil(args.max_steps / math.ceil(num_pairs / args.pairs_per_step))
-    return math.ceil(args.num_train_epochs)
+_PAIRS_AHEAD = 100_000  # planned in seconds
 
 
-class EpochOfPlan(TrainerCallback):
-    def __init__(self, batches: PlannedBatches, description: str):
-        self.batches = batches
-        self.description = description
+def schedule_of(args: AMoPOConfig, sizes: PairSizes) -> Schedule:
+    """Of this rank. Raises ValueError for fewer pairs in a step than ranks, or none."""
+    return Schedule(
+        sizes, args.pairs_per_step, args.tokens_per_micro_batch, args.seed, args.world_size, args.process_index
+    )
+
+
+def most_micro_batches(args: AMoPOConfig, schedule: Schedule) -> int:
+    """Of a step, in as many of the run's epochs as can be planned in seconds."""
+    epochs = math.ceil(args.max_steps / schedule.steps if args.max_steps > 0 else args.num_train_epochs)
+    ahead = max(1, _PAIRS_AHEAD // len(schedule.sizes.computed))
+    return max(schedule.accumulation(number) for number in range(min(epochs, ahead)))
+
+
+class Description(TrainerCallback):
+    """Prints what a run costs and how it computes, when it begins."""
+
+    def __init__(self, text: str):
+        self.text = text
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         half = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(args.device.type, dtype=half, enabled=bool(args.bf16 or args.fp16)):
             backend = backend_for(model, args.device, args.attention_backend)
         if state.is_world_process_zero:
-            print(f"{self.description}\nattention: {backend}", flush=True)
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        # On a resume within an epoch, state.epoch is a fraction; rounding keeps 1 - 1e-16 from meaning epoch 0.
-        self.batches.set_epoch(math.floor(round(state.epoch or 0.0, 6)))
+            print(f"{self.text}\nattention: {backend}", flush=True)

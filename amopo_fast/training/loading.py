@@ -17,8 +17,9 @@ from amopo_fast.models.loading import load_model, load_shape
 from amopo_fast.models.precision import weights_dtype
 from amopo_fast.optim.choose import IN_BACKWARD, STATES_OF_OPTIM
 from amopo_fast.packing.plan import Layout, build_plan
-from amopo_fast.packing.schedule import PairSizes, plan_epochs
+from amopo_fast.packing.schedule import PairSizes
 from amopo_fast.prompts.tokens import PairTokens
+from amopo_fast.training.epochs import schedule_of
 
 if TYPE_CHECKING:
     from amopo_fast.training.config import AMoPOConfig
@@ -47,12 +48,9 @@ def setup_of(
 def longest_row(pairs: Sequence[PairTokens], args: AMoPOConfig, layout: Layout = Layout.SHARED) -> tuple[Row, bool]:
     """(the longest micro-batch of the run's first epoch, whether a step has several)."""
     sizes = PairSizes.of(pairs, layout)
-    schedule = plan_epochs(
-        sizes, pairs_per_step=args.pairs_per_step, tokens_per_micro_batch=args.tokens_per_micro_batch,
-        epochs=1, seed=args.seed, world_size=args.world_size, rank=args.process_index,
-    )  # fmt: skip
-    plan = build_plan([pairs[i] for i in longest_micro_batch(schedule, sizes).pairs], layout)
-    return row_of(plan), schedule.accumulation > 1
+    epoch = schedule_of(args, sizes).epoch(0)
+    plan = build_plan([pairs[i] for i in longest_micro_batch(epoch, sizes).pairs], layout)
+    return row_of(plan), epoch.accumulation > 1
 
 
 def load_for_training(

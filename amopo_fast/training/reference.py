@@ -12,11 +12,13 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from amopo_fast.errors import CheckpointError
@@ -108,3 +110,20 @@ class ReferenceLogps(TrainerCallback):
                 if number < len(rows):
                     found[rows[number]] = sums
         return found
+
+
+def references_of(model: nn.Module, inputs: Mapping[str, Any], score: Callable[[], SequenceStats]) -> torch.Tensor:
+    """(P * K * 2,) float32 of a batch: those that were computed when training began, or an adapter's model without it.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if "reference_logps" in inputs:
+        return inputs["reference_logps"]
+    if not hasattr(model, "disable_adapter"):
+        raise ValueError(
+            "the objective compares with the model before its first step: evaluate once train() has begun, or train an "
+            "adapter"
+        )
+    with torch.no_grad(), model.disable_adapter():
+        return score().logp_sum

@@ -37,8 +37,9 @@ from amopo_fast.models.saving import (
 )
 from amopo_fast.models.scoring import score_wrapped
 from amopo_fast.optim import backward_grad_norm, choose_optimizer
+from amopo_fast.optim.choose import in_backward_refusal
 from amopo_fast.packing.plan import Plan
-from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, PlannedBatches, plan_epochs
+from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, PlannedBatches
 from amopo_fast.prompts.recipe import Recipe
 from amopo_fast.prompts.tokenizer import load_tokenizer
 from amopo_fast.prompts.tokens import PairTokens
@@ -50,7 +51,7 @@ from amopo_fast.survival.signals import EvaluationStopped, Termination
 from amopo_fast.training.arguments import check_best_metric
 from amopo_fast.training.checks import check_data
 from amopo_fast.training.config import AMoPOConfig
-from amopo_fast.training.epochs import EpochOfPlan, epochs_to_plan
+from amopo_fast.training.epochs import Description, most_micro_batches, schedule_of
 from amopo_fast.training.loading import load_for_training
 from amopo_fast.training.metrics import Meter, evaluation_metrics
 from amopo_fast.training.metrics_file import MetricsFile
@@ -58,7 +59,7 @@ from amopo_fast.training.model_card import write_model_card
 from amopo_fast.training.objective import Batch, Objective, Outcome
 from amopo_fast.training.objectives import objective_of
 from amopo_fast.training.provenance import describe_run, prepare_serving
-from amopo_fast.training.reference import ReferenceLogps
+from amopo_fast.training.reference import ReferenceLogps, references_of
 from amopo_fast.training.resume import continue_schedule, keep_options, options_of, use_values, values_of_groups
 from amopo_kernels import SequenceStats
 
@@ -124,21 +125,14 @@ class AMoPOTrainer(Trainer):
         callbacks = list(callbacks or [])
         if train_dataset is not None:
             sizes = PairSizes.of(train_dataset, choice.layout)
-            schedule = plan_epochs(
-                sizes,
-                pairs_per_step=args.pairs_per_step,
-                tokens_per_micro_batch=args.tokens_per_micro_batch,
-                epochs=epochs_to_plan(args, len(train_dataset)),
-                seed=args.seed,
-                world_size=args.world_size,
-                rank=args.process_index,
-            )
-            self._batches = PlannedBatches(schedule)
-            args.gradient_accumulation_steps = schedule.accumulation
-            lines = [schedule.describe(sizes, args.tokens_per_micro_batch), rate, choice.describe(sizes.share)]
-            callbacks.insert(0, EpochOfPlan(self._batches, "\n".join(filter(None, lines))))
+            schedule = schedule_of(args, sizes)
+            self._batches = PlannedBatches(schedule.epoch)
+            args.gradient_accumulation_steps = self._batches.epoch.accumulation
+            lines = [schedule.describe(), rate, choice.describe(sizes.share)]
+            callbacks.insert(0, Description("\n".join(filter(None, lines))))
             if kwargs.get("optimizers", (None, None))[0] is None:
-                kwargs.setdefault("optimizer_cls_and_kwargs", choose_optimizer(args, model, schedule.accumulation))
+                micro_batches = most_micro_batches(args, schedule) if args.optim_in_backward else 1
+                kwargs.setdefault("optimizer_cls_and_kwargs", choose_optimizer(args, model, micro_batches))
         if args.keep_layers:
             callbacks.append(KeepLayers(args.keep_layers))
         self._save_dtype: torch.dtype | None = None
@@ -224,6 +218,16 @@ class AMoPOTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if given is not None:
             use_values(self, *given)
+
+    def _run_epoch(self, *, epoch: int, num_update_steps_per_epoch: int, **position) -> None:
+        """Trainer's, on an epoch that is planned now: its steps may have more or fewer micro-batches than before."""
+        plan = self._batches.set_epoch(epoch)
+        if self.args.optim_in_backward and (reason := in_backward_refusal(self.args, plan.accumulation)):
+            raise OptionError(f"optim_in_backward={self.args.optim_in_backward}, epoch {epoch}: {reason}; then resume")
+        self.args.gradient_accumulation_steps = plan.accumulation
+        done = self.state.global_step % num_update_steps_per_epoch
+        position |= {"steps_in_epoch": len(plan.batches), "steps_trained_in_current_epoch": done * plan.accumulation}
+        super()._run_epoch(epoch=epoch, num_update_steps_per_epoch=num_update_steps_per_epoch, **position)
 
     def stop_between_rows(self) -> None:
         """Between two rows of what is no training, which can take longer than the time until SIGKILL.
@@ -326,22 +330,12 @@ class AMoPOTrainer(Trainer):
         """The loss's normalisers are the step's over all ranks: divided by their number, DDP's mean is undone."""
         inputs = {name: value.to(self.args.device) for name, value in inputs.items()}
         plan = inputs["plan"]
-        references = self._references(model, inputs, objective)
+        references = None
+        if objective.needs_reference:
+            references = references_of(self.accelerator.unwrap_model(model), inputs, lambda: self._score(model, plan))
         pairs, tokens = inputs["num_pairs"] / ranks, inputs["num_chosen_tokens"] / ranks
         batch = Batch(plan.num_dimensions, pairs, inputs["noise"], references, tokens, inputs["score_gaps"])
         return objective(self._score(model, plan), batch)
-
-    def _references(self, model: nn.Module, inputs: dict, objective: Objective) -> torch.Tensor | None:
-        if not objective.needs_reference or "reference_logps" in inputs:
-            return inputs.get("reference_logps")
-        adapted = self.accelerator.unwrap_model(model)
-        if not hasattr(adapted, "disable_adapter"):
-            raise ValueError(
-                f"objective {self.args.objective} compares with the model before its first step: evaluate once train() "
-                "has begun, or train an adapter"
-            )
-        with torch.no_grad(), adapted.disable_adapter():
-            return self._score(model, inputs["plan"]).logp_sum
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum over the micro-batch's pairs / pairs of the step over all ranks; DDP's mean over ranks is undone."""

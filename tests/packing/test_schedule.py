@@ -1,12 +1,14 @@
 """The plan of epochs and the noise: pure functions of seed, epoch and record."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amopo_fast.packing.plan import Layout, build_plan
-from amopo_fast.packing.schedule import PairSizes, best_fit, noise, plan_epochs
+from amopo_fast.packing.schedule import PairSizes, Schedule, best_fit, noise
 from amopo_fast.prompts.tokens import PairTokens
 
 
@@ -31,63 +33,51 @@ def test_noise_is_standard_normal_and_depends_on_each_key():
 )
 def test_every_pair_once_an_epoch_in_steps_of_the_same_pairs_on_any_split(tokens, pairs_per_step, world, budget):
     pairs_per_step = max(pairs_per_step, world)
-    plans = [
-        plan_epochs(sizes_of(tokens), pairs_per_step=pairs_per_step, tokens_per_micro_batch=budget, epochs=2, seed=3,
-                    world_size=world, rank=rank)
-        for rank in range(world)
-    ]  # fmt: skip
-    alone = plan_epochs(
-        sizes_of(tokens), pairs_per_step=pairs_per_step, tokens_per_micro_batch=10**9, epochs=2, seed=3
-    )
-    for epoch in range(2):
-        assert len({len(plan.epochs[epoch]) for plan in plans}) == 1
+    sizes = sizes_of(tokens)
+    ranks = [Schedule(sizes, pairs_per_step, budget, 3, world, rank) for rank in range(world)]
+    alone = Schedule(sizes, pairs_per_step, 10**9, 3)
+    for number in (0, 1, 10**9):
+        epochs = [schedule.epoch(number) for schedule in ranks]
+        count = epochs[0].accumulation
+        assert {(each.accumulation, len(each.batches)) for each in epochs} == {(count, len(epochs[0].batches))}
+        assert ranks[0].accumulation(number) == count and -(-len(epochs[0].batches) // count) == alone.steps
         steps = [
-            sorted(
-                i
-                for plan in plans
-                for batch in plan.epochs[epoch][begin : begin + plan.accumulation]
-                if batch.weight
-                for i in batch.pairs
-            )
-            for begin in range(0, len(plans[0].epochs[epoch]), plans[0].accumulation)
+            [batch for each in epochs for batch in each.batches[begin : begin + count]]
+            for begin in range(0, len(epochs[0].batches), count)
         ]
-        assert steps == [sorted(batch.pairs) for batch in alone.epochs[epoch]]
-        assert all(
-            batch.step_pairs == len(step)
-            for plan in plans
-            for number, step in enumerate(steps)
-            for batch in plan.epochs[epoch][number * plan.accumulation : (number + 1) * plan.accumulation]
-        )
-        assert sorted(i for step in steps for i in step) == list(range(len(tokens)))
-    for plan in plans:
-        for batch in plan.epochs[0]:
+        pairs = [sorted(i for batch in step if batch.weight for i in batch.pairs) for step in steps]
+        assert pairs == [sorted(batch.pairs) for batch in alone.epoch(number).batches]
+        assert all(batch.step_pairs == len(own) for step, own in zip(steps, pairs, strict=True) for batch in step)
+        assert sorted(chain(*pairs)) == list(range(len(tokens)))
+        for batch in chain(*steps):
             assert len(batch.pairs) == 1 or sum(tokens[i] for i in batch.pairs) <= budget
 
 
 def test_fewer_pairs_than_ranks_is_refused():
     with pytest.raises(ValueError, match="pairs_per_step=1 is less than the 2 ranks"):
-        plan_epochs(sizes_of([5, 5]), pairs_per_step=1, tokens_per_micro_batch=10, epochs=1, seed=0, world_size=2)
+        Schedule(sizes_of([5, 5]), 1, 10, 0, world_size=2)
+    with pytest.raises(ValueError, match="no pairs to train on"):
+        Schedule(sizes_of([]), 1, 10, 0)
 
 
 def plan(tokens, budget, pairs_per_step=8, **options):
-    fixed = dict(epochs=2, seed=0, pairs_per_step=pairs_per_step, tokens_per_micro_batch=budget)
-    return plan_epochs(sizes_of(tokens), **fixed, **options)
+    return Schedule(sizes_of(tokens), pairs_per_step, budget, 0, **options)
 
 
 def test_micro_batches_are_packed_best_fit():
     # 70+30, 60+40, 50+50 fill three micro-batches of 100; an even split by load would need a fourth.
-    schedule = plan([70, 60, 50, 50, 40, 30], 100)
-    assert schedule.accumulation == 3
+    epoch = plan([70, 60, 50, 50, 40, 30], 100).epoch(0)
+    assert epoch.accumulation == 3
     tokens = np.array([70, 60, 50, 50, 40, 30])
-    assert [tokens[list(batch.pairs)].sum() for batch in schedule.epochs[0]] == [100, 100, 100]
+    assert [tokens[list(batch.pairs)].sum() for batch in epoch.batches] == [100, 100, 100]
 
 
 def test_a_step_that_needs_fewer_micro_batches_is_split_and_not_filled():
     tokens = [90] * 8 + [10] * 8
-    schedule = plan(tokens, 100)
-    assert schedule.accumulation >= 4
-    assert all(batch.weight == 1 for epoch in schedule.epochs for batch in epoch)
-    assert all(len(epoch) == 2 * schedule.accumulation for epoch in schedule.epochs)
+    for number in (0, 1):
+        epoch = plan(tokens, 100).epoch(number)
+        assert epoch.accumulation >= 4 and len(epoch.batches) == 2 * epoch.accumulation
+        assert all(batch.weight == 1 for batch in epoch.batches)
 
 
 @pytest.mark.parametrize("budget", [300, 10**6])
@@ -97,20 +87,18 @@ def test_the_longest_come_first(budget, world):
     tokens = rng.integers(10, 200, 61)
     tokens[int(rng.integers(61))] = 500
     ranks = [plan(tokens, budget, world_size=world, rank=rank) for rank in range(world)]
-    for schedule in ranks:
-        for epoch in schedule.epochs:
-            sums = [tokens[list(batch.pairs)].sum() * batch.weight for batch in epoch]
-            for begin in range(0, len(sums), schedule.accumulation):
-                step = sums[begin : begin + schedule.accumulation]
-                assert step == sorted(step, reverse=True)
-    first = [i for schedule in ranks for batch in schedule.epochs[0][: schedule.accumulation] for i in batch.pairs]
-    assert tokens.argmax() in first
+    for epoch in (schedule.epoch(number) for schedule in ranks for number in (0, 1)):
+        sums = [tokens[list(batch.pairs)].sum() * batch.weight for batch in epoch.batches]
+        for begin in range(0, len(sums), epoch.accumulation):
+            step = sums[begin : begin + epoch.accumulation]
+            assert step == sorted(step, reverse=True)
+    firsts = [epoch.batches[: epoch.accumulation] for epoch in (schedule.epoch(0) for schedule in ranks)]
+    assert tokens.argmax() in [i for batch in chain(*firsts) for i in batch.pairs]
 
 
 def test_an_oversized_pair_stands_alone():
-    schedule = plan([500, 20, 30, 40], 100)
-    assert [batch.pairs for batch in schedule.epochs[0]][0] == (0,)
-    assert schedule.accumulation == 2
+    epoch = plan([500, 20, 30, 40], 100).epoch(0)
+    assert epoch.batches[0].pairs == (0,) and epoch.accumulation == 2
 
 
 def test_the_description_counts_what_the_data_costs():
@@ -121,11 +109,11 @@ def test_the_description_counts_what_the_data_costs():
     sizes = PairSizes.of(pairs)
     assert sizes.padded.tolist() == [4 * 70, 2 * 65] and sizes.unshared.tolist() == [2 * (70 + 50), 65 + 62]
     assert sizes.computed.tolist() == [2 * (40 + 29 + 9), 60 + 4 + 1] and sizes.labels.tolist() == [80, 7]
-    text = plan(sizes.computed, 100).describe(sizes, 100)
+    text = Schedule(sizes, 8, 100, 0).describe()
     assert text.splitlines() == [
         "2 pairs an epoch: 410 tokens padded, 367 without padding, 221 computed (1.86 padded tokens each), 87 labels",
-        "1 optimizer steps an epoch, 2 micro-batches each of 110 computed tokens on average; the longest has 156, "
-        "the first one 156",
+        "1 optimizer steps an epoch; in the first 2 micro-batches a step, of 110 computed tokens on average; the "
+        "longest has 156, the first one 156",
         "1 pairs are longer than tokens_per_micro_batch=100: each is a micro-batch alone",
     ]
 

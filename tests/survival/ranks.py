@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from amopo_fast.models.check import prepare_model
 from amopo_fast.models.scoring import score_wrapped
-from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, plan_epochs
+from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, Schedule
 from amopo_fast.survival.checkpoints import complete_checkpoints
 from amopo_fast.training.objective import AMoPO, Batch
 from amopo_kernels import linear_logps
@@ -138,10 +138,9 @@ def group_like_accelerate(model):
 
 
 def step_batches(pairs, world, rank, steps):
-    schedule = plan_epochs(PairSizes.of(pairs), pairs_per_step=4, tokens_per_micro_batch=10**6,
-                           epochs=1, seed=0, world_size=world, rank=rank)  # fmt: skip
+    schedule = Schedule(PairSizes.of(pairs), 4, 10**6, seed=0, world_size=world, rank=rank)
     dataset, collate = PairDataset(pairs), Collator(0)
-    return [collate([dataset[batch]]) for batch in schedule.epochs[0][:steps]]
+    return [collate([dataset[batch]]) for batch in schedule.epoch(0).batches[:steps]]
 
 
 def objective(wrapped, model, batch, world):
