@@ -4,14 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedTokenizerBase
 
+from amopo_fast.errors import OptionError
 from amopo_fast.models.architecture import positions_of, vocabulary_of
 from amopo_fast.models.scoring import check_lengths
 from amopo_fast.prompts.model_limits import check_pairs, check_vocabulary
 from amopo_fast.prompts.tokens import PairTokens
+from amopo_fast.training.arguments import engine_asked_for
+
+if TYPE_CHECKING:
+    from amopo_fast.training.config import AMoPOConfig
+
+
+def check_engine(model: nn.Module, args: AMoPOConfig) -> None:
+    """Raises OptionError where a model is about to be trained without the sharding that was asked for."""
+    engine = engine_asked_for(args)
+    if not engine.startswith("FSDP"):
+        return
+    kinds = (FSDPModule,) if engine == "FSDP2" else (FSDPModule, FullyShardedDataParallel)
+    if not any(isinstance(module, kinds) for module in model.modules()):
+        raise OptionError(
+            f"{engine} was asked for and is not in effect: start with `accelerate launch --config_file "
+            "configs/accelerate/fsdp2.yaml`, or leave fsdp out", "fsdp",
+        )  # fmt: skip
 
 
 def check_data(

@@ -17,7 +17,12 @@ from amopo_fast.models.faster_layers import liger_by_default, liger_config
 from amopo_fast.models.precision import WEIGHT_PRECISIONS, autocasts_by_default
 from amopo_fast.optim import IN_BACKWARD
 from amopo_fast.optim.adamw import CLIPPING
-from amopo_fast.training.arguments import refuse_unread, refuse_without_effect, try_names
+from amopo_fast.training.arguments import (
+    refuse_other_engine,
+    refuse_unread,
+    refuse_without_effect,
+    try_names,
+)
 from amopo_fast.training.objectives import OBJECTIVES
 from amopo_kernels.dispatch import BACKENDS as KERNEL_BACKENDS
 
@@ -211,10 +216,7 @@ class AMoPOConfig(TrainingArguments):
                 "launch --config_file configs/accelerate/ddp.yaml -m amopo_fast.cli train ...`", self.n_gpu,
             )  # fmt: skip
             self._n_gpu = 1  # more would make Trainer wrap the model in nn.DataParallel, which splits rows of tokens
-        if self.use_cpu and (self.fsdp or self.deepspeed):
-            raise OptionError(
-                "use_cpu with fsdp or deepspeed: accelerate would silently run DDP; leave one of them out", "use_cpu"
-            )
+        refuse_other_engine(self)
         if self.use_liger_kernel:
             self.liger_kernel_config = liger_config(self.liger_kernel_config)
         self._settle_objective()

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from amopo_fast.models.scoring import backend_for
 from amopo_fast.packing.schedule import PairSizes, Schedule
+from amopo_fast.training.checks import check_engine
 
 if TYPE_CHECKING:
     from amopo_fast.training.config import AMoPOConfig
@@ -32,12 +33,13 @@ def most_micro_batches(args: AMoPOConfig, schedule: Schedule) -> int:
 
 
 class Description(TrainerCallback):
-    """Prints what a run costs and how it computes, when it begins."""
+    """When a run begins: it computes with the engine that was asked for, and prints what it costs."""
 
     def __init__(self, text: str):
         self.text = text
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        check_engine(model, args)
         half = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(args.device.type, dtype=half, enabled=bool(args.bf16 or args.fp16)):
             backend = backend_for(model, args.device, args.attention_backend)

@@ -137,6 +137,70 @@ def test_sharding_on_the_cpu_is_refused_because_it_would_be_ddp(tmp_path, engine
         AMoPOConfig(output_dir=str(tmp_path), use_cpu=True, **engine)
 
 
+def test_what_was_started_and_what_accelerate_makes_of_it_agree(tmp_path, monkeypatch):
+    """torchrun or accelerate launch on a machine without GPUs: N runs into one folder, or no sharding."""
+    if torch.cuda.is_available():
+        pytest.skip("a machine without GPUs is meant")
+    from amopo_fast.training.config import AMoPOConfig
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started .* each would train a run of its own.*set use_cpu"):
+        AMoPOConfig(output_dir=str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    AMoPOConfig(output_dir=str(tmp_path))
+    for version, engine in (("2", "FSDP2"), ("1", "FSDP")):
+        with monkeypatch.context() as launched:
+            launched.setenv("ACCELERATE_USE_FSDP", "true")
+            launched.setenv("FSDP_VERSION", version)
+            with pytest.raises(ValueError, match=f"^{engine} was asked for, and on a CPU"):
+                AMoPOConfig(output_dir=str(tmp_path))
+
+
+def test_sharding_that_was_asked_for_must_be_in_effect(monkeypatch):
+    from torch.distributed.fsdp import FSDPModule
+
+    from amopo_fast.training.checks import check_engine
+
+    class Sharded(FSDPModule, torch.nn.Linear):
+        pass
+
+    args = type("Args", (), {"fsdp": "full_shard", "deepspeed": None, "fsdp_config": {"version": 2}})()
+    sharded = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    sharded[0].__class__ = Sharded
+    check_engine(sharded, args)
+    with pytest.raises(ValueError, match="FSDP2 was asked for and is not in effect"):
+        check_engine(torch.nn.Linear(2, 2), args)
+    check_engine(torch.nn.Linear(2, 2), type("Args", (), {**vars(type(args)), "fsdp": None}))
+
+
+@pytest.mark.slow
+def test_launchers_on_a_machine_without_gpus(tmp_path):
+    """torchrun without use_cpu is refused; accelerate's ddp.yaml with use_cpu is one run of two processes."""
+    from amopo_fast.demo.data import HELDOUT_FILE
+    from amopo_fast.demo.model import demo_model
+    from amopo_fast.demo.tokenizer import demo_tokenizer
+
+    demo_model(0).save_pretrained(tmp_path / "model")
+    demo_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(HELDOUT_FILE.read_text().splitlines()[:8]))
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    train = ["-m", "amopo_fast.cli", "train", "--model_name_or_path", "model", "--train_data", "pairs.jsonl",
+             "--output_dir", "run", "--pairs_per_step", "4", "--max_steps", "2"]  # fmt: skip
+
+    def start(launcher, *options):
+        command = [sys.executable, "-m", *launcher, *train, *options]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+
+    torchrun = ["torch.distributed.run", "--nproc_per_node", "2"]
+    refused = start(torchrun)
+    assert refused.returncode and "2 processes were started" in refused.stderr and not (tmp_path / "run").exists()
+    config = str(ROOT / "configs" / "accelerate" / "ddp.yaml")
+    done = start(["accelerate.commands.launch", "--config_file", config, "--num_processes", "2"], "--use_cpu", "true")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "checkpoint-2" / "rng_state_1.pth").is_file()  # of the second process
+    assert done.stdout.count("optimizer steps an epoch") == 1
+
+
 def test_the_shipped_configurations_are_those_that_the_engines_know():
     """The YAML's keys by accelerate's own class; the JSON by its syntax. Running them needs GPUs."""
     import json

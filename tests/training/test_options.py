@@ -288,6 +288,10 @@ def test_an_option_beside_one_that_overrides_it_is_refused(options, blamed, tmp_
     assert blamed in str(caught.value)
 
 
+def test_no_warm_up_goes_with_a_schedule_that_has_none(tmp_path):
+    configured(tmp_path, warmup_steps=0, lr_scheduler_type="constant")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
