@@ -14,12 +14,11 @@
 #SBATCH --signal=B:USR1@600
 set -uo pipefail
 
-# The launcher hands these on to its workers, and waits for them to save instead of killing them after 30 s.
-export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+# The launcher hands SIGTERM on to its workers (not SIGUSR1, which ends it), and waits for them to save: 30 s by default.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=480
 
 stopped=
-trap 'stopped=1; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1  # the steps, not this script
+trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1  # the steps, not this script
 
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 processes=$((SLURM_JOB_NUM_NODES * SLURM_GPUS_ON_NODE))

@@ -72,7 +72,7 @@ def test_each_node_of_slurm_starts_its_share(tmp_path, monkeypatch):
 def test_a_job_that_slurm_warns_saves_and_goes_back_into_the_queue(tmp_path):
     # Slurm warns the batch script, which is srun's parent.
     calls, code = slurm(tmp_path, "kill -USR1 $(ps -o ppid= -p $PPID); sleep 1; exit 3")
-    assert ["scancel", "--signal=USR1", "5"] in calls and calls[-1] == ["scontrol", "requeue", "5"] and code == 3
+    assert ["scancel", "--signal=TERM", "5"] in calls and calls[-1] == ["scontrol", "requeue", "5"] and code == 3
 
 
 def test_skypilots_command_has_options_that_exist(monkeypatch):
