@@ -12,66 +12,85 @@ import torch
 from amopo_fast.packing.plan import Plan
 from amopo_fast.training.objective import SHARES
 
+TOKENS = ("computed", "label", "padded_equivalent")
+
 
 class Meter:
-    """Sums of tables and token counts since the last log line. No host synchronisation before `read`.
+    """Sums of tables and counts since the last log line. No host synchronisation before `read`.
 
     dimensions: names of the K dimensions. columns: names of a table's columns (`Objective.columns`).
     """
 
     def __init__(self, dimensions: Sequence[str], columns: Sequence[str]):
         self.dimensions, self.columns = tuple(dimensions), tuple(columns)
+        self._num_tokens = 0  # since the run began, of separate sequences, as TRL counts them
         self.reset()
 
     def reset(self) -> None:
         self._sums: torch.Tensor | None = None
-        self._computed = self._labels = self._padded = 0
+        self._trained: torch.Tensor | None = None  # pairs, sequences
+        self._tokens = dict.fromkeys(TOKENS, 0)
         self._since = time.perf_counter()
 
     def add(self, table: torch.Tensor, plan: Plan) -> None:
+        """Of a row; a table that is NaN throughout is of one that only keeps ranks in step."""
         present = ~torch.isnan(table)
         sums = torch.stack([table.nan_to_num(0.0).sum(0), present.float().sum(0)])
+        here = present.any(-1)
+        trained = torch.stack([here.any(-1).sum(), 2 * here.sum()])
         self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
-        self._computed += plan.num_tokens
-        self._labels += plan.labels.shape[0]
-        self._padded += plan.padded_tokens
+        self._trained = trained if self._trained is None else self._trained.to(trained.device) + trained
+        self._tokens["computed"] += plan.num_tokens
+        self._tokens["label"] += plan.labels.shape[0]
+        self._tokens["padded_equivalent"] += plan.padded_tokens
+        self._num_tokens += plan.unshared_tokens
 
     def state_dict(self) -> dict:
         """For a checkpoint: the sums since the last log line and the seconds that passed."""
         return {
             "sums": None if self._sums is None else self._sums.cpu(),
-            "tokens": [self._computed, self._labels, self._padded],
+            "trained": None if self._trained is None else self._trained.cpu(),
+            "tokens": dict(self._tokens),
+            "num_tokens": self._num_tokens,
             "elapsed": time.perf_counter() - self._since,
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self._sums = state["sums"]  # `add` moves it to the device of the tables
-        self._computed, self._labels, self._padded = state["tokens"]
+        self._sums, self._trained = state["sums"], state["trained"]  # `add` moves them to the device of the tables
+        self._tokens, self._num_tokens = dict(state["tokens"]), state["num_tokens"]
         self._since = time.perf_counter() - state["elapsed"]
 
     def combine_states(self, states: list[dict], rank: int) -> dict:
         """Rank 0 takes the sums of all old ranks, the others begin empty."""
+        nothing = {"sums": None, "trained": None, "tokens": dict.fromkeys(TOKENS, 0), "num_tokens": 0}
         if rank:
-            return {"sums": None, "tokens": [0, 0, 0], "elapsed": states[0]["elapsed"]}
-        sums = [state["sums"] for state in states if state["sums"] is not None]
+            return {**nothing, "elapsed": states[0]["elapsed"]}
+
+        def total(name: str) -> torch.Tensor | None:
+            found = [state[name] for state in states if state[name] is not None]
+            return torch.stack(found).sum(0) if found else None
+
         return {
-            "sums": torch.stack(sums).sum(0) if sums else None,
-            "tokens": [sum(counts) for counts in zip(*(state["tokens"] for state in states), strict=True)],
+            "sums": total("sums"),
+            "trained": total("trained"),
+            "tokens": {name: sum(state["tokens"][name] for state in states) for name in TOKENS},
+            "num_tokens": sum(state["num_tokens"] for state in states),
             "elapsed": states[0]["elapsed"],
         }
 
     def read(self, reduce=lambda tensor: tensor) -> dict[str, float]:
         """Metrics since the last call; `reduce` sums a tensor over ranks. Empty if nothing was added."""
-        if self._sums is None:
+        if self._sums is None or self._trained is None:
             return {}
-        counts = torch.tensor([self._computed, self._labels, self._padded], dtype=torch.float64).to(self._sums.device)
-        sums, counts = reduce(self._sums), reduce(counts)
+        counts = torch.tensor([*self._tokens.values(), self._num_tokens], dtype=torch.float64)
+        sums, counts = reduce(self._sums), reduce(torch.cat([self._trained.double(), counts.to(self._sums.device)]))
         elapsed = time.perf_counter() - self._since
         logs = table_metrics((sums[0] / sums[1]).tolist(), self.dimensions, self.columns)
-        computed, labels, padded = counts.tolist()
-        logs["tokens_per_second/computed"] = computed / elapsed
-        logs["tokens_per_second/label"] = labels / elapsed
-        logs["tokens_per_second/padded_equivalent"] = padded / elapsed
+        pairs, sequences, *tokens, num_tokens = counts.tolist()
+        logs["pairs_per_second"] = pairs / elapsed
+        logs["sequences_per_second"] = sequences / elapsed
+        logs.update({f"tokens_per_second/{name}": n / elapsed for name, n in zip(TOKENS, tokens, strict=True)})
+        logs["num_tokens"] = num_tokens
         logs["memory/peak_gib"] = peak_memory() / 2**30
         self.reset()
         return logs
