@@ -117,7 +117,7 @@ def refuse_without_effect(args: Any, changed: dict[str, Any]) -> None:
         if name in REFUSED and not means_no:
             raise OptionError(f"{name}={value!r} is refused: {REFUSED[name]}", name)
     for name, other, values in BESIDE:
-        if name in changed and other in changed and (not values or changed[other] in values):
+        if changed.get(name) and other in changed and (not values or changed[other] in values):
             raise OptionError(
                 f"{name}={changed[name]!r} has no effect beside {other}={changed[other]!r}: leave one of them out", name
             )

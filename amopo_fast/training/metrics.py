@@ -12,7 +12,7 @@ import torch
 from amopo_fast.packing.plan import Plan
 from amopo_fast.training.objective import SHARES
 
-TOKENS = ("computed", "label", "padded_equivalent")
+TOKENS = ("label", "padded_equivalent")
 
 
 class Meter:
@@ -23,74 +23,71 @@ class Meter:
 
     def __init__(self, dimensions: Sequence[str], columns: Sequence[str]):
         self.dimensions, self.columns = tuple(dimensions), tuple(columns)
-        self._num_tokens = 0  # since the run began, of separate sequences, as TRL counts them
+        self._num_tokens = 0.0  # of separate sequences since the run began, over all ranks: what TRL calls num_tokens
         self.reset()
 
     def reset(self) -> None:
         self._sums: torch.Tensor | None = None
-        self._trained: torch.Tensor | None = None  # pairs, sequences
-        self._tokens = dict.fromkeys(TOKENS, 0)
+        self._trained: torch.Tensor | None = None  # pairs, sequences, TOKENS, tokens of separate sequences
+        self._computed = 0
         self._since = time.perf_counter()
 
     def add(self, table: torch.Tensor, plan: Plan) -> None:
         """Of a row; a table that is NaN throughout is of one that only keeps ranks in step."""
         present = ~torch.isnan(table)
-        sums = torch.stack([table.nan_to_num(0.0).sum(0), present.float().sum(0)])
         here = present.any(-1)
-        trained = torch.stack([here.any(-1).sum(), 2 * here.sum()])
+        sums = torch.stack([table.nan_to_num(0.0).sum(0), present.float().sum(0)])
+        tokens = (plan.labels.shape[0], plan.padded_tokens, plan.unshared_tokens)
+        row = here.any().double()
+        pairs, sequences = here.any(-1).sum().double(), 2 * here.sum().double()
+        trained = torch.stack([pairs, sequences, *(row * count for count in tokens)])
         self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
         self._trained = trained if self._trained is None else self._trained.to(trained.device) + trained
-        self._tokens["computed"] += plan.num_tokens
-        self._tokens["label"] += plan.labels.shape[0]
-        self._tokens["padded_equivalent"] += plan.padded_tokens
-        self._num_tokens += plan.unshared_tokens
+        self._computed += plan.num_tokens
 
     def state_dict(self) -> dict:
         """For a checkpoint: the sums since the last log line and the seconds that passed."""
         return {
             "sums": None if self._sums is None else self._sums.cpu(),
             "trained": None if self._trained is None else self._trained.cpu(),
-            "tokens": dict(self._tokens),
+            "computed": self._computed,
             "num_tokens": self._num_tokens,
             "elapsed": time.perf_counter() - self._since,
         }
 
     def load_state_dict(self, state: dict) -> None:
         self._sums, self._trained = state["sums"], state["trained"]  # `add` moves them to the device of the tables
-        self._tokens, self._num_tokens = dict(state["tokens"]), state["num_tokens"]
+        self._computed, self._num_tokens = state["computed"], state["num_tokens"]
         self._since = time.perf_counter() - state["elapsed"]
 
     def combine_states(self, states: list[dict], rank: int) -> dict:
         """Rank 0 takes the sums of all old ranks, the others begin empty."""
-        nothing = {"sums": None, "trained": None, "tokens": dict.fromkeys(TOKENS, 0), "num_tokens": 0}
+        whole = {name: states[0][name] for name in ("num_tokens", "elapsed")}
         if rank:
-            return {**nothing, "elapsed": states[0]["elapsed"]}
+            return {"sums": None, "trained": None, "computed": 0, **whole}
 
         def total(name: str) -> torch.Tensor | None:
             found = [state[name] for state in states if state[name] is not None]
             return torch.stack(found).sum(0) if found else None
 
-        return {
-            "sums": total("sums"),
-            "trained": total("trained"),
-            "tokens": {name: sum(state["tokens"][name] for state in states) for name in TOKENS},
-            "num_tokens": sum(state["num_tokens"] for state in states),
-            "elapsed": states[0]["elapsed"],
-        }
+        computed = sum(state["computed"] for state in states)
+        return {"sums": total("sums"), "trained": total("trained"), "computed": computed, **whole}
 
     def read(self, reduce=lambda tensor: tensor) -> dict[str, float]:
         """Metrics since the last call; `reduce` sums a tensor over ranks. Empty if nothing was added."""
         if self._sums is None or self._trained is None:
             return {}
-        counts = torch.tensor([*self._tokens.values(), self._num_tokens], dtype=torch.float64)
-        sums, counts = reduce(self._sums), reduce(torch.cat([self._trained.double(), counts.to(self._sums.device)]))
+        counts = torch.cat([self._trained, self._trained.new_tensor([self._computed])])
+        sums, counts = reduce(self._sums), reduce(counts)
         elapsed = time.perf_counter() - self._since
         logs = table_metrics((sums[0] / sums[1]).tolist(), self.dimensions, self.columns)
-        pairs, sequences, *tokens, num_tokens = counts.tolist()
+        pairs, sequences, *tokens, unshared, computed = counts.tolist()
+        self._num_tokens += unshared
         logs["pairs_per_second"] = pairs / elapsed
         logs["sequences_per_second"] = sequences / elapsed
-        logs.update({f"tokens_per_second/{name}": n / elapsed for name, n in zip(TOKENS, tokens, strict=True)})
-        logs["num_tokens"] = num_tokens
+        for name, count in zip(("computed", *TOKENS), (computed, *tokens), strict=True):
+            logs[f"tokens_per_second/{name}"] = count / elapsed
+        logs["num_tokens"] = self._num_tokens
         logs["memory/peak_gib"] = peak_memory() / 2**30
         self.reset()
         return logs

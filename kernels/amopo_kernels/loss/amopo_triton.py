@@ -22,7 +22,7 @@ from ..numerics import log1p
 from ..types import AMoPOLoss, SequenceStats
 
 TILE = 512  # entries (pair, dimension) per step: 4 per thread of 4 warps. A pair's dimensions must fit into one.
-MAX_REGISTERS = 128  # a thread; one program runs, and triton 3.6 would rather spill than take more than 64
+MAX_REGISTERS = 192  # a thread; one program runs, and triton 3.6 would rather spill than take more than 64
 _LOWEST = tl.constexpr(-3.0e38)  # below every score, and finite: exp(-inf - _LOWEST) is 0, not NaN
 
 
