@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import TrainerCallback
 
+from amopo_fast.errors import OptionError
 from amopo_fast.models.scoring import backend_for
-from amopo_fast.packing.schedule import PairSizes, Schedule
+from amopo_fast.optim.choose import in_backward_refusal
+from amopo_fast.packing.schedule import Epoch, PairSizes, Schedule
 from amopo_fast.training.checks import check_engine
 
 if TYPE_CHECKING:
@@ -30,6 +32,12 @@ def most_micro_batches(args: AMoPOConfig, schedule: Schedule) -> int:
     epochs = math.ceil(args.max_steps / schedule.steps if args.max_steps > 0 else args.num_train_epochs)
     ahead = max(1, _PAIRS_AHEAD // len(schedule.sizes.computed))
     return max(schedule.accumulation(number) for number in range(min(epochs, ahead)))
+
+
+def require_one_micro_batch(args: AMoPOConfig, number: int, epoch: Epoch) -> None:
+    """Raises OptionError where an epoch has more in a step and the optimizer steps in the backward pass."""
+    if args.optim_in_backward and (reason := in_backward_refusal(args, epoch.accumulation)):
+        raise OptionError(f"optim_in_backward={args.optim_in_backward}, epoch {number}: {reason}; then resume")
 
 
 class Description(TrainerCallback):

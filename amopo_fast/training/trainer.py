@@ -37,7 +37,6 @@ from amopo_fast.models.saving import (
 )
 from amopo_fast.models.scoring import score_wrapped
 from amopo_fast.optim import backward_grad_norm, choose_optimizer
-from amopo_fast.optim.choose import in_backward_refusal
 from amopo_fast.packing.plan import Plan
 from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, PlannedBatches
 from amopo_fast.prompts.recipe import Recipe
@@ -51,7 +50,7 @@ from amopo_fast.survival.signals import EvaluationStopped, Termination
 from amopo_fast.training.arguments import check_best_metric
 from amopo_fast.training.checks import check_data
 from amopo_fast.training.config import AMoPOConfig
-from amopo_fast.training.epochs import Description, most_micro_batches, schedule_of
+from amopo_fast.training.epochs import Description, most_micro_batches, require_one_micro_batch, schedule_of
 from amopo_fast.training.loading import load_for_training
 from amopo_fast.training.metrics import Meter, evaluation_metrics
 from amopo_fast.training.metrics_file import MetricsFile
@@ -222,8 +221,7 @@ class AMoPOTrainer(Trainer):
     def _run_epoch(self, *, epoch: int, num_update_steps_per_epoch: int, **position) -> None:
         """Trainer's, on an epoch that is planned now: its steps may have more or fewer micro-batches than before."""
         plan = self._batches.set_epoch(epoch)
-        if self.args.optim_in_backward and (reason := in_backward_refusal(self.args, plan.accumulation)):
-            raise OptionError(f"optim_in_backward={self.args.optim_in_backward}, epoch {epoch}: {reason}; then resume")
+        require_one_micro_batch(self.args, epoch, plan)
         self.args.gradient_accumulation_steps = plan.accumulation
         done = self.state.global_step % num_update_steps_per_epoch
         position |= {"steps_in_epoch": len(plan.batches), "steps_trained_in_current_epoch": done * plan.accumulation}
