@@ -18,7 +18,7 @@ from amopo_fast.demo.model import demo_model
 from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.loading import load_model
-from amopo_fast.survival.safety import redact, unreadable
+from amopo_fast.survival.safety import redact, unreadable, write_arguments
 from amopo_fast.training.config import AMoPOConfig
 
 ROOT = Path(__file__).parents[2]
@@ -52,16 +52,24 @@ def test_secrets_reach_neither_files_nor_the_terminal(model_folder, tmp_path):
     command = [sys.executable, "-m", "amopo_fast.cli", "train", "--model_name_or_path", str(model_folder),
                "--train_data", str(TRAIN_FILE), "--dimensions", *DIMENSIONS, "--output_dir", str(output),
                "--use_cpu", "true", "--max_steps", "2", "--save_steps", "1", "--pairs_per_step", "1",
-               "--hub_token", HUB_TOKEN, "--run_name", f"run of {OTHER}", "--report_to", "none"]  # fmt: skip
+               "--report_to", "none"]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     written = {str(path): path.read_bytes() for path in output.rglob("*") if path.is_file()}
     assert any(name.endswith("training_args.json") for name in written)
     written["terminal"] = done.stdout + done.stderr
     for name, content in written.items():
-        for secret in (SECRET, HUB_TOKEN, OTHER):
+        for secret in (SECRET, OTHER):
             assert secret.encode() not in content, name
     assert not [name for name in written if name.endswith("training_args.bin")]
+
+
+def test_secrets_among_the_options_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", OTHER)
+    options = {"push_to_hub": True, "hub_token": HUB_TOKEN, "report_to": ["tensorboard"], "run_name": f"run of {OTHER}"}
+    write_arguments(tmp_path, AMoPOConfig(output_dir=str(tmp_path / "run"), use_cpu=True, **options))
+    [text] = [path.read_text() for path in tmp_path.rglob("*.json")]
+    assert HUB_TOKEN not in text and OTHER not in text and "run of <$WANDB_API_KEY>" in text
 
 
 def test_error_messages_are_redacted(monkeypatch, capsys):

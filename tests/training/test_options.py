@@ -79,6 +79,8 @@ ACTS = {
     "label_smoothing": (0.2, "losses", {"objective": "simpo"}),
     "cpo_alpha": (0.5, "losses", {"objective": "simpo"}),
     "weighting": ("uniform", "losses", {}),
+    "tau": (0.1, "losses", {"weighting": "worst_first"}),
+    "dimension_weights": ({"second": 9.0}, "losses", {}),
     "compat": ("upstream", "losses", {}),
     "sft_coef": (0.5, "losses", {}),
     "pairs_per_step": (2, "rows", {}),
@@ -247,7 +249,8 @@ NEEDED = {  # (option, value, other options) without which it has no effect
     "hub_private_repo": True, "hub_model_id": "a/b", "hub_always_push": True, "hub_revision": "a",
     "gradient_checkpointing_kwargs": {"use_reentrant": False}, "keep_layers": 1,
     "activation_checkpointing_kwargs": {"use_reentrant": False}, "liger_kernel_config": {"rope": False},
-    "clip_in_backward": "per_tensor", "optim_target_modules": ["q_proj"], "fsdp_config": {"min_num_params": 1},
+    "tau": 2.0, "clip_in_backward": "per_tensor",
+    "optim_target_modules": ["q_proj"], "fsdp_config": {"min_num_params": 1},
     "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2,
     "dataloader_multiprocessing_context": "fork",
 }  # fmt: skip
