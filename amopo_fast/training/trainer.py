@@ -29,12 +29,7 @@ from amopo_fast.models.choice import choice_of
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.faster_layers import compile_layers
 from amopo_fast.models.loading import add_adapter
-from amopo_fast.models.saving import (
-    declare_dtype,
-    in_dtype,
-    prepare_saving,
-    weights_digest,
-)
+from amopo_fast.models.saving import declare_dtype, in_dtype, prepare_saving, weights_digest
 from amopo_fast.models.scoring import score_wrapped
 from amopo_fast.optim import backward_grad_norm, choose_optimizer
 from amopo_fast.packing.plan import Plan
@@ -48,7 +43,7 @@ from amopo_fast.survival.guard import Guard
 from amopo_fast.survival.safety import write_arguments
 from amopo_fast.survival.signals import EvaluationStopped, Termination
 from amopo_fast.training.arguments import check_best_metric
-from amopo_fast.training.checks import check_data
+from amopo_fast.training.checks import RealLogits, check_data
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.epochs import EpochOfPlan, epochs_to_plan
 from amopo_fast.training.loading import load_for_training
@@ -164,6 +159,7 @@ class AMoPOTrainer(Trainer):
         )
         if self.objective.needs_reference and not hasattr(model, "peft_config"):
             self.add_callback(ReferenceLogps(self, base, lambda plan: self._score(self.model_wrapped, plan)))
+        self.add_callback(RealLogits(self))
         # In this order: when training begins, the checkpointer restores what the other two have just reset.
         for callback in (MetricsFile(args.output_dir), self.guard, self.checkpointer):
             self.add_callback(callback)
