@@ -18,6 +18,9 @@ from amopo_fast.models.architecture import causal_lm, decoder_of, language_model
 # What a multimodal checkpoint holds beside weights, configuration and tokenizer.
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
+# Types whose out_proj PEFT refuses (0.18 to 0.21, tuners_utils.py): Mamba's kernels take its weight past an adapter.
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+
 
 def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
     """What builds the class that a checkpoint was published as: AutoModelForCausalLM would leave the towers of some
@@ -55,9 +58,12 @@ def freeze_beside_text(model: nn.Module) -> str:
 
 
 def not_adapted(model: nn.Module) -> str | None:
-    """PEFT's `exclude_modules` for a model: all modules beside its text part; None: there are none."""
-    names = beside_text(model)
-    return rf"({'|'.join(map(re.escape, names))})(\..*)?" if names else None
+    """PEFT's `exclude_modules` for a model under "all-linear": all modules beside its text part, and those that PEFT
+    refuses; None: there are none."""
+    excluded = [rf"{re.escape(name)}(\..*)?" for name in beside_text(model)]
+    if causal_lm(model).config.model_type in _MAMBA:
+        excluded.append(r".*\.out_proj")
+    return "|".join(excluded) or None
 
 
 def copy_processor(source: str | Path, folder: str | Path) -> None:

@@ -12,14 +12,7 @@ import torch
 from accelerate.utils import AutocastKwargs, DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from amopo_fast.errors import CheckpointError, DataError, NumbersError, OptionError
@@ -28,7 +21,7 @@ from amopo_fast.models.check import prepare_model
 from amopo_fast.models.choice import choice_of
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.faster_layers import compile_layers
-from amopo_fast.models.loading import add_adapter
+from amopo_fast.models.loading import add_adapter, load_converted
 from amopo_fast.models.saving import declare_dtype, in_dtype, prepare_saving, weights_digest
 from amopo_fast.models.scoring import score_wrapped
 from amopo_fast.optim import backward_grad_norm, choose_optimizer
@@ -220,6 +213,14 @@ class AMoPOTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if given is not None:
             use_values(self, *given)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        if self.is_fsdp_enabled or not load_converted(model or self.model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or not load_converted(self.model, self.state.best_model_checkpoint):
+            super()._load_best_model()
 
     def stop_between_rows(self) -> None:
         """Between two rows of what is no training, which can take longer than the time until SIGKILL.
