@@ -25,7 +25,7 @@ from amopo_fast.models.head import check_head, head_errors, head_forms, text_onl
 from amopo_fast.models.miniature import TOKENS, miniature
 from amopo_fast.models.recurrent import recurrent_classes, switch_recurrent
 from amopo_fast.models.scoring import score
-from amopo_fast.models.text_part import freeze_beside_text
+from amopo_fast.models.text_part import freeze_beside_text, name_whole_layers
 from amopo_fast.packing.plan import Layout, build_plan
 from amopo_fast.prompts.tokens import PairTokens
 
@@ -61,6 +61,7 @@ def prepare_model(model: nn.Module, layout: str = "auto") -> nn.Module:
         switch_attention(base)
         switch_recurrent(base, choice.recurrent)
     base.amopo_choice = replace(choice, frozen=freeze_beside_text(model))
+    name_whole_layers(model)
     return model
 
 

@@ -57,6 +57,16 @@ def freeze_beside_text(model: nn.Module) -> str:
     return f"{', '.join(names)} ({count:,} parameters)" if count else ""
 
 
+def name_whole_layers(model: nn.Module) -> None:
+    """Let a model's `_no_split_modules` name classes that it has: FSDP wraps each of them, and dies of one that is
+    not there, as some multimodal classes list one of their towers' other halves."""
+    outer = causal_lm(model)
+    there = {type(module).__name__ for module in outer.modules()}
+    outer._no_split_modules = type(outer._no_split_modules or [])(
+        name for name in outer._no_split_modules or () if name in there
+    )
+
+
 def not_adapted(model: nn.Module) -> str | None:
     """PEFT's `exclude_modules` for a model under "all-linear": all modules beside its text part, and those that PEFT
     refuses; None: there are none."""

@@ -187,9 +187,8 @@ class AMoPOTrainer(Trainer):
                     f"{folder} cannot be loaded: {type(error).__name__}: {text}. Give an older checkpoint's folder"
                 ) from error
             if not known:
-                logger.error(
-                    "training stopped after step %d. %s", self.state.global_step, self.checkpointer.where_to_resume()
-                )
+                where = self.checkpointer.where_to_resume()
+                logger.error("training stopped after step %d. %s", self.state.global_step, where)
             raise
         finally:
             self.checkpointer.end()
