@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
+from transformers.utils.hub import cached_files
 
 from amopo_fast.models.architecture import causal_lm, decoder_of, language_model_of
 
@@ -76,8 +77,19 @@ def not_adapted(model: nn.Module) -> str | None:
     return "|".join(excluded) or None
 
 
-def copy_processor(source: str | Path, folder: str | Path) -> None:
-    """Copy the files of a multimodal checkpoint's processor, where it is a folder and has them."""
-    for name in PROCESSOR_FILES:
-        if (Path(source) / name).is_file() and not (Path(folder) / name).exists():
-            shutil.copyfile(Path(source) / name, Path(folder) / name)
+def processor_files(name: str | Path, config: PretrainedConfig) -> list[Path]:
+    """The files of the processor of a multimodal checkpoint (folder or Hub name); [] of a text model or where there are
+    none. Its chat template is not among them: a processor reads the tokenizer's."""
+    if not str(name) or config.get_text_config() is config:
+        return []
+    found = cached_files(
+        name, list(PROCESSOR_FILES), _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return [Path(path) for path in found or ()]
+
+
+def copy_processor(files: list[Path], folder: str | Path) -> None:
+    """Copy a processor's files into a saved model's folder, so that it is whole."""
+    for path in files:
+        shutil.copyfile(path, Path(folder) / path.name)
