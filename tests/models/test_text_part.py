@@ -57,7 +57,7 @@ def is_whole(folder, published):
 def trainer(published, folder, **options):
     config = AMoPOConfig(
         output_dir=str(folder), pairs_per_step=4, num_train_epochs=1, use_cpu=True, learning_rate=1e-2,
-        disable_tqdm=True, report_to="none", save_strategy="steps", save_steps=1,
+        disable_tqdm=True, report_to="none", save_strategy="steps", save_steps=2,
     )  # fmt: skip
     return AMoPOTrainer(str(published), config, dimensions=["a", "b", "c"], train_dataset=random_pairs(0, 8), **options)
 
@@ -66,7 +66,7 @@ def test_every_folder_of_a_run_is_a_whole_multimodal_checkpoint(published, tmp_p
     run = trainer(published, tmp_path)
     run.train()
     run.save_final()
-    assert is_whole(tmp_path, published) and is_whole(tmp_path / "checkpoint-1", published)
+    assert is_whole(tmp_path, published) and is_whole(tmp_path / "checkpoint-2", published)
 
 
 def test_an_adapter_is_merged_into_the_whole_checkpoint(published, tmp_path):
