@@ -67,7 +67,8 @@ def _compiled_class(layer_class: type[nn.Module], backend: str) -> type[nn.Modul
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
-    """Compile the decoder layers of a causal LM after `prepare_model`, in place, once for all layers of a kind and all row lengths.
+    """Compile the decoder layers of a causal LM after `prepare_model`, in place: once for all layers of a kind and all
+    row lengths.
 
     Padded batches and generate() run as before. Attention itself stays outside: its segments are data.
 

@@ -83,9 +83,12 @@ def processor_files(name: str | Path, config: PretrainedConfig) -> list[Path]:
     if not str(name) or config.get_text_config() is config:
         return []
     found = cached_files(
-        name, list(PROCESSOR_FILES), _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
+        name,
+        list(PROCESSOR_FILES),
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
+    )
     return [Path(path) for path in found or ()]
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import AutocastKwargs, DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from amopo_fast.errors import CheckpointError, DataError, NumbersError, OptionError
@@ -30,7 +30,6 @@ from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, Planne
 from amopo_fast.prompts.recipe import Recipe
 from amopo_fast.prompts.tokenizer import load_tokenizer
 from amopo_fast.prompts.tokens import PairTokens
-from amopo_fast.report.console import console_callback
 from amopo_fast.survival.checkpointer import AlreadyFinished, Checkpointer
 from amopo_fast.survival.guard import Guard
 from amopo_fast.survival.safety import write_arguments
@@ -387,15 +386,6 @@ class AMoPOTrainer(Trainer):
         if "train_loss" in logs:
             logs = {**logs, "train_loss": self._mean_loss()}
         super().log(logs, start_time)
-
-
-def console_trainer(*args, **kwargs) -> AMoPOTrainer:
-    """An AMoPOTrainer that prints one short line per log."""
-    trainer = AMoPOTrainer(*args, **kwargs)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(console_callback(bar=not trainer.args.disable_tqdm))
-    return trainer
 
 
 def _datasets(pairs):

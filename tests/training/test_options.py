@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from amopo_fast.errors import OptionError
 from amopo_fast.training import arguments
 from amopo_fast.training.config import AMoPOConfig
-from amopo_fast.training.trainer import console_trainer
+from amopo_fast.training.console import console_trainer
 from amopo_kernels.dispatch import runs
 
 BASE = {"pairs_per_step": 4, "tokens_per_micro_batch": 120, "max_steps": 3, "use_cpu": True, "learning_rate": 1e-2,
