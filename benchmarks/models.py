@@ -20,7 +20,7 @@ from amopo_fast.memory.estimate import GIB, Row, Setup, estimate
 from amopo_fast.models.architecture import UnsupportedModelError, language_model_of
 from amopo_fast.models.check import Trial, check_pairs, choose_layout
 from amopo_fast.packing.schedule import PairSizes
-from model_types import KINDS, empty_model, type_names
+from model_types import KINDS, config_of, empty_model, type_names
 
 SMOKE = ("llama", "qwen3_5", "bert", "gemma3")
 ROW = Row(tokens=4096, label_tokens=2048, kv_tokens=8192)
@@ -53,7 +53,7 @@ def try_type(kind: str, name: str, estimates: bool) -> dict[str, Any]:
         "reason": choice.reason,
     }
     if estimates:
-        row["estimate"] = _estimate(model.config)
+        row["estimate"] = _estimate(config_of(name))
     return row
 
 
