@@ -263,7 +263,8 @@ def llama_of_widths(config: PretrainedConfig) -> LlamaConfig:
     text, layer = config.get_text_config(), layer_configs(config)[0]
 
     def first(*names: str, default: int) -> int:
-        return next((value for name in names if isinstance(value := getattr(layer, name, None), int) and value), default)
+        found = (getattr(layer, name, None) for name in names)
+        return next((value for value in found if isinstance(value, int) and value), default)
 
     heads = first("num_attention_heads", default=1)
     chosen = first("num_experts_per_tok", "moe_topk", default=1)

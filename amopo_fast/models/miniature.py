@@ -217,7 +217,8 @@ def _initialise_when_called(model: nn.Module) -> None:
     @torch.no_grad()
     def initialise(module: nn.Module, inputs: tuple) -> None:
         # Some modules read the weights of their children and do not call them.
-        for each in (module, *(child for child in module.children() if not any(child.children()))):
+        read = (each for each in module.children() if not any(each.children()) or [*each.parameters(recurse=False)])
+        for each in (module, *read):
             own = set(each.parameters(recurse=False))
             if each not in done and not (own and own <= done):  # not again: its own, or tied to another's
                 owners[each]._init_weights(each)

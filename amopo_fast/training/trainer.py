@@ -47,6 +47,7 @@ from amopo_fast.training.objectives import objective_of
 from amopo_fast.training.provenance import describe_run, prepare_serving
 from amopo_fast.training.reference import ReferenceLogps
 from amopo_fast.training.resume import continue_schedule, keep_options, options_of, use_values, values_of_groups
+from amopo_fast.training.routers import RouterLoss
 from amopo_kernels import SequenceStats
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class AMoPOTrainer(Trainer):
             processing_class = prepare_serving(recipe, model, processing_class)
         prepare_model(model, args.layout)
         choice = choice_of(model)
+        self.routers = RouterLoss(args.router_aux_loss_coef, model)
         if args.compile_layers:
             compile_layers(model)
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset or ()}
@@ -133,7 +135,7 @@ class AMoPOTrainer(Trainer):
         self.termination = Termination()
         self.guard = Guard(self, self.termination)
         self.checkpointer = Checkpointer(
-            self, {"meter": self.meter, "guard": self.guard}, self.guard.stop_requested,
+            self, {"meter": self.meter, "guard": self.guard, "routers": self.routers}, self.guard.stop_requested,
             options=lambda: options_of(args, model), keep_options=lambda values: keep_options(self, values),
         )  # fmt: skip
         super().__init__(
@@ -313,6 +315,7 @@ class AMoPOTrainer(Trainer):
                 self.accelerator.unwrap_model(model),
                 plan,
                 attention_backend=self.args.attention_backend,
+                router_losses=self.routers.receiver(),
                 backend=self.args.kernel_backend,
                 logits_cache_bytes=int(self.args.logits_cache_gib * 2**30),
             )
@@ -344,7 +347,8 @@ class AMoPOTrainer(Trainer):
         result = self._outcome(model, inputs, self.objective, self.accelerator.num_processes)
         table = torch.where(weight > 0, result.table(), float("nan"))
         self.meter.add(table, inputs["plan"])
-        loss = result.loss * weight
+        pairs, ranks = weight * inputs["plan"].num_pairs, self.accelerator.num_processes
+        loss = result.loss * weight + self.routers.take(pairs, inputs["num_pairs"].to(weight.device) / ranks)
         self.guard.add(loss, table, inputs["plan"].records)
         if self._steps_in_backward() and self.accelerator.sync_gradients:
             self.guard.require_finite_loss()
@@ -382,6 +386,7 @@ class AMoPOTrainer(Trainer):
         if "loss" in logs:
             # Trainer averages the loss over ranks; each rank's was multiplied by their number.
             logs = {**logs, **self.meter.read(lambda tensor: self.accelerator.reduce(tensor, "sum"))}
+            logs |= self.routers.read(lambda tensor: self.accelerator.reduce(tensor, "sum"))
             logs["loss_spikes"] = self.guard.read_spikes()
         if "train_loss" in logs:
             logs = {**logs, "train_loss": self._mean_loss()}
