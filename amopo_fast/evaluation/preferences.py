@@ -72,8 +72,8 @@ def score_pairs(
     if not len(pairs):
         raise ValueError("there are no pairs to evaluate")
     objective = (objective or AMoPO()).for_evaluation()
-    check_lengths(model, pairs)
     prepare_model(model, layout)
+    check_lengths(model, pairs)
     check_real_logits(model, pairs[0])
     choice = choice_of(model)
     was_training = model.training

@@ -207,7 +207,8 @@ def _build(model_class: type[nn.Module], config: PretrainedConfig) -> nn.Module:
 
 
 def _initialise_when_called(model: nn.Module) -> None:
-    """Give modules their weights at their first call, so that a tower that is never run costs nothing."""
+    """Give the text part its weights, and other modules at their first call, so that a tower that is never run costs
+    nothing."""
     owners: dict[nn.Module, PreTrainedModel] = {}
     for module in model.modules():  # parents first: the innermost model knows how to initialise a module
         if isinstance(module, PreTrainedModel):
@@ -229,6 +230,8 @@ def _initialise_when_called(model: nn.Module) -> None:
         hooks.pop(module).remove()
 
     hooks = {module: module.register_forward_pre_hook(initialise) for module in model.modules()}
+    for module in decoder_of(model).modules():  # all of the text part: other methods than forward read weights too
+        initialise(module, ())
 
 
 def _reinitialise(parameter: torch.Tensor) -> None:

@@ -31,7 +31,8 @@ def check_lengths(model: nn.Module, pairs: Iterable[PairTokens]) -> None:
     Raises:
         ValueError: names the record.
     """
-    limit = position_limit(language_model_of(model).config)
+    base = language_model_of(model)
+    limit = position_limit(base.config, choice_of(base).layout is not Layout.SEPARATE)
     if limit is None:
         return
     for pair in pairs:
@@ -59,10 +60,10 @@ def hidden_states(
 ) -> torch.Tensor:
     """(R * L, H) last hidden states of a plan's rows, after the final norm. Arguments and errors as `score`."""
     language_model = language_model_of(model)
-    limit = position_limit(language_model.config)
+    layout = choice_of(model).layout
+    limit = position_limit(language_model.config, layout is not Layout.SEPARATE)
     if limit is not None and plan.longest > limit:
         raise ValueError(f"a sequence of {plan.longest} tokens is beyond {limit} positions, {BEYOND_LIMIT}")
-    layout = choice_of(model).layout
     decoder = decoder_of(language_model)
 
     def body(inputs: dict[str, Any]) -> torch.Tensor:

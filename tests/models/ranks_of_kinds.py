@@ -38,22 +38,24 @@ def ddp(folder, world, kind):
 
 
 def fsdp(folder, world, kind):
-    """Loss and gradients of one row under FSDP2, every rank another row."""
+    """Loss and gradients of two rows under FSDP2, a row a rank; of experts with the routers' loss."""
     model = prepare_model(model_of(kind))
     layout = choice_of(model).layout
     if world > 1:
         model = ranks.group_like_accelerate(model)
     check_real_logits(model, random_pairs(0, 1)[0], model)
     pairs = random_pairs(4, 4)
-    count = len(pairs) // world
-    own = pairs[count * dist.get_rank() :][:count]
-    stats = score_wrapped(model, model, build_plan(own, layout, min_node_tokens=4))
-    loss = stats.logp_sum.sum() * world  # FSDP averages gradients
-    loss.backward()
-    total = loss.detach().clone()
+    rows = [pairs[:2], pairs[2:]]
+    total = torch.zeros(())
+    for row in rows if world == 1 else [rows[dist.get_rank()]]:
+        routers = [] if kind == "moe" else None
+        plan = build_plan(row, layout, min_node_tokens=4)
+        loss = score_wrapped(model, model, plan, router_losses=routers).logp_sum.sum() + 10 * sum(routers or [])
+        (loss * world).backward()  # FSDP averages gradients
+        total += loss.detach()
     dist.all_reduce(total)
     gradients = {name: ranks.whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": total / world, "gradients": gradients, "trained": sum(p.requires_grad for p in model.parameters())}
+    return {"loss": total, "gradients": gradients, "trained": sum(p.requires_grad for p in model.parameters())}
 
 
 def real_logits(folder, world):
