@@ -45,6 +45,8 @@ PARTS: dict[str, dict[str, Any]] = {
 ADJUSTED: dict[str, dict[str, Any]] = {
     **{name: {"is_decoder": True} for name in _ENCODERS},
     "big_bird": {"is_decoder": True, "attention_type": "original_full"},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xlm": {"causal": True},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "cohere_compass": {"rope_parameters": {"full_attention": _ROPE}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},

@@ -117,6 +117,11 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
     if getattr(config, "qk_rope_head_dim", None) and isinstance(vars(config).get("head_dim"), int):
         # Multi-head latent attention: head_dim is the rotated part, or the whole of which a part is rotated.
         tiny.head_dim = _scaled(tiny.qk_rope_head_dim, config.head_dim, config.qk_rope_head_dim)
+    for name in config.sub_configs:  # of its attention or its experts alone
+        part = getattr(tiny, name, None)
+        for size in small.keys() & own_fields(part).keys() if part is not None else ():
+            if type(getattr(part, size)) is int:
+                setattr(part, size, small[size])
     set_field(tiny, "num_hidden_layers", depth)
     if isinstance(getattr(config, "rope_parameters", None), dict):
         rotated = getattr(tiny, "head_dim", None) or getattr(tiny, "qk_rope_head_dim", None) or HEAD_DIM
