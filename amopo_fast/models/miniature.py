@@ -235,8 +235,12 @@ def _initialise_when_called(model: nn.Module) -> None:
         hooks.pop(module).remove()
 
     hooks = {module: module.register_forward_pre_hook(initialise) for module in model.modules()}
-    for module in decoder_of(model).modules():  # all of the text part: other methods than forward read weights too
-        initialise(module, ())
+    decoder = decoder_of(model)
+    towers = [module for module in decoder.modules() if isinstance(module, PreTrainedModel) and module is not decoder]
+    beside = {module for tower in towers for module in tower.modules()}
+    for module in decoder.modules():  # all of the text part: other methods than forward read weights too
+        if module not in beside:
+            initialise(module, ())
 
 
 def _reinitialise(parameter: torch.Tensor) -> None:
