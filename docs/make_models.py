@@ -25,9 +25,9 @@ projectors) is frozen, said, and saved byte for byte with the processor's files,
 checkpoint again. Pairs are text: records with images are refused by name.
 
 Of a mixture of experts `router_aux_loss_coef` adds the router's load-balancing loss, E sum_e f_e P_e over all layers,
-as transformers has it for the separate sequences: a token that several sequences share counts once for each, padding and
-the last token of a sequence, which predicts nothing, not at all. It is the mean of each micro-batch, weighted by pairs,
-and not linear, so that another split of a step gives other values. `lora_target_modules` may name the matrices of fused
+as transformers has it for the separate sequences: a token that several sequences share counts once for each, padding
+and the last token of a sequence, which predicts nothing, not at all. A step has the mean of its micro-batches by pairs;
+as it is not linear, another split of a step gives other values. `lora_target_modules` may name the matrices of fused
 experts (`down_proj`, `experts.gate_up_proj`); `all-linear` holds what PEFT counts as linear. A router that draws noise
 in training (PhiMoE's `router_jitter_noise`) is said when a run begins.
 
