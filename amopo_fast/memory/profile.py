@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -266,7 +267,7 @@ def llama_of_widths(config: PretrainedConfig) -> LlamaConfig:
         found = (getattr(layer, name, None) for name in names)
         return next((value for value in found if isinstance(value, int) and value), default)
 
-    heads = first("num_attention_heads", default=1)
+    heads = math.gcd(first("num_attention_heads", default=1), text.hidden_size)  # a Llama's divide its width
     chosen = first("num_experts_per_tok", "moe_topk", default=1)
     dense = first("intermediate_size", "ffn_hidden_size", default=4 * text.hidden_size)
     return LlamaConfig(
@@ -274,7 +275,7 @@ def llama_of_widths(config: PretrainedConfig) -> LlamaConfig:
         hidden_size=text.hidden_size,
         num_hidden_layers=text.num_hidden_layers,
         num_attention_heads=heads,
-        num_key_value_heads=first("num_key_value_heads", default=heads),
+        num_key_value_heads=math.gcd(first("num_key_value_heads", default=heads), heads),
         head_dim=first("head_dim", "kv_channels", default=text.hidden_size // heads),
         intermediate_size=chosen * first("moe_intermediate_size", "expert_ffn_hidden_size", default=dense),
     )
