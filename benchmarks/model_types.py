@@ -45,6 +45,8 @@ PARTS: dict[str, dict[str, Any]] = {
 ADJUSTED: dict[str, dict[str, Any]] = {
     **{name: {"is_decoder": True} for name in _ENCODERS},
     "big_bird": {"is_decoder": True, "attention_type": "original_full"},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xlm": {"causal": True},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "cohere_compass": {"rope_parameters": {"full_attention": _ROPE}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
@@ -61,6 +63,26 @@ ADJUSTED: dict[str, dict[str, Any]] = {
     "qwen4_exp": _QSA,
     "qwen4_exp_text": _QSA,
     "step3p7": {"sliding_window": 512},
+}
+
+# Why a type is refused that is no causal decoder of text, or not as transformers has it.
+NOT_TRAINED = {
+    "blip": "its text part predicts from an image alone",
+    "blt": "bytes go through an encoder of patches",
+    "cpmant": "not causal: what follows a token changes its logits",
+    "deepseek_ocr2": "its default configuration names no number of chosen experts",
+    "doge": "not causal in transformers beyond keep_window_size: what follows a token changes its logits",
+    "ernie4_5_vl_moe": "its default configuration has no experts that fit its list of sizes",
+    "gemma4_unified_assistant": "drafts for another model, from that one's keys and values",
+    "glm5_next": "the logits of a block's last token depend on whether another token follows",
+    "hunyuan_vl": "its default configuration has no rotary sections",
+    "idefics": "every layer of its text part asks for an image",
+    "inkling_mm_model": "needs scipy, which was not there",
+    "pi0": "a policy of a robot: its text part alone has no head",
+    "prophetnet": "predicts several tokens ahead, in streams of their own",
+    "reformer": "attention by random hashes, over reversible layers",
+    "xlm": "an encoder; made causal, its log-probs differ from call to call in training mode",
+    "xlnet": "a permutation language model: attention to both sides",
 }
 
 

@@ -20,7 +20,7 @@ from amopo_fast.memory.estimate import GIB, Row, Setup, estimate
 from amopo_fast.models.architecture import UnsupportedModelError, language_model_of
 from amopo_fast.models.check import Trial, check_pairs, choose_layout
 from amopo_fast.packing.schedule import PairSizes
-from model_types import KINDS, empty_model, type_names
+from model_types import KINDS, NOT_TRAINED, config_of, empty_model, type_names
 
 SMOKE = ("llama", "qwen3_5", "bert", "gemma3")
 ROW = Row(tokens=4096, label_tokens=2048, kv_tokens=8192)
@@ -38,7 +38,7 @@ def try_type(kind: str, name: str, estimates: bool) -> dict[str, Any]:
     try:
         choice = choose_layout(model)
     except UnsupportedModelError as error:
-        return row | {"reason": _short(error)}
+        return row | {"reason": _short(error), "note": NOT_TRAINED.get(name, "")}
     row["cpu_ms"], elapsed = 1e3 * (time.process_time() - begin), 1e3 * (time.perf_counter() - wall)
     row |= dict.fromkeys(("p20_ms", "median_ms", "p80_ms"), elapsed)  # one run: a sweep of hundreds
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def try_type(kind: str, name: str, estimates: bool) -> dict[str, Any]:
         "reason": choice.reason,
     }
     if estimates:
-        row["estimate"] = _estimate(model.config)
+        row["estimate"] = _estimate(config_of(name))
     return row
 
 

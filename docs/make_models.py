@@ -20,6 +20,21 @@ which and why (`--layout shared` or `separate` asks for one):
 - **shared through states**: the same with recurrent layers, which run from node to node of the trie.
 - **separate**: each sequence is a padded row; exact for any causal decoder.
 
+A multimodal class is loaded as it was published and its text part is trained; what a text never reaches (towers,
+projectors) is frozen, said, and saved byte for byte with the processor's files, so that every folder is the whole
+checkpoint again. Pairs are text: records with images are refused by name.
+
+Of a mixture of experts `router_aux_loss_coef` adds the router's load-balancing loss, E sum_e f_e P_e over all layers,
+as transformers has it for the separate sequences: a token that several sequences share counts once for each, padding
+and the last token of a sequence, which predicts nothing, not at all. A step has the mean of its micro-batches by pairs;
+as it is not linear, another split of a step gives other values. `lora_target_modules` may name the matrices of fused
+experts (`down_proj`, `experts.gate_up_proj`); `all-linear` holds what PEFT counts as linear. A router that draws noise
+in training (PhiMoE's `router_jitter_noise`) is said when a run begins.
+
+When a run or an evaluation begins, a few tokens go through the real model's own forward, and their logits are compared
+with those that are trained: softcap, temperature, bias, multipliers and a padded vocabulary, under DDP, FSDP2 and
+DeepSpeed too. What differs is named. `compile_layers` is for shared layouts and refused in separate ones.
+
 Refused are encoders, models whose attention is not causal, and what a reason names. Encoders that can be decoders are
 tried with `is_decoder: true`. *Tokens* are those that the trial's pairs compute, of the separate sequences' tokens
 (padding counts; of real data a run's line says it); *error* is the largest relative one of log-probs and gradients;
@@ -45,7 +60,7 @@ def page() -> str:
 
 
 def _line(row: dict) -> str:
-    reason = row.get("reason", "").replace("|", "\\|")
+    reason = (row.get("note") or row.get("reason", "")).replace("|", "\\|")
     reason = reason if len(reason) <= 160 else reason[:157] + "..."
     if "error" not in row:
         return f"| `{row['case']}` | {row['layout']} | | | | {reason} |"

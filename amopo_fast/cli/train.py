@@ -160,8 +160,8 @@ def _train(data_config: DataConfig, model_config: ModelConfig, config: AMoPOConf
     from amopo_fast.prompts.tokenizer import load_tokenizer
     from amopo_fast.survival import checkpoints
     from amopo_fast.survival.signals import Interrupted
+    from amopo_fast.training.console import console_trainer
     from amopo_fast.training.loading import load_for_training
-    from amopo_fast.training.trainer import console_trainer
 
     folder = Path(config.output_dir)
     progress.text = "before training began; what was saved before is as it was"
@@ -223,8 +223,8 @@ def _report(trainer: AMoPOTrainer, folder: Path) -> None:
 
 def _dry_run(model, config, data_config, model_config, data, tokenizer) -> int:
     from amopo_fast.models.loading import peft_config
+    from amopo_fast.training.console import console_trainer
     from amopo_fast.training.dry_run import dry_run, prepare_dry_run, print_dry_run
-    from amopo_fast.training.trainer import console_trainer
 
     with tempfile.TemporaryDirectory() as folder:
         prepare_dry_run(config, folder)

@@ -17,7 +17,7 @@ from amopo_fast.prompts.builder import PromptBuilder
 from amopo_fast.prompts.recipe import recipe_of_prompts
 from amopo_fast.report.figure import plot_run
 from amopo_fast.training.config import AMoPOConfig
-from amopo_fast.training.trainer import console_trainer
+from amopo_fast.training.console import console_trainer
 
 
 def demo_trainer(output_dir: str | Path, seed: int, *, shuffle_labels: bool = False, max_steps: int = -1):

@@ -17,6 +17,7 @@ from torch import nn
 
 from amopo_fast.models.check import prepare_model
 from amopo_fast.models.choice import choice_of
+from amopo_fast.models.real_logits import check_real_logits
 from amopo_fast.models.scoring import check_lengths, score
 from amopo_fast.packing.plan import build_plan
 from amopo_fast.packing.schedule import PairSizes, best_fit
@@ -71,8 +72,9 @@ def score_pairs(
     if not len(pairs):
         raise ValueError("there are no pairs to evaluate")
     objective = (objective or AMoPO()).for_evaluation()
-    check_lengths(model, pairs)
     prepare_model(model, layout)
+    check_lengths(model, pairs)
+    check_real_logits(model, pairs[0])
     choice = choice_of(model)
     was_training = model.training
     model.eval()

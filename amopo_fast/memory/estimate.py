@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig
 
 from amopo_fast.errors import OptionError
-from amopo_fast.memory.profile import BodyProfile, meta_model, profile_body
-from amopo_fast.models.architecture import decoder_of, language_model_of, layer_configs
+from amopo_fast.memory.profile import BodyProfile, llama_of_widths, meta_model, profile_body
+from amopo_fast.models.architecture import decoder_of, language_model_of, layer_configs, positions_of
 from amopo_fast.models.check import choose_layout
 from amopo_fast.optim.states import moment_bytes
 from amopo_fast.packing.plan import Layout
@@ -36,7 +37,8 @@ NESTED_QUANTISED_BYTES = 0.5 + (1 + 4 / 256) / 64  # scales in 8 bits, in blocks
 # Assumed, and printed as such: no run of this project has been timed on a GPU yet. 0.4 of the dense peak is what
 # well-tuned trainers report for dense models of this size.
 EFFICIENCY = 0.40
-_LOOP_TOKENS = 32  # of a sequence, that a model whose layers loop over tokens is run with
+_LOOP_TOKENS = 16  # of each sequence, in the shorter of two runs of a model whose layers loop over tokens
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -207,19 +209,29 @@ def gradient_bytes(setup: Setup) -> int:
 def _body(
     shape: _Shape, row: Row, dtype: torch.dtype, checkpointing: bool, lora_rank: int | None, liger: bool
 ) -> BodyProfile:
-    choice = choose_layout(meta_model(shape.config))
+    model = meta_model(shape.config)
+    choice = choose_layout(model)
     separate = choice.layout is Layout.SEPARATE
-    rows = max(row.rows, row.tokens // row.sequence_tokens) if separate else 1
-    tokens, times = row.tokens, 1
-    if separate and (choice.recurrent or not hasattr(shape.config.get_text_config(), "num_attention_heads")):
-        # Loops over a sequence's tokens in Python: bytes and FLOP grow with its length, and so does the time.
-        times = max(1, tokens // rows // _LOOP_TOKENS)
-        tokens //= times
-    body = profile_body(
-        shape.config, tokens=tokens, rows=rows, separate=separate, kv_tokens=row.kv_tokens, dtype=dtype,
-        checkpointing=checkpointing, lora_rank=lora_rank, liger=liger,
-    )  # fmt: skip
-    return BodyProfile(*(times * value for value in dataclasses.astuple(body)))
+    length = min(row.sequence_tokens, positions_of(model) or row.sequence_tokens)
+    rows = max(row.rows, row.tokens // length) if separate else 1
+    attends = any(getattr(layer, "num_attention_heads", None) for layer in layer_configs(shape.config))
+
+    def profile(tokens: int) -> BodyProfile:
+        options = dict(rows=rows, dtype=dtype, checkpointing=checkpointing, lora_rank=lora_rank, liger=liger)
+        keys = row.kv_tokens * tokens // row.tokens
+        try:
+            return profile_body(shape.config, tokens=tokens, kv_tokens=keys, separate=separate, **options)
+        except Exception as error:  # what a model's code does of its data's values, fake tensors cannot
+            logger.warning("the activations of %s are those of a Llama of its widths: its own code does not run on "
+                           "tensors without values (%s)", type(model).__name__, type(error).__name__)  # fmt: skip
+            return profile_body(llama_of_widths(shape.config), tokens=tokens, kv_tokens=keys, **options | {"rows": 1})
+
+    # Such recurrences loop over tokens in Python: a straight line through two short runs.
+    first = rows * _LOOP_TOKENS
+    if not separate or (attends and not choice.recurrent) or row.tokens <= 2 * first:
+        return profile(row.tokens)
+    pairs = zip(*(dataclasses.astuple(profile(tokens)) for tokens in (first, 2 * first)), strict=True)
+    return BodyProfile(*(two + max(0, two - one) * (row.tokens - 2 * first) // first for one, two in pairs))
 
 
 def body_of(config: PretrainedConfig, row: Row, setup: Setup, checkpointing: bool) -> BodyProfile:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -24,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, PretrainedConfig
 from transformers.integrations.moe import ExpertsInterface
 
-from amopo_fast.models.architecture import decoder_of, language_model_of
+from amopo_fast.models.architecture import decoder_of, language_model_of, layer_configs
 from amopo_fast.models.depth import period_of, set_layers
 from amopo_fast.models.text_part import auto_class, freeze_beside_text, not_adapted
 
@@ -256,6 +257,28 @@ def profile_body(
     one, two = run(low), run(low + period)
     kept, forward, backward, flops = (a + (layers - low) * (b - a) // period for a, b in zip(one, two, strict=True))
     return BodyProfile(kept, forward - kept, backward - kept, flops, (two[0] - one[0]) // period)
+
+
+def llama_of_widths(config: PretrainedConfig) -> LlamaConfig:
+    """A dense model with the widths of a configuration's text model, of its chosen experts together."""
+    text, layer = config.get_text_config(), layer_configs(config)[0]
+
+    def first(*names: str, default: int) -> int:
+        found = (getattr(layer, name, None) for name in names)
+        return next((value for value in found if isinstance(value, int) and value), default)
+
+    heads = math.gcd(first("num_attention_heads", default=1), text.hidden_size)  # a Llama's divide its width
+    chosen = first("num_experts_per_tok", "moe_topk", default=1)
+    dense = first("intermediate_size", "ffn_hidden_size", default=4 * text.hidden_size)
+    return LlamaConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=math.gcd(first("num_key_value_heads", default=heads), heads),
+        head_dim=first("head_dim", "kv_channels", default=text.hidden_size // heads),
+        intermediate_size=chosen * first("moe_intermediate_size", "expert_ffn_hidden_size", default=dense),
+    )
 
 
 def _run(config, shape, kv_tokens, dtype, checkpointing, lora_rank, liger) -> tuple[int, int, int, int]:

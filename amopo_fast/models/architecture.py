@@ -26,12 +26,20 @@ def refusal(config: PretrainedConfig) -> str | None:
 
 BEYOND_LIMIT = (
     "where this model's RoPE or chunked attention depends on the longest sequence of the row; shorten the sequences "
-    "(max_length), or train a model without longrope, dynamic RoPE or chunked attention"
+    "(max_length), train a model without longrope, dynamic RoPE or chunked attention, or, for the last, with --layout "
+    "separate"
 )
 
 
-def position_limit(config: PretrainedConfig) -> int | None:
-    """Positions up to which a packed row is exact; None: any.
+def noise_of_routers(config: PretrainedConfig) -> str:
+    """What the routers of a mixture of experts draw at random in training, in words; "" for nothing."""
+    text = config.get_text_config()
+    fields = ((name, value) for name, value in vars(text).items() if name.endswith("jitter_noise") and value)
+    return ", ".join(f"{name} {value:g}" for name, value in fields)
+
+
+def position_limit(config: PretrainedConfig, shared: bool = True) -> int | None:
+    """Positions up to which a plan is exact; None: any. shared: in one row, not each sequence in its own.
 
     `longrope` and `dynamic` RoPE choose their frequencies by the longest sequence of the call, so beyond the original
     length one long sequence would change the short ones of its row. Chunked attention (Llama 4) is full attention up
@@ -39,7 +47,7 @@ def position_limit(config: PretrainedConfig) -> int | None:
     """
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or {}
-    limits = [getattr(text, "attention_chunk_size", None)]
+    limits = [getattr(text, "attention_chunk_size", None) if shared else None]
     for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
         if rope.get("rope_type") in ("longrope", "dynamic"):
             original = rope.get("original_max_position_embeddings")

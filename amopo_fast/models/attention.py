@@ -31,7 +31,7 @@ KEYWORD = "packed_row"
 NAME = "amopo_packed"
 _EAGER = f"{NAME}_eager"
 # What models hand over that changes nothing in the attention of a row: positions are in the keys already.
-_WITHOUT_EFFECT = {"position_ids", "use_cache", "output_attentions", "output_hidden_states"}
+_WITHOUT_EFFECT = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
 _row_active: ContextVar[bool] = ContextVar("amopo_packed_row_active", default=False)
 
 

@@ -17,7 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from amopo_fast.models.architecture import UnsupportedModelError, decoder_of, language_model_of, refusal
+from amopo_fast.models.architecture import (
+    UnsupportedModelError,
+    decoder_of,
+    language_model_of,
+    noise_of_routers,
+    refusal,
+)
 from amopo_fast.models.attention import is_switched, switch_attention
 from amopo_fast.models.choice import LAYOUTS, Choice
 from amopo_fast.models.double import Double
@@ -25,7 +31,7 @@ from amopo_fast.models.head import check_head, head_errors, head_forms, text_onl
 from amopo_fast.models.miniature import TOKENS, miniature
 from amopo_fast.models.recurrent import recurrent_classes, switch_recurrent
 from amopo_fast.models.scoring import score
-from amopo_fast.models.text_part import freeze_beside_text
+from amopo_fast.models.text_part import freeze_beside_text, name_whole_layers
 from amopo_fast.packing.plan import Layout, build_plan
 from amopo_fast.prompts.tokens import PairTokens
 
@@ -60,7 +66,8 @@ def prepare_model(model: nn.Module, layout: str = "auto") -> nn.Module:
     if choice.layout is not Layout.SEPARATE:
         switch_attention(base)
         switch_recurrent(base, choice.recurrent)
-    base.amopo_choice = replace(choice, frozen=freeze_beside_text(model))
+    base.amopo_choice = replace(choice, frozen=freeze_beside_text(model), noise=noise_of_routers(base.config))
+    name_whole_layers(model)
     return model
 
 

@@ -22,6 +22,7 @@ class Choice:
     head: HeadForm | None  # None: logits are computed by the model's own forward
     reason: str = ""
     frozen: str = ""  # what is not trained because a text never reaches it, in words
+    noise: str = ""  # what routers draw in training, in words
 
     def describe(self, share: float) -> str:
         """In a line, or two; `share` of the separate sequences' tokens is computed."""
@@ -33,7 +34,9 @@ class Choice:
         }[self.layout]
         why = f"; {self.reason}" if self.reason else ""
         frozen = f"\nnot trained, as text alone is: {self.frozen}" if self.frozen else ""
-        return f"layout: {how}: {share:.0%} of the separate sequences' tokens computed{why}{frozen}"
+        noise = f"\nrandom in training: {self.noise}: log-probs depend on how pairs are packed; 0 in config.json makes "
+        noise = f"{noise}routing that of inference" if self.noise else ""
+        return f"layout: {how}: {share:.0%} of the separate sequences' tokens computed{why}{frozen}{noise}"
 
 
 def choice_of(model: nn.Module) -> Choice:

@@ -10,7 +10,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_liger_kernel_available
 
 from amopo_fast.errors import OptionError
+from amopo_fast.models.architecture import language_model_of
 from amopo_fast.models.attention import KEYWORD
+from amopo_fast.models.choice import choice_of
+from amopo_fast.packing.plan import Layout
 
 # What transformers' `liger_kernel_config` passes to Liger; a model's patch takes those that it knows. Never its
 # cross-entropies: the head and the loss are amopo_kernels', and the fused one would replace the model's forward.
@@ -64,7 +67,8 @@ def _compiled_class(layer_class: type[nn.Module], backend: str) -> type[nn.Modul
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
-    """Compile the decoder layers of a causal LM, in place, once for all layers of a kind and all row lengths.
+    """Compile the decoder layers of a causal LM after `prepare_model`, in place: once for all layers of a kind and all
+    row lengths.
 
     Padded batches and generate() run as before. Attention itself stays outside: its segments are data.
 
@@ -72,8 +76,16 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
         backend: of torch.compile.
 
     Raises:
+        OptionError: the model trains in the layout separate, whose rows are padded batches.
         ValueError: the model has no layers that transformers could checkpoint.
     """
+    choice = choice_of(model)
+    if choice.layout is Layout.SEPARATE:
+        reason = f" ({choice.reason})" if choice.reason else ""
+        raise OptionError(
+            f"compile_layers compiles layers for packed rows, and {type(language_model_of(model)).__name__} trains in "
+            f"the layout separate{reason}: leave compile_layers out", "compile_layers",
+        )  # fmt: skip
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no GradientCheckpointingLayer; leave compile_layers out")

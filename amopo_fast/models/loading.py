@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, set_seed
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 
 from amopo_fast import hub
 from amopo_fast.errors import ModelError, OptionError
@@ -23,7 +24,7 @@ from amopo_fast.models.config import ModelConfig, lora_targets
 from amopo_fast.models.depth import set_layers
 from amopo_fast.models.head import head_of
 from amopo_fast.models.saving import weights_digest
-from amopo_fast.models.text_part import auto_class, not_adapted
+from amopo_fast.models.text_part import auto_class, beside_text, not_adapted
 from amopo_fast.prompts.recipe import Recipe, recipe_of
 
 if TYPE_CHECKING:
@@ -114,10 +115,30 @@ def load_whole(name: str | Path, shape: PretrainedConfig | None = None, **option
     return model
 
 
+def load_converted(model: nn.Module, folder: str | Path) -> bool:
+    """Load a checkpoint whose tensors have other names or shapes than the model's own, as transformers saves fused
+    experts and some multimodal classes; False, and nothing loaded, where they have the same.
+
+    Trainer's resume and its best model compare names with the model's own, and would leave these as they were. Takes
+    as much host memory as the model's weights. Raises as `load_whole`.
+    """
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if not isinstance(model, PreTrainedModel) or not files:
+        return False
+    saved: set[str] = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            saved |= set(file.keys())
+    if saved <= model.state_dict().keys():
+        return False
+    loaded = load_whole(folder, dtype=model.dtype)
+    model.load_state_dict(loaded.state_dict())
+    return True
+
+
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """A model under a saved adapter, which lacks nothing. Raises as `load_whole`."""
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
 
     adapted = PeftModel.from_pretrained(model, folder)
     path = Path(folder) / "adapter_model.safetensors"
@@ -174,23 +195,36 @@ def peft_config(config: ModelConfig) -> LoraConfig | None:
 def add_adapter(model: nn.Module, adapter: LoraConfig) -> nn.Module:
     """Freeze a model under a new adapter, whose weights are float32, of its text part alone.
 
+    Names of parameters among its targets, such as the matrices of fused experts, become PEFT's `target_parameters`.
+
     Raises:
         OptionError: peft cannot lay the adapter over the model.
         ValueError: an adapter on the head, which the kernels read as one matrix.
     """
     from peft import get_peft_model
 
-    adapter.exclude_modules = adapter.exclude_modules or not_adapted(model)
+    if adapter.target_modules == "all-linear" or beside_text(model):
+        adapter.exclude_modules = adapter.exclude_modules or not_adapted(model)
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    if not isinstance(adapter.target_modules, (str, type(None))):
+        of_parameters = {name for name in adapter.target_modules if _ends(parameters, name) > _ends(modules, name)}
+        adapter.target_modules = set(adapter.target_modules) - of_parameters
+        adapter.target_parameters = sorted({*(adapter.target_parameters or ()), *of_parameters}) or None
     try:
         model = get_peft_model(model, adapter)
     except Exception as error:  # peft raises whatever its layers raise
-        text = " ".join(str(error).split()).split(" Please")[0][:300]
-        names = sorted({name.rpartition(".")[2] for name, module in model.named_modules()
-                        if isinstance(module, nn.Linear)})  # fmt: skip
-        raise OptionError(f"lora_target_modules: {text}; the model's linear layers are {', '.join(names)}",
+        text = " ".join(str(error).split()).split(" Please")[0][:300].rstrip(".")
+        names = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)}
+        names |= {name.rpartition(".")[2] for name, parameter in parameters.items() if parameter.dim() == 3}
+        raise OptionError(f"lora_target_modules: {text}; the model's linear layers are {', '.join(sorted(names))}",
                           "lora_target_modules") from error  # fmt: skip
     head_of(model)
     return model
+
+
+def _ends(paths: Iterable[str], name: str) -> bool:
+    """Whether one of the paths is `name` or ends in it."""
+    return any(f".{path}".endswith(f".{name}") for path in paths)
 
 
 def tokenizer_folder(name: str) -> str:

@@ -12,7 +12,7 @@ from amopo_fast import hub
 from amopo_fast.models.architecture import vocabulary_of
 from amopo_fast.models.loading import check_base, load_adapter, load_whole, model_errors
 from amopo_fast.models.saving import SHARD_SIZE, prepare_generation
-from amopo_fast.models.text_part import copy_processor
+from amopo_fast.models.text_part import copy_processor, processor_files
 from amopo_fast.prompts.recipe import Recipe
 from amopo_fast.prompts.template import change_templates
 from amopo_fast.prompts.tokenizer import load_tokenizer
@@ -76,7 +76,7 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, *, base: str | No
         tokenizer = change_templates(tokenizer, recipe.served)
     merged.save_pretrained(output, max_shard_size=SHARD_SIZE)
     tokenizer.save_pretrained(output)
-    copy_processor(base, output)
+    copy_processor(processor_files(base, model.config), output)
     if recipe is not None:
         recipe.write(output)
     written = load_whole(output, dtype="auto")

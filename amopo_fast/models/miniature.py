@@ -117,6 +117,11 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
     if getattr(config, "qk_rope_head_dim", None) and isinstance(vars(config).get("head_dim"), int):
         # Multi-head latent attention: head_dim is the rotated part, or the whole of which a part is rotated.
         tiny.head_dim = _scaled(tiny.qk_rope_head_dim, config.head_dim, config.qk_rope_head_dim)
+    for name in config.sub_configs:  # of its attention or its experts alone
+        part = getattr(tiny, name, None)
+        for size in small.keys() & own_fields(part).keys() if part is not None else ():
+            if type(getattr(part, size)) is int:
+                setattr(part, size, small[size])
     set_field(tiny, "num_hidden_layers", depth)
     if isinstance(getattr(config, "rope_parameters", None), dict):
         rotated = getattr(tiny, "head_dim", None) or getattr(tiny, "qk_rope_head_dim", None) or HEAD_DIM
@@ -207,7 +212,8 @@ def _build(model_class: type[nn.Module], config: PretrainedConfig) -> nn.Module:
 
 
 def _initialise_when_called(model: nn.Module) -> None:
-    """Give modules their weights at their first call, so that a tower that is never run costs nothing."""
+    """Give the text part its weights, and other modules at their first call, so that a tower that is never run costs
+    nothing."""
     owners: dict[nn.Module, PreTrainedModel] = {}
     for module in model.modules():  # parents first: the innermost model knows how to initialise a module
         if isinstance(module, PreTrainedModel):
@@ -217,7 +223,8 @@ def _initialise_when_called(model: nn.Module) -> None:
     @torch.no_grad()
     def initialise(module: nn.Module, inputs: tuple) -> None:
         # Some modules read the weights of their children and do not call them.
-        for each in (module, *(child for child in module.children() if not any(child.children()))):
+        read = (each for each in module.children() if not any(each.children()) or [*each.parameters(recurse=False)])
+        for each in (module, *read):
             own = set(each.parameters(recurse=False))
             if each not in done and not (own and own <= done):  # not again: its own, or tied to another's
                 owners[each]._init_weights(each)
@@ -228,6 +235,12 @@ def _initialise_when_called(model: nn.Module) -> None:
         hooks.pop(module).remove()
 
     hooks = {module: module.register_forward_pre_hook(initialise) for module in model.modules()}
+    decoder = decoder_of(model)
+    towers = [module for module in decoder.modules() if isinstance(module, PreTrainedModel) and module is not decoder]
+    beside = {module for tower in towers for module in tower.modules()}
+    for module in decoder.modules():  # all of the text part: other methods than forward read weights too
+        if module not in beside:
+            initialise(module, ())
 
 
 def _reinitialise(parameter: torch.Tensor) -> None:

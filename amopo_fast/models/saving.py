@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from amopo_fast.errors import OptionError
 from amopo_fast.models.architecture import causal_lm
+from amopo_fast.models.text_part import copy_processor, processor_files
 from amopo_fast.survival import durable
 
 SHARD_SIZE = "5GB"  # host memory that saving takes at a time
@@ -22,14 +23,21 @@ SAMPLED = 1024  # elements of a tensor that enter a digest: all of 32B's weights
 
 
 def prepare_saving(model: nn.Module) -> None:
-    """Let `save_pretrained` copy SHARD_SIZE of weights to the host at a time, which Trainer has no option for, and
-    declare tied weights, which no checkpoint holds twice, so that Trainer does not miss them on a resume."""
+    """Let `save_pretrained` copy SHARD_SIZE of weights to the host at a time, which Trainer has no option for, and the
+    processor's files of a multimodal checkpoint; declare tied weights, which no checkpoint holds twice, so that Trainer
+    does not miss them on a resume."""
     if isinstance(model, PreTrainedModel):  # an adapter is small
-        model.save_pretrained = functools.partial(type(model).save_pretrained, model, max_shard_size=SHARD_SIZE)
+        files = processor_files(model.config._name_or_path, model.config)
+        model.save_pretrained = functools.partial(_save_whole, model, files)
         first: dict[int, str] = {}
         named = model.named_parameters(remove_duplicate=False)
         again = {name for name, parameter in named if first.setdefault(id(parameter), name) != name}
         model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *again}
+
+
+def _save_whole(model: PreTrainedModel, processor: list[Path], folder: str | Path, **options) -> None:
+    type(model).save_pretrained(model, folder, max_shard_size=SHARD_SIZE, **options)
+    copy_processor(processor, folder)
 
 
 def prepare_generation(model: nn.Module, end_token_id: int) -> list[str]:

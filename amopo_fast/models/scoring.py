@@ -8,6 +8,7 @@ Only label rows reach the head and no logits are materialised.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from amopo_fast.models.attention import is_switched, packed_row
 from amopo_fast.models.attention_backends import choose_backend
 from amopo_fast.models.choice import choice_of
 from amopo_fast.models.head import call_as_forward, head_of, own_logps
+from amopo_fast.models.routers import experts_per_token, router_loss
 from amopo_fast.packing.plan import Layout, Plan
 from amopo_fast.prompts.tokens import PairTokens
 from amopo_kernels import SequenceStats
@@ -29,7 +31,8 @@ def check_lengths(model: nn.Module, pairs: Iterable[PairTokens]) -> None:
     Raises:
         ValueError: names the record.
     """
-    limit = position_limit(language_model_of(model).config)
+    base = language_model_of(model)
+    limit = position_limit(base.config, choice_of(base).layout is not Layout.SEPARATE)
     if limit is None:
         return
     for pair in pairs:
@@ -52,16 +55,27 @@ def backend_for(model: nn.Module, device: torch.device, requested: str = "auto")
     return choose_backend(requested, attention_needs(model, device))
 
 
-def hidden_states(model: nn.Module, plan: Plan, attention_backend: str = "auto") -> torch.Tensor:
+def hidden_states(
+    model: nn.Module, plan: Plan, attention_backend: str = "auto", router_losses: list[torch.Tensor] | None = None
+) -> torch.Tensor:
     """(R * L, H) last hidden states of a plan's rows, after the final norm. Arguments and errors as `score`."""
     language_model = language_model_of(model)
-    limit = position_limit(language_model.config)
+    layout = choice_of(model).layout
+    limit = position_limit(language_model.config, layout is not Layout.SEPARATE)
     if limit is not None and plan.longest > limit:
         raise ValueError(f"a sequence of {plan.longest} tokens is beyond {limit} positions, {BEYOND_LIMIT}")
-    layout = choice_of(model).layout
     decoder = decoder_of(language_model)
+
+    def body(inputs: dict[str, Any]) -> torch.Tensor:
+        if router_losses is None:
+            return decoder(input_ids=plan.input_ids, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
+        output = decoder(input_ids=plan.input_ids, use_cache=False, output_router_logits=True, **inputs)
+        chosen = experts_per_token(language_model)
+        router_losses.append(router_loss(output.router_logits, chosen, plan.token_uses))
+        return output.last_hidden_state.flatten(0, 1)
+
     if plan.paths is None:  # causal attention never sees the padding on the right
-        return decoder(input_ids=plan.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        return body({})
     if layout is Layout.SEPARATE or (layout is Layout.STATES and plan.paths.states is None):
         raise ValueError(f"{type(language_model).__name__} takes plans of the layout {layout.value} alone")
     if not is_switched(language_model):
@@ -71,16 +85,24 @@ def hidden_states(model: nn.Module, plan: Plan, attention_backend: str = "auto")
         )
     backend = backend_for(model, plan.input_ids.device, attention_backend)
     with packed_row(plan.paths, backend) as inputs:
-        return decoder(input_ids=plan.input_ids, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
+        return body(inputs)
 
 
-def score(model: nn.Module, plan: Plan, *, attention_backend: str = "auto", **head_options) -> SequenceStats:
+def score(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    attention_backend: str = "auto",
+    router_losses: list[torch.Tensor] | None = None,
+    **head_options,
+) -> SequenceStats:
     """Score every sequence of a plan.
 
     Args:
         model: a causal LM (or a PEFT model around one) after `prepare_model`. Distributed wrappers: `score_wrapped`.
         plan: on the model's device.
         attention_backend: a name of `attention_backends.BACKENDS`, or "auto"; of a shared row.
+        router_losses: receives the plan's `routers.router_loss`, of a model that `check_router_loss` lets pass.
         head_options: passed to `amopo_kernels.linear_sequence_stats` (backend, logits_cache_bytes, ...).
 
     Returns:
@@ -91,7 +113,7 @@ def score(model: nn.Module, plan: Plan, *, attention_backend: str = "auto", **he
             another layout, a sequence is too long for its RoPE (`architecture.position_limit`), or the attention
             backend cannot be used.
     """
-    hidden = hidden_states(model, plan, attention_backend).index_select(0, plan.label_rows)
+    hidden = hidden_states(model, plan, attention_backend, router_losses).index_select(0, plan.label_rows)
     language_model = language_model_of(model)
     form = choice_of(model).head
     if form is None:

@@ -77,6 +77,7 @@ _HEADS = {
     "kv_channels": HEAD_DIM,
     "attention_head_dim": HEAD_DIM,
     "num_kv_heads": HEADS,
+    "kv_n_heads": 2,
     "num_query_groups": HEADS,
     "encoder_attention_heads": HEADS,
     "decoder_attention_heads": HEADS,

@@ -12,11 +12,15 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
+from transformers.utils.hub import cached_files
 
 from amopo_fast.models.architecture import causal_lm, decoder_of, language_model_of
 
 # What a multimodal checkpoint holds beside weights, configuration and tokenizer.
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+# Types whose out_proj PEFT refuses (0.18 to 0.21, tuners_utils.py): Mamba's kernels take its weight past an adapter.
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
 def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
@@ -54,14 +58,41 @@ def freeze_beside_text(model: nn.Module) -> str:
     return f"{', '.join(names)} ({count:,} parameters)" if count else ""
 
 
+def name_whole_layers(model: nn.Module) -> None:
+    """Let a model's `_no_split_modules` name classes that it has: FSDP wraps each of them, and dies of one that is
+    not there, as some multimodal classes list one of their towers' other halves."""
+    outer = causal_lm(model)
+    there = {type(module).__name__ for module in outer.modules()}
+    outer._no_split_modules = type(outer._no_split_modules or [])(
+        name for name in outer._no_split_modules or () if name in there
+    )
+
+
 def not_adapted(model: nn.Module) -> str | None:
-    """PEFT's `exclude_modules` for a model: all modules beside its text part; None: there are none."""
-    names = beside_text(model)
-    return rf"({'|'.join(map(re.escape, names))})(\..*)?" if names else None
+    """PEFT's `exclude_modules` for a model under "all-linear": all modules beside its text part, and those that PEFT
+    refuses; None: there are none."""
+    excluded = [rf"{re.escape(name)}(\..*)?" for name in beside_text(model)]
+    if causal_lm(model).config.model_type in _MAMBA:
+        excluded.append(r".*\.out_proj")
+    return "|".join(excluded) or None
 
 
-def copy_processor(source: str | Path, folder: str | Path) -> None:
-    """Copy the files of a multimodal checkpoint's processor, where it is a folder and has them."""
-    for name in PROCESSOR_FILES:
-        if (Path(source) / name).is_file() and not (Path(folder) / name).exists():
-            shutil.copyfile(Path(source) / name, Path(folder) / name)
+def processor_files(name: str | Path, config: PretrainedConfig) -> list[Path]:
+    """The files of the processor of a multimodal checkpoint (folder or Hub name); [] of a text model or where there are
+    none. Its chat template is not among them: a processor reads the tokenizer's."""
+    if not str(name) or config.get_text_config() is config:
+        return []
+    found = cached_files(
+        name,
+        list(PROCESSOR_FILES),
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return [Path(path) for path in found or ()]
+
+
+def copy_processor(files: list[Path], folder: str | Path) -> None:
+    """Copy a processor's files into a saved model's folder, so that it is whole."""
+    for path in files:
+        shutil.copyfile(path, Path(folder) / path.name)

@@ -59,6 +59,7 @@ class Plan:
     label_rows: torch.Tensor  # (N,) int64, the row of the (R * L, H) hidden states that predicts labels[i]
     labels: torch.Tensor  # (N,) int64
     cu_seqlens: torch.Tensor  # (S + 1,) int32, label rows of each sequence; empty where a dimension is absent
+    token_uses: torch.Tensor  # (R * L,) int32, sequences that a computed token is part of; 0: padding
     records: torch.Tensor  # (pairs,) int64, Pair.record
     num_dimensions: int  # K
     longest: int  # tokens that the longest sequence computes
@@ -136,17 +137,18 @@ def build_plan(
     """
     sequences = sequences_of(pairs)
     if layout is Layout.SEPARATE:
-        input_ids, rows = _padded_rows(sequences)
+        input_ids, rows, uses = _padded_rows(sequences)
         paths = None
     else:
         trie = _trie_of(sequences, layout, min_node_tokens if share else np.iinfo(np.int64).max // 2)
         input_ids = sequences.tokens[spans(sequences.begin[trie.source] + trie.start, trie.length)][None]
-        paths, rows = _paths(trie, sequences, layout)
+        paths, rows, uses = _paths(trie, sequences, layout)
     return Plan(
         input_ids=torch.from_numpy(input_ids),
         label_rows=torch.from_numpy(rows),
         labels=torch.from_numpy(sequences.tokens[spans(sequences.begin + sequences.prompt, sequences.responses)]),
         cu_seqlens=_offsets(sequences.responses),
+        token_uses=torch.from_numpy(uses.astype(np.int32)),
         records=torch.tensor([pair.record for pair in pairs], dtype=torch.int64),
         num_dimensions=sequences.num_dimensions,
         longest=int(sequences.inputs.max()),
@@ -156,8 +158,11 @@ def build_plan(
     )
 
 
-def _padded_rows(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
-    """((R, L) token ids, (N,) label rows). Rows are padded with their own last token, which every vocabulary has."""
+def _padded_rows(sequences: Sequences) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """((R, L) token ids, (N,) label rows, (R * L,) uses).
+
+    Rows are padded with their own last token, which every vocabulary has.
+    """
     present = np.flatnonzero(sequences.length)
     inputs = sequences.inputs[present]
     length = int(inputs.max())
@@ -165,11 +170,12 @@ def _padded_rows(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
     row = np.zeros_like(sequences.length)
     row[present] = np.arange(len(present))
     label_rows = spans(row * length + sequences.prompt - 1, sequences.responses)
-    return sequences.tokens[sequences.begin[present][:, None] + offset], label_rows
+    uses = np.arange(length) < sequences.inputs[present][:, None]
+    return sequences.tokens[sequences.begin[present][:, None] + offset], label_rows, uses.ravel()
 
 
-def _paths(trie: Trie, sequences: Sequences, layout: Layout) -> tuple[Paths, np.ndarray]:
-    """(paths, (N,) label rows)"""
+def _paths(trie: Trie, sequences: Sequences, layout: Layout) -> tuple[Paths, np.ndarray, np.ndarray]:
+    """(paths, (N,) label rows, (T,) uses)"""
     node_begin = np.cumsum(trie.length) - trie.length
     key_length = trie.start + trie.length
     key_begin = np.cumsum(key_length) - key_length
@@ -193,7 +199,9 @@ def _paths(trie: Trie, sequences: Sequences, layout: Layout) -> tuple[Paths, np.
         max_seqlen_k=int(key_length.max()),
         states=node_states(trie) if layout is Layout.STATES else None,
     )
-    return paths, kv_indices[spans(key_begin[trie.leaf] + sequences.prompt - 1, sequences.responses)]
+    first = key_begin[trie.leaf]
+    uses = np.bincount(kv_indices[spans(first, sequences.inputs)], minlength=int(trie.length.sum()))
+    return paths, kv_indices[spans(first + sequences.prompt - 1, sequences.responses)], uses
 
 
 def _offsets(lengths: np.ndarray) -> torch.Tensor:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from accelerate.utils import AutocastKwargs
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from amopo_fast.errors import OptionError
 from amopo_fast.models.architecture import positions_of, vocabulary_of
+from amopo_fast.models.real_logits import check_real_logits
 from amopo_fast.models.scoring import check_lengths
 from amopo_fast.prompts.model_limits import check_pairs, check_vocabulary
 from amopo_fast.prompts.tokens import PairTokens
@@ -52,3 +54,19 @@ def check_data(
     if tokenizer is not None:
         check_vocabulary(tokenizer, vocabulary)
     check_pairs(chain(*sets), vocabulary=vocabulary, positions=positions)
+
+
+class RealLogits(TrainerCallback):
+    """Compares the model's own logits with those that are trained when training begins: sharded or not, all ranks do.
+
+    Args:
+        trainer: an AMoPOTrainer; read when training begins.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        accelerator, wrapped = self.trainer.accelerator, self.trainer.model_wrapped
+        with accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+            check_real_logits(accelerator.unwrap_model(wrapped), self.trainer.train_dataset.pairs[0], wrapped)

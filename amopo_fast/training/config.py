@@ -53,7 +53,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "learning_rate", "weight_decay", "max_grad_norm", "sft_coef", "cpo_alpha", "warmup_steps",
-    "eval_delay", "dataloader_num_workers", "logits_cache_gib", "keep_layers",
+    "eval_delay", "dataloader_num_workers", "logits_cache_gib", "keep_layers", "router_aux_loss_coef",
 )  # fmt: skip
 BELOW_ONE = ("adam_beta1", "adam_beta2")
 
@@ -123,6 +123,11 @@ class AMoPOConfig(TrainingArguments):
         default="auto",
         metadata={"help": "shared: prefixes that sequences share are computed once; separate: each sequence is a "
                   "padded row; auto: shared where a trial in miniature finds it exact for the model, else separate."},
+    )  # fmt: skip
+    router_aux_loss_coef: float = field(
+        default=0.0,
+        metadata={"help": "Of a mixture of experts: weight of the router's load-balancing loss, over the row's tokens "
+                  "as often as sequences have them. Models publish 0.001 to 0.02 in config.json."},
     )  # fmt: skip
     use_liger_kernel: bool | None = field(
         default=None,

@@ -12,14 +12,7 @@ import torch
 from accelerate.utils import AutocastKwargs, DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from amopo_fast.errors import CheckpointError, DataError, NumbersError, OptionError
@@ -28,13 +21,8 @@ from amopo_fast.models.check import prepare_model
 from amopo_fast.models.choice import choice_of
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.faster_layers import compile_layers
-from amopo_fast.models.loading import add_adapter
-from amopo_fast.models.saving import (
-    declare_dtype,
-    in_dtype,
-    prepare_saving,
-    weights_digest,
-)
+from amopo_fast.models.loading import add_adapter, load_converted
+from amopo_fast.models.saving import declare_dtype, in_dtype, prepare_saving, weights_digest
 from amopo_fast.models.scoring import score_wrapped
 from amopo_fast.optim import backward_grad_norm, choose_optimizer
 from amopo_fast.packing.plan import Plan
@@ -42,13 +30,12 @@ from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, Planne
 from amopo_fast.prompts.recipe import Recipe
 from amopo_fast.prompts.tokenizer import load_tokenizer
 from amopo_fast.prompts.tokens import PairTokens
-from amopo_fast.report.console import console_callback
 from amopo_fast.survival.checkpointer import AlreadyFinished, Checkpointer
 from amopo_fast.survival.guard import Guard
 from amopo_fast.survival.safety import write_arguments
 from amopo_fast.survival.signals import EvaluationStopped, Termination
 from amopo_fast.training.arguments import check_best_metric
-from amopo_fast.training.checks import check_data
+from amopo_fast.training.checks import RealLogits, check_data
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.epochs import Description, most_micro_batches, require_one_micro_batch, schedule_of
 from amopo_fast.training.loading import load_for_training
@@ -60,6 +47,7 @@ from amopo_fast.training.objectives import objective_of
 from amopo_fast.training.provenance import describe_run, prepare_serving
 from amopo_fast.training.reference import ReferenceLogps, references_of
 from amopo_fast.training.resume import continue_schedule, keep_options, options_of, use_values, values_of_groups
+from amopo_fast.training.routers import RouterLoss
 from amopo_kernels import SequenceStats
 
 if TYPE_CHECKING:
@@ -116,6 +104,7 @@ class AMoPOTrainer(Trainer):
             processing_class = prepare_serving(recipe, model, processing_class)
         prepare_model(model, args.layout)
         choice = choice_of(model)
+        self.routers = RouterLoss(args.router_aux_loss_coef, model)
         if args.compile_layers:
             compile_layers(model)
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset or ()}
@@ -139,7 +128,7 @@ class AMoPOTrainer(Trainer):
         self.termination = Termination()
         self.guard = Guard(self, self.termination)
         self.checkpointer = Checkpointer(
-            self, {"meter": self.meter, "guard": self.guard}, self.guard.stop_requested,
+            self, {"meter": self.meter, "guard": self.guard, "routers": self.routers}, self.guard.stop_requested,
             options=lambda: options_of(args, model), keep_options=lambda values: keep_options(self, values),
         )  # fmt: skip
         super().__init__(
@@ -157,6 +146,7 @@ class AMoPOTrainer(Trainer):
         )
         if self.objective.needs_reference and not hasattr(model, "peft_config"):
             self.add_callback(ReferenceLogps(self, base, lambda plan: self._score(self.model_wrapped, plan)))
+        self.add_callback(RealLogits(self))
         # In this order: when training begins, the checkpointer restores what the other two have just reset.
         for callback in (MetricsFile(args.output_dir), self.guard, self.checkpointer):
             self.add_callback(callback)
@@ -191,9 +181,8 @@ class AMoPOTrainer(Trainer):
                     f"{folder} cannot be loaded: {type(error).__name__}: {text}. Give an older checkpoint's folder"
                 ) from error
             if not known:
-                logger.error(
-                    "training stopped after step %d. %s", self.state.global_step, self.checkpointer.where_to_resume()
-                )
+                where = self.checkpointer.where_to_resume()
+                logger.error("training stopped after step %d. %s", self.state.global_step, where)
             raise
         finally:
             self.checkpointer.end()
@@ -226,6 +215,14 @@ class AMoPOTrainer(Trainer):
         done = self.state.global_step % num_update_steps_per_epoch
         position |= {"steps_in_epoch": len(plan.batches), "steps_trained_in_current_epoch": done * plan.accumulation}
         super()._run_epoch(epoch=epoch, num_update_steps_per_epoch=num_update_steps_per_epoch, **position)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        if self.is_fsdp_enabled or not load_converted(model or self.model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or not load_converted(self.model, self.state.best_model_checkpoint):
+            super()._load_best_model()
 
     def stop_between_rows(self) -> None:
         """Between two rows of what is no training, which can take longer than the time until SIGKILL.
@@ -320,6 +317,7 @@ class AMoPOTrainer(Trainer):
                 self.accelerator.unwrap_model(model),
                 plan,
                 attention_backend=self.args.attention_backend,
+                router_losses=self.routers.receiver(),
                 backend=self.args.kernel_backend,
                 logits_cache_bytes=int(self.args.logits_cache_gib * 2**30),
             )
@@ -341,7 +339,8 @@ class AMoPOTrainer(Trainer):
         result = self._outcome(model, inputs, self.objective, self.accelerator.num_processes)
         table = torch.where(weight > 0, result.table(), float("nan"))
         self.meter.add(table, inputs["plan"])
-        loss = result.loss * weight
+        pairs, ranks = weight * inputs["plan"].num_pairs, self.accelerator.num_processes
+        loss = result.loss * weight + self.routers.take(pairs, inputs["num_pairs"].to(weight.device) / ranks)
         self.guard.add(loss, table, inputs["plan"].records)
         if self._steps_in_backward() and self.accelerator.sync_gradients:
             self.guard.require_finite_loss()
@@ -379,19 +378,11 @@ class AMoPOTrainer(Trainer):
         if "loss" in logs:
             # Trainer averages the loss over ranks; each rank's was multiplied by their number.
             logs = {**logs, **self.meter.read(lambda tensor: self.accelerator.reduce(tensor, "sum"))}
+            logs |= self.routers.read(lambda tensor: self.accelerator.reduce(tensor, "sum"))
             logs["loss_spikes"] = self.guard.read_spikes()
         if "train_loss" in logs:
             logs = {**logs, "train_loss": self._mean_loss()}
         super().log(logs, start_time)
-
-
-def console_trainer(*args, **kwargs) -> AMoPOTrainer:
-    """An AMoPOTrainer that prints one short line per log."""
-    trainer = AMoPOTrainer(*args, **kwargs)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(console_callback(bar=not trainer.args.disable_tqdm))
-    return trainer
 
 
 def _datasets(pairs):

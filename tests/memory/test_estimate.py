@@ -14,7 +14,9 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GptOssConfig,
+    JetMoeConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
@@ -208,6 +210,8 @@ def test_command(tmp_path, capsys):
         Qwen3NextConfig(**SMALL, num_experts=4, num_experts_per_tok=2),
         Gemma3TextConfig(**SMALL, head_dim=16),
         BloomConfig(vocab_size=512, hidden_size=64, n_layer=3, n_head=4),
+        JetMoeConfig(**SMALL, kv_channels=16),  # reads values, and is a Llama of its widths
+        MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=3),
     ],
     ids=lambda config: config.model_type,
 )

@@ -10,6 +10,7 @@ from packing_cases import (
     largest_error,
     loss_and_gradients,
     random_pairs,
+    separate_stats,
     tiny_model,
 )
 from transformers import (
@@ -21,10 +22,12 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     Phi3Config,
+    PhimoeConfig,
     Qwen3NextConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -166,6 +169,25 @@ def test_longrope_packs_up_to_its_original_length_and_is_refused_beyond():
         check_lengths(tiny, [short, long])
     with pytest.raises(ValueError, match="a sequence of 41 tokens is beyond 40 positions"):
         score(tiny, build_plan([long]))
+
+
+def test_chunked_attention_is_separate_beyond_a_chunk():
+    config = tiny_config(Llama4TextConfig(attention_chunk_size=12))
+    pairs = random_pairs(0, 2)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[Llama4TextConfig](config)
+    truth = separate_stats(model, pairs).logp_sum
+    prepare_model(model, "separate")
+    check_lengths(model, pairs)
+    torch.testing.assert_close(score(model, build_plan(pairs, Layout.SEPARATE)).logp_sum, truth, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UnsupportedModelError, match="beyond 12 positions, .* or, for the last, with --layout separate"):
+        choose_layout(model, "shared")
+
+
+def test_noise_of_routers_is_said():
+    model = prepare_model(on_meta(PhimoeConfig(num_hidden_layers=2)))
+    said = choice_of(model).describe(0.5)
+    assert "random in training: router_jitter_noise 0.01" in said and "0 in config.json" in said
+    assert "random" not in choice_of(prepare_model(tiny_model("qwen3_moe"))).describe(0.5)
 
 
 def test_virtual_tokens_are_refused():

@@ -1,5 +1,7 @@
 """Multimodal classes: loaded as published, their text part trained, the rest frozen and saved as it was."""
 
+import json
+
 import pytest
 import torch
 from packing_cases import random_pairs, tiny_model
@@ -7,6 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, Gemma3Config, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from amopo_fast.cli import main
+from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.models.check import prepare_model
 from amopo_fast.models.choice import choice_of
 from amopo_fast.models.loading import add_adapter, load_whole
@@ -14,19 +18,90 @@ from amopo_fast.models.miniature import tiny_config
 from amopo_fast.models.scoring import score
 from amopo_fast.models.text_part import auto_class, beside_text
 from amopo_fast.packing.plan import build_plan
+from amopo_fast.training.config import AMoPOConfig
+from amopo_fast.training.trainer import AMoPOTrainer
 
+PROCESSOR = {
+    "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": 4},
+    "preprocessor_config.json": {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 8, "width": 8}},
+}
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A folder as a multimodal checkpoint is published."""
+    """A folder as a multimodal checkpoint is published: with its processor's files."""
     config = tiny_config(Gemma3Config())
+    tokenizer = demo_tokenizer()
+    config.vocab_size = config.text_config.vocab_size = len(tokenizer)
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("published")
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[Gemma3Config](config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name, content in PROCESSOR.items():
+        (folder / name).write_text(json.dumps(content))
     return folder
 
 
-def test_the_text_is_trained_and_the_rest_saved_as_it_was(published, tmp_path):
+def is_whole(folder, published):
+    """Whether a folder holds the multimodal checkpoint with another text part."""
+    assert AutoConfig.from_pretrained(folder).architectures == ["Gemma3ForConditionalGeneration"]
+    for name in PROCESSOR:
+        assert (folder / name).read_bytes() == (published / name).read_bytes(), name
+    before, after = (load_file(each / "model.safetensors") for each in (published, folder))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any("vision" in name or "projector" in name for name in changed)
+    assert type(load_whole(folder)).__name__ == "Gemma3ForConditionalGeneration"
+    return changed
+
+
+def trainer(published, folder, **options):
+    config = AMoPOConfig(
+        output_dir=str(folder), pairs_per_step=4, num_train_epochs=1, use_cpu=True, learning_rate=1e-2,
+        disable_tqdm=True, report_to="none", save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    return AMoPOTrainer(str(published), config, dimensions=["a", "b", "c"], train_dataset=random_pairs(0, 8), **options)
+
+
+def test_every_folder_of_a_run_is_a_whole_multimodal_checkpoint(published, tmp_path):
+    run = trainer(published, tmp_path)
+    run.train()
+    run.save_final()
+    assert is_whole(tmp_path, published) and is_whole(tmp_path / "checkpoint-2", published)
+
+
+def test_an_adapter_is_merged_into_the_whole_checkpoint(published, tmp_path):
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    run = trainer(published, tmp_path / "run", peft_config=adapter)
+    run.train()
+    run.save_final()
+    ids = torch.arange(1, 30)[None]
+    trained = run.model.eval()(input_ids=ids).logits
+    assert main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
+    changed = is_whole(tmp_path / "merged", published)
+    assert all("language_model" in name for name in changed)
+    torch.testing.assert_close(load_whole(tmp_path / "merged")(input_ids=ids).logits, trained, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "What is this?", "images": ["cat.png"]},
+        {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]},
+    ],
+)
+def test_pairs_with_images_are_refused_by_name(tmp_path, published, record, capsys):
+    sides = {side: {"response": side, "helpfulness": 3} for side in ("chosen", "rejected")}
+    (tmp_path / "data.json").write_text(json.dumps([record | sides]))
+    options = ["--train_data", str(tmp_path / "data.json"), "--output_dir", str(tmp_path / "run"), "--use_cpu", "true",
+               "--model_name_or_path", str(published), "--dimensions", "no_object", "helpfulness"]  # fmt: skip
+    assert main(["train", *options]) != 0
+    error = capsys.readouterr().err
+    assert "image" in error and "text" in error, error
+
+
+def test_the_text_is_trained_and_the_rest_frozen(published):
     model = load_whole(published, dtype=torch.float32)
     assert type(model).__name__ == "Gemma3ForConditionalGeneration"
     prepare_model(model)
@@ -34,13 +109,6 @@ def test_the_text_is_trained_and_the_rest_saved_as_it_was(published, tmp_path):
     score(model, build_plan(random_pairs(0, 2))).logp_sum.sum().backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trained and all(parameter.grad is not None for parameter in trained)  # DDP waits for none in vain
-    torch.optim.SGD(trained, lr=1e-2).step()
-    model.save_pretrained(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path).architectures == ["Gemma3ForConditionalGeneration"]
-    before, after = (load_file(folder / "model.safetensors") for folder in (published, tmp_path))
-    assert before.keys() == after.keys()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and not any("vision" in name or "projector" in name for name in changed)
 
 
 def test_an_adapter_is_of_the_text_part_alone(published):

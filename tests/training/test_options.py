@@ -12,7 +12,7 @@ from amopo_fast.errors import OptionError
 from amopo_fast.models.choice import choice_of
 from amopo_fast.training import arguments
 from amopo_fast.training.config import AMoPOConfig
-from amopo_fast.training.trainer import console_trainer
+from amopo_fast.training.console import console_trainer
 from amopo_kernels.dispatch import runs
 
 BASE = {"pairs_per_step": 4, "tokens_per_micro_batch": 120, "max_steps": 3, "use_cpu": True, "learning_rate": 1e-2,
@@ -97,6 +97,7 @@ ACTS = {
 ELSEWHERE = {
     "fp16": "GPUs", "tf32": "GPUs", "torch_empty_cache_steps": "GPUs", "use_liger_kernel": "GPUs",
     "liger_kernel_config": "GPUs (tests/models/test_faster_layers.py)", "logits_cache_gib": "the Triton backends",
+    "router_aux_loss_coef": "mixtures of experts (tests/training/test_routers.py)",
     "dataloader_pin_memory": "GPUs", "memory_check": "GPUs (tests/memory/test_on_gpu.py)",
     "eval_accumulation_steps": "GPUs: when a table is moved to the host",
     "log_on_each_node": "nodes", "log_level_replica": "ranks", "ddp_find_unused_parameters": "ranks",

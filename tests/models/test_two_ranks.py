@@ -1,0 +1,57 @@
+"""Two processes train a multimodal class, a hybrid and a mixture of experts as one does; sharded models are checked."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kinds_of_models import KINDS
+
+SCRIPT = Path(__file__).with_name("ranks_of_kinds.py")
+ROOT = SCRIPT.parents[2]
+SCENARIOS = ["ddp-multimodal:1,2", *(f"fsdp-{kind}:1,2" for kind in KINDS), "real_logits:2"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds")
+    path = os.pathsep.join(filter(None, [*map(str, (ROOT, ROOT / "kernels")), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), str(folder), *SCENARIOS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return lambda scenario, world: torch.load(folder / f"{scenario}-{world}.pt", weights_only=True)
+
+
+def error(expected, found):
+    return float((expected - found).norm() / expected.norm().clamp(min=1e-3))
+
+
+def test_a_multimodal_class_trains_its_text_on_two_ranks(results):
+    """No rank waits for gradients of a tower that no text reaches."""
+    alone, together = results("ddp-multimodal", 1), results("ddp-multimodal", 2)
+    moved = []
+    for name, weight in alone["after"].items():
+        assert error(weight, together["after"][name]) < 1e-5, name
+        if not torch.equal(weight, alone["before"][name]):
+            moved.append(name)
+    assert moved and not any("vision" in name or "projector" in name for name in moved)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharded_weights_have_the_gradients_of_one_process(results, kind):
+    alone, together = results(f"fsdp-{kind}", 1), results(f"fsdp-{kind}", 2)
+    assert error(alone["loss"], together["loss"]) < 1e-5
+    assert alone["gradients"].keys() == together["gradients"].keys()
+    assert len(alone["gradients"]) == alone["trained"] == together["trained"]
+    floor = 1e-3 * max(gradient.norm() for gradient in alone["gradients"].values())
+    for name, gradient in alone["gradients"].items():
+        difference = (gradient - together["gradients"][name]).norm() / gradient.norm().clamp(min=floor)
+        assert difference < (1e-3 if kind == "hybrid" else 1e-5), name
+
+
+def test_the_real_logits_of_sharded_weights_are_compared_on_every_rank(results):
+    errors = results("real_logits", 2)["errors"]
+    assert len(errors) == 2 and all("its own are 0.5 times lm_head's" in each for each in errors)
