@@ -22,9 +22,9 @@ from ..head import linear_logps
 from .adapters import linear_of, operands
 
 # What a configuration may call the softcap, a factor of the logits before it, and a divisor.
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 _MULTIPLIED_BY_ITS_DIVISOR = ("hyperclovax",)  # model types that multiply by `logits_scaling`
 
 
@@ -40,6 +40,7 @@ class LinearLogps:
     head: nn.Module  # nn.Linear, or PEFT's LoRA or trained copy of one
     softcap: float | None = None
     temperature: float = 1.0  # the model's own: what it divides capped logits by
+    tokens: int | None = None  # rows of the head's weight that are tokens; None: all. The rest pads the vocabulary
 
     @classmethod
     def from_model(cls, model: nn.Module) -> LinearLogps:
@@ -53,8 +54,7 @@ class LinearLogps:
         head = model.get_output_embeddings()
         if head is None:
             raise UnsupportedError(f"{type(model).__name__} has no output embeddings; it is no causal language model")
-        softcap, temperature = _softcap_and_temperature(model.config)
-        found = cls(head, softcap, temperature)
+        found = cls(head, *_softcap_and_temperature(model.config), tokens_of(model.config))
         _compare_with_own_logits(model, found)
         return found
 
@@ -73,6 +73,8 @@ class LinearLogps:
 
         def logps(hidden: Tensor) -> Tensor | tuple[Tensor, ...]:
             x, weight, bias = operands(self.head, hidden.to(linear_of(self.head).weight.device))
+            if self.tokens is not None:
+                weight, bias = weight[: self.tokens], None if bias is None else bias[: self.tokens]
             return linear_logps(
                 x, weight, labels.to(x.device), bias, softcap=self.softcap, temperature=self.temperature * temperature,
                 outputs=outputs, process_group=process_group, backend=backend, validate=validate,
@@ -115,6 +117,11 @@ def call_as_forward(called: nn.Module, module: nn.Module, function: Callable, *a
         restore()
 
 
+def tokens_of(config) -> int | None:
+    """How many rows of a head are tokens where a vocabulary is padded and the model cuts its logits; None: all."""
+    return getattr(config.get_text_config(), "unpadded_vocab_size", None)
+
+
 def _softcap_and_temperature(config) -> tuple[float | None, float]:
     """A factor f before the cap, c tanh(f z / c), is a cap of c / f and a temperature of 1 / f."""
     text = config.get_text_config()
@@ -122,11 +129,11 @@ def _softcap_and_temperature(config) -> tuple[float | None, float]:
     def first(names: Sequence[str]) -> float | None:
         return next((float(value) for name in names if (value := getattr(text, name, None)) is not None), None)
 
-    factor = first(_FACTORS)
-    if factor is None and (divisor := first(_DIVISORS)):
+    factor = first(FACTORS)
+    if factor is None and (divisor := first(DIVISORS)):
         factor = divisor if text.model_type in _MULTIPLIED_BY_ITS_DIVISOR else 1 / divisor
     factor = 1.0 if factor is None else factor
-    softcap = first(_SOFTCAPS)
+    softcap = first(SOFTCAPS)
     return None if softcap is None else softcap / factor, 1 / factor
 
 
@@ -164,7 +171,7 @@ def _compare_with_own_logits(model: nn.Module, found: LinearLogps) -> None:
         hidden *= (20 / own(hidden).std().clamp(min=1e-6)).to(hidden.dtype)  # so that a softcap of 30 shows
         wanted = own(hidden)
         linear = linear_of(found.head)
-        logits = nn.functional.linear(hidden, linear.weight, linear.bias).float()
+        logits = nn.functional.linear(hidden, linear.weight, linear.bias).float()[:, : found.tokens]
     if found.softcap is not None:
         logits = found.softcap * torch.tanh(logits / found.softcap)
     error = (logits / found.temperature - wanted).abs().mean() / wanted.abs().mean()
