@@ -49,8 +49,8 @@ def share_prefixes(trainer, *, attention_backend: str = "auto", backend: str = "
         raise OptionError("a router's loss depends on how often each token is computed; set output_router_logits=False "
                           "in the model's configuration", "output_router_logits")  # fmt: skip
     if hasattr(trainer, "concatenated_forward"):
-        raise UnsupportedError(f"{type(trainer).__name__} does not score by TRL's fused head, where prefixes are shared; "
-                               "take its log-probs from amopo_fast.shared_logps")  # fmt: skip
+        raise UnsupportedError(f"{type(trainer).__name__} does not score by TRL's fused head, where prefixes are "
+                               "shared; take its log-probs from amopo_fast.shared_logps")  # fmt: skip
     patch_trl(trainer, backend=backend)
     for model in (trainer.model, getattr(trainer, "ref_model", None)):
         if model is not None:
