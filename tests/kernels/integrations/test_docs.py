@@ -7,6 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models_for_integrations import tiny_model
+from trainers_of_trl import trl_trainers  # noqa: F401
+
+from amopo_kernels.integrations.hf import model_logps
 
 PAGE = (Path(__file__).parents[3] / "docs/integrations.md").read_text()
 
@@ -38,8 +41,6 @@ def test_a_hugging_face_model():
 
 def test_trl(tmp_path):
     pytest.importorskip("trl", reason="TRL is not installed")
-    from amopo_kernels.integrations.hf import model_logps
-
     first, second = blocks("TRL")
     trained = []
     trainer = SimpleNamespace(cpo_loss=None, concatenated_forward=None, train=lambda: trained.append(True))
@@ -48,6 +49,22 @@ def test_trl(tmp_path):
     found = names() | {"model_logps": model_logps}
     exec(second, found)
     assert found["loss"].isfinite() and all(x.grad is not None for x in found["model"].parameters())
+
+
+def test_shared_prefixes(trl, tmp_path):
+    first, second = blocks("Shared prefixes")
+    found = names()
+    prompts, completions = found["input_ids"][:, :3].tolist(), found["input_ids"][:, 3:].tolist()
+    expected = model_logps(found["model"], found["input_ids"], completion_mask=found["mask"], temperature=0.7)
+    found |= {"prompts": prompts, "completions": completions}
+    exec(first, found)
+    assert all(x.grad is not None for x in found["model"].parameters())
+    torch.testing.assert_close(torch.stack(found["logps"]), expected[:, 2:])
+    trainer = trl("grpo", tiny_model("tied"), tmp_path)
+    before, trained = trainer.model.forward, []
+    trainer.train = lambda: trained.append(trainer.model.forward != before)
+    exec(second, {"trainer": trainer})
+    assert trained == [True]
 
 
 def test_verl():
