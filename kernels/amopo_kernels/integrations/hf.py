@@ -69,7 +69,10 @@ class LinearLogps:
         backend: str = "auto",
         validate: bool | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """linear_logps of hidden (..., H), labels (...), -100 ignored; `temperature` on top of the model's own."""
+        """linear_logps of hidden (..., H), labels (...), -100 ignored; `temperature` on top of the model's own.
+
+        Under tensor parallelism of the head, process_group has its ranks, on which hidden and labels are the same.
+        """
 
         def logps(hidden: Tensor) -> Tensor | tuple[Tensor, ...]:
             x, weight, bias = operands(self.head, hidden.to(linear_of(self.head).weight.device))
@@ -80,6 +83,8 @@ class LinearLogps:
                 outputs=outputs, process_group=process_group, backend=backend, validate=validate,
             )  # fmt: skip
 
+        if process_group is not None:
+            return logps(hidden)  # tensor parallelism's hooks around the head's call distribute and gather logits
         return call_as_forward(self.head, self.head, logps, hidden)
 
 
@@ -206,6 +211,7 @@ class _Request(NamedTuple):
     labels: Tensor  # (B, T), of the next token each
     temperature: float | Tensor
     outputs: tuple[str, ...]
+    process_group: dist.ProcessGroup | None
     backend: str
 
 
@@ -228,9 +234,9 @@ def install(model: nn.Module) -> None:
             return own_forward(*arguments, **inputs)
         inputs.pop("labels", None)  # PEFT passes None
         hidden = self.base_model(*arguments, **inputs | {"use_cache": False})[0]
-        labels, temperature, outputs, backend = _logps
+        labels, *options = _logps
         hidden = hidden[:, -labels.shape[1] :]  # prompt tuning puts virtual tokens before them
-        return linear_logps_of_head(hidden, labels, temperature=temperature, outputs=outputs, backend=backend)
+        return linear_logps_of_head(hidden, labels, **dict(zip(_Request._fields[1:], options, strict=True)))
 
     model.forward = types.MethodType(forward, model)
     model._answers_model_logps = True
@@ -244,6 +250,7 @@ def model_logps(
     completion_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     outputs: Sequence[str] = (),
+    process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
     **inputs,
 ) -> Tensor | tuple[Tensor, ...]:
@@ -255,7 +262,7 @@ def model_logps(
         labels: (B, T) as transformers has them, not shifted: -100 where a token is not scored. Instead of them
             completion_mask: (B, T), 0 where a token is not scored. Neither: all tokens are.
         temperature: a number, or a tensor (B, T - 1) or (B, 1), on top of the model's own.
-        outputs, backend: of `linear_logps`.
+        outputs, process_group, backend: of `linear_logps`; under tensor parallelism of the head, its group.
 
     Returns:
         logps (B, T - 1), or (logps, *outputs): entry t is of token t + 1, and 0 where it is not scored.
@@ -275,6 +282,6 @@ def model_logps(
     following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     if isinstance(temperature, Tensor):
         temperature = nn.functional.pad(temperature.expand_as(labels[:, 1:]), (0, 1), value=1.0)
-    request = _Request(following, temperature, tuple(outputs), backend)
+    request = _Request(following, temperature, tuple(outputs), process_group, backend)
     found = model(input_ids=input_ids, _logps=request, **inputs)
     return tuple(x[:, :-1] for x in found) if outputs else found[:, :-1]
