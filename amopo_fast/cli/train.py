@@ -119,6 +119,7 @@ def _run(arguments, progress: Progress) -> int:
     from amopo_fast.models.config import ModelConfig
     from amopo_fast.survival.lock import OutputLock
     from amopo_fast.training.config import AMoPOConfig
+    from amopo_fast.training.objectives import objective_of
 
     data_config, model_config, config, _ = parse_options(
         "train", (DataConfig, ModelConfig, AMoPOConfig), arguments.rest
@@ -127,6 +128,7 @@ def _run(arguments, progress: Progress) -> int:
         raise OptionError("train_data is missing: give --train_data FILE, or train_data in the YAML file", "train_data")
     if not model_config.model_name_or_path:
         raise OptionError("model_name_or_path is missing: give a folder or a Hub name", "model_name_or_path")
+    objective_of(config, data_config.dimensions)  # refuses weights of other dimensions before anything is loaded
     check_evaluation(data_config, config)
     if config.disable_tqdm:
         hide_bars()

@@ -25,7 +25,7 @@ from amopo_fast.models.attention_backends import AttentionNeeds
 from amopo_fast.models.attention_backends import choose_backend as choose_attention
 from amopo_fast.optim.choose import LOW_BIT, in_backward_refusal
 from amopo_fast.training.objective import SHARES
-from amopo_fast.training.objectives import objective_of
+from amopo_fast.training.objectives import OBJECTIVES
 from amopo_kernels.dispatch import choose_backend
 
 _COMPILES = "compiles the whole model, for every row anew; use compile_layers"
@@ -86,6 +86,7 @@ NEEDS = (
     Needs("keep_layers", "gradient_checkpointing"),
     Needs("liger_kernel_config", "use_liger_kernel"),
     Needs("clip_in_backward", "optim_in_backward"),
+    Needs("tau", "weighting", ("worst_first",)),
     Needs("optim_target_modules", "optim", _LOW_RANK),
     Needs("fsdp_config", "fsdp"),
     *(Needs(f"dataloader_{name}", "dataloader_num_workers")
@@ -116,7 +117,7 @@ def refuse_without_effect(args: Any, changed: dict[str, Any]) -> None:
         if name in REFUSED and not means_no:
             raise OptionError(f"{name}={value!r} is refused: {REFUSED[name]}", name)
     for name, other, values in BESIDE:
-        if name in changed and other in changed and (not values or changed[other] in values):
+        if changed.get(name) and other in changed and (not values or changed[other] in values):
             raise OptionError(
                 f"{name}={changed[name]!r} has no effect beside {other}={changed[other]!r}: leave one of them out", name
             )
@@ -235,7 +236,7 @@ def check_best_metric(args: Any, dimensions: Sequence[str], sets: Iterable[str])
     prefixes = [f"eval_{each}_" if each else "eval_" for each in sets]
     if name is None or not prefixes:
         return
-    columns = objective_of(args).columns
+    columns = OBJECTIVES[args.objective].columns
     metrics = ["loss", "preference_loss", "runtime", "samples_per_second", "steps_per_second"]
     metrics += [f"{column}/{dimension}" for column in columns for dimension in dimensions]
     metrics += [f"{column}/mean" for column in columns if column not in SHARES]

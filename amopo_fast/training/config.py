@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
 from transformers import TrainingArguments
 
-from amopo_fast.errors import OptionError, changed_fields, check_numbers
+from amopo_fast.errors import OptionError, changed_fields, check_numbers, shown
 from amopo_fast.models.attention_backends import BACKENDS as ATTENTION_BACKENDS
 from amopo_fast.models.choice import LAYOUTS
 from amopo_fast.models.faster_layers import liger_by_default, liger_config
@@ -18,6 +19,7 @@ from amopo_fast.models.precision import WEIGHT_PRECISIONS, autocasts_by_default
 from amopo_fast.optim import IN_BACKWARD
 from amopo_fast.optim.adamw import CLIPPING
 from amopo_fast.training.arguments import refuse_unread, refuse_without_effect, try_names
+from amopo_fast.training.objective import WEIGHTINGS
 from amopo_fast.training.objectives import OBJECTIVES
 from amopo_kernels.dispatch import BACKENDS as KERNEL_BACKENDS
 
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 FULL_LEARNING_RATE, ADAPTER_LEARNING_RATE = 3e-7, 2e-5
 CHOICES = {
     "objective": tuple(OBJECTIVES),
-    "weighting": ("gaussian", "mean", "uniform"),
+    "weighting": WEIGHTINGS,
     "compat": ("paper", "upstream"),
     "weight_precision": WEIGHT_PRECISIONS,
     "optim_in_backward": (None, *IN_BACKWARD),
@@ -36,10 +38,11 @@ CHOICES = {
     "attention_backend": ("auto", *ATTENTION_BACKENDS),
     "layout": LAYOUTS,
 }
-HYPER_PARAMETERS = ("beta", "gamma", "weighting", "compat", "sft_coef", "label_smoothing", "cpo_alpha")  # of objectives
+HYPER_PARAMETERS = ("beta", "gamma", "weighting", "tau", "dimension_weights", "compat", "sft_coef", "label_smoothing",
+                    "cpo_alpha")  # of objectives  # fmt: skip
 POSITIVE = (
-    "beta", "pairs_per_step", "tokens_per_micro_batch", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
+    "beta", "tau", "pairs_per_step", "tokens_per_micro_batch", "per_device_train_batch_size",
+    "per_device_eval_batch_size", "gradient_accumulation_steps",
     "save_steps", "eval_steps", "logging_steps", "save_total_limit", "eval_accumulation_steps",
     "torch_empty_cache_steps", "adam_epsilon", "ddp_timeout", "ddp_bucket_cap_mb", "dataloader_prefetch_factor",
 )  # fmt: skip
@@ -79,8 +82,18 @@ class AMoPOConfig(TrainingArguments):
         metadata={"help": "Of simpo (default 0) and cpo (default 1): weight of the chosen tokens' mean -log p."},
     )
     weighting: str = field(
-        default="gaussian", metadata={"help": "gaussian (paper), mean or uniform. Evaluation uses mean."}
+        default="gaussian",
+        metadata={"help": "gaussian (paper; evaluation uses mean), mean, uniform, worst_first (the dimension with the "
+                  "lowest margin weighs most) or score_gap (in proportion to the pair's difference of scores)."},
+    )  # fmt: skip
+    tau: float = field(
+        default=1.0, metadata={"help": "Of worst_first: weights are proportional to exp(-margin / tau)."}
     )
+    dimension_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": "JSON or a YAML mapping, {\"helpfulness\": 2, \"brevity\": 0.5}: factors of the dimensions' "
+                  "weights before they are normalised; 1 where none is given, 0: measured, not trained."},
+    )  # fmt: skip
     compat: str = field(default="paper", metadata={"help": "paper, or upstream: the reference code's normalisation."})
     sft_coef: float = field(default=0.0, metadata={"help": "Weight of the chosen response's negative log-likelihood."})
     pairs_per_step: int | None = field(
@@ -254,6 +267,7 @@ class AMoPOConfig(TrainingArguments):
 
     def _settle_objective(self) -> None:
         """Fill in the objective's own defaults; refuse what it does not have."""
+        self._read_dimension_weights()
         own = {each.name: each.default for each in fields(OBJECTIVES[self.objective])}
         defaults = {each.name: each.default for each in fields(self)}
         for name in HYPER_PARAMETERS:
@@ -267,6 +281,23 @@ class AMoPOConfig(TrainingArguments):
                 )
         if not 0 <= self.label_smoothing < 0.5:
             raise OptionError(f"label_smoothing={self.label_smoothing} must be from 0 to below 0.5", "label_smoothing")
+
+    def _read_dimension_weights(self) -> None:
+        name, value = "dimension_weights", self.dimension_weights
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise OptionError(f"{name}: not JSON: {error}", name) from None
+        if value is None:
+            return
+        if not isinstance(value, dict) or not value:
+            raise OptionError(f"{name} must map dimensions to numbers, got {shown(value)}", name)
+        for dimension, weight in value.items():
+            is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not is_number or not 0 <= weight < math.inf:
+                raise OptionError(f"{name}: {dimension} must be a number of at least 0, got {shown(weight)}", name)
+        self.dimension_weights = {dimension: float(weight) for dimension, weight in value.items()}
 
     def _blamed(self, text: str, changed: dict[str, object]) -> str:
         """The option that an error of transformers is about: the one that it names or whose value it quotes, among

@@ -12,66 +12,82 @@ import torch
 from amopo_fast.packing.plan import Plan
 from amopo_fast.training.objective import SHARES
 
+TOKENS = ("label", "padded_equivalent")
+
 
 class Meter:
-    """Sums of tables and token counts since the last log line. No host synchronisation before `read`.
+    """Sums of tables and counts since the last log line. No host synchronisation before `read`.
 
     dimensions: names of the K dimensions. columns: names of a table's columns (`Objective.columns`).
     """
 
     def __init__(self, dimensions: Sequence[str], columns: Sequence[str]):
         self.dimensions, self.columns = tuple(dimensions), tuple(columns)
+        self._num_tokens = 0.0  # of separate sequences since the run began, over all ranks: what TRL calls num_tokens
         self.reset()
 
     def reset(self) -> None:
         self._sums: torch.Tensor | None = None
-        self._computed = self._labels = self._padded = 0
+        self._trained: torch.Tensor | None = None  # pairs, sequences, TOKENS, tokens of separate sequences
+        self._computed = 0
         self._since = time.perf_counter()
 
     def add(self, table: torch.Tensor, plan: Plan) -> None:
+        """Of a row; a table that is NaN throughout is of one that only keeps ranks in step."""
         present = ~torch.isnan(table)
+        here = present.any(-1)
         sums = torch.stack([table.nan_to_num(0.0).sum(0), present.float().sum(0)])
+        tokens = (plan.labels.shape[0], plan.padded_tokens, plan.unshared_tokens)
+        row = here.any().double()
+        pairs, sequences = here.any(-1).sum().double(), 2 * here.sum().double()
+        trained = torch.stack([pairs, sequences, *(row * count for count in tokens)])
         self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
+        self._trained = trained if self._trained is None else self._trained.to(trained.device) + trained
         self._computed += plan.num_tokens
-        self._labels += plan.labels.shape[0]
-        self._padded += plan.padded_tokens
 
     def state_dict(self) -> dict:
         """For a checkpoint: the sums since the last log line and the seconds that passed."""
         return {
             "sums": None if self._sums is None else self._sums.cpu(),
-            "tokens": [self._computed, self._labels, self._padded],
+            "trained": None if self._trained is None else self._trained.cpu(),
+            "computed": self._computed,
+            "num_tokens": self._num_tokens,
             "elapsed": time.perf_counter() - self._since,
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self._sums = state["sums"]  # `add` moves it to the device of the tables
-        self._computed, self._labels, self._padded = state["tokens"]
+        self._sums, self._trained = state["sums"], state["trained"]  # `add` moves them to the device of the tables
+        self._computed, self._num_tokens = state["computed"], state["num_tokens"]
         self._since = time.perf_counter() - state["elapsed"]
 
     def combine_states(self, states: list[dict], rank: int) -> dict:
         """Rank 0 takes the sums of all old ranks, the others begin empty."""
+        whole = {name: states[0][name] for name in ("num_tokens", "elapsed")}
         if rank:
-            return {"sums": None, "tokens": [0, 0, 0], "elapsed": states[0]["elapsed"]}
-        sums = [state["sums"] for state in states if state["sums"] is not None]
-        return {
-            "sums": torch.stack(sums).sum(0) if sums else None,
-            "tokens": [sum(counts) for counts in zip(*(state["tokens"] for state in states), strict=True)],
-            "elapsed": states[0]["elapsed"],
-        }
+            return {"sums": None, "trained": None, "computed": 0, **whole}
+
+        def total(name: str) -> torch.Tensor | None:
+            found = [state[name] for state in states if state[name] is not None]
+            return torch.stack(found).sum(0) if found else None
+
+        computed = sum(state["computed"] for state in states)
+        return {"sums": total("sums"), "trained": total("trained"), "computed": computed, **whole}
 
     def read(self, reduce=lambda tensor: tensor) -> dict[str, float]:
         """Metrics since the last call; `reduce` sums a tensor over ranks. Empty if nothing was added."""
-        if self._sums is None:
+        if self._sums is None or self._trained is None:
             return {}
-        counts = torch.tensor([self._computed, self._labels, self._padded], dtype=torch.float64).to(self._sums.device)
+        counts = torch.cat([self._trained, self._trained.new_tensor([self._computed])])
         sums, counts = reduce(self._sums), reduce(counts)
         elapsed = time.perf_counter() - self._since
         logs = table_metrics((sums[0] / sums[1]).tolist(), self.dimensions, self.columns)
-        computed, labels, padded = counts.tolist()
-        logs["tokens_per_second/computed"] = computed / elapsed
-        logs["tokens_per_second/label"] = labels / elapsed
-        logs["tokens_per_second/padded_equivalent"] = padded / elapsed
+        pairs, sequences, *tokens, unshared, computed = counts.tolist()
+        self._num_tokens += unshared
+        logs["pairs_per_second"] = pairs / elapsed
+        logs["sequences_per_second"] = sequences / elapsed
+        for name, count in zip(("computed", *TOKENS), (computed, *tokens), strict=True):
+            logs[f"tokens_per_second/{name}"] = count / elapsed
+        logs["num_tokens"] = self._num_tokens
         logs["memory/peak_gib"] = peak_memory() / 2**30
         self.reset()
         return logs

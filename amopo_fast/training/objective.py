@@ -9,6 +9,7 @@ and by the names of its columns alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -103,17 +104,28 @@ def _by_scores(prefers: Tensor, score_gaps: Tensor | None) -> Tensor:
     return right.masked_fill(score_gaps == 0, float("nan"))
 
 
+WEIGHTINGS = ("gaussian", "mean", "uniform", "worst_first", "score_gap")
+
+
 @dataclass(frozen=True)
 class AMoPO(Objective):
     """Adaptive multi-objective preference optimization (arXiv 2506.07165; docs/mathematics.md).
 
     A side is preferred that has the higher mean log-prob. Own columns: margin m_k = beta * (l_w - l_l) - gamma; weight
     a_k; reward_* = beta * l; loss a_k * -log sigmoid(m_k), the dimension's share of the pair's loss.
+
+    weighting: as `amopo_kernels.amopo_loss`, or "score_gap": in proportion to how much higher the chosen response's
+        score is, nothing for a tie or a reversed pair. A dimension without scores has the mean of the pair's others; a
+        pair without any has equal weights.
+    tau: of "worst_first".
+    dimension_weights: (K,) factors of the weights before they are normalised; None: all are 1.
     """
 
     beta: float = 0.8
     gamma: float = 2.0
     weighting: str = "gaussian"
+    tau: float = 1.0
+    dimension_weights: tuple[float, ...] | None = None
     compat: str = "paper"
     sft_coef: float = 0.0
 
@@ -124,7 +136,9 @@ class AMoPO(Objective):
         """Raises ValueError as `amopo_kernels.amopo_loss`: for weighting "gaussian" without noise, say."""
         result = amopo_loss(
             stats, order="alternating", num_dimensions=batch.num_dimensions, num_pairs=batch.num_pairs,
-            noise=batch.noise, **dataclasses.asdict(self),
+            noise=batch.noise, prior=self._prior(stats, batch), beta=self.beta, gamma=self.gamma, tau=self.tau,
+            weighting="uniform" if self.weighting == "score_gap" else self.weighting, compat=self.compat,
+            sft_coef=self.sft_coef,
         )  # fmt: skip
         chosen, rejected = list(_statistics(stats, batch.num_dimensions))[:2]
         own = {
@@ -136,6 +150,21 @@ class AMoPO(Objective):
         }
         return outcome(result.loss, chosen > rejected, own, stats, batch)
 
+    def _prior(self, stats: SequenceStats, batch: Batch) -> Tensor | None:
+        """(K,) or (P, K)."""
+        own = None if self.dimension_weights is None else _on(stats.logp_sum.device, self.dimension_weights)
+        if self.weighting != "score_gap" or batch.score_gaps is None:
+            return own
+        gaps = batch.score_gaps.clamp(min=0)
+        gaps = torch.where(gaps.isnan(), gaps.nanmean(-1, keepdim=True), gaps).nan_to_num(1.0)
+        return gaps if own is None else own * gaps
+
     def for_evaluation(self) -> AMoPO:
-        """Weighting "mean", which has no noise, or "uniform" if trained so."""
-        return dataclasses.replace(self, weighting="uniform" if self.weighting == "uniform" else "mean")
+        """The published weighting without its noise; the others have none."""
+        return dataclasses.replace(self, weighting="mean") if self.weighting == "gaussian" else self
+
+
+@functools.lru_cache(maxsize=8)
+def _on(device: torch.device, numbers: tuple[float, ...]) -> Tensor:
+    """Copied once: a copy from pageable memory waits for the device."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)

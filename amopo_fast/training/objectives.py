@@ -18,6 +18,7 @@ opposite margin.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -25,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from amopo_fast.data.sources.spec import did_you_mean
+from amopo_fast.errors import OptionError
 from amopo_fast.training.objective import AMoPO, Batch, Objective, Outcome, outcome
 from amopo_kernels import SequenceStats
 
@@ -214,8 +217,25 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }  # fmt: skip
 
 
-def objective_of(args: Any) -> Objective:
-    """The objective that an AMoPOConfig asks for, with the hyper-parameters that it has."""
+def objective_of(args: Any, dimensions: Sequence[str]) -> Objective:
+    """The objective that an AMoPOConfig asks for, with the hyper-parameters that it has.
+
+    Raises:
+        OptionError: weights of dimensions that there are not.
+    """
     kind = OBJECTIVES[args.objective]
     given = {field.name: getattr(args, field.name) for field in fields(kind)}
+    if given.get("dimension_weights") is not None:
+        given["dimension_weights"] = _by_dimension(given["dimension_weights"], dimensions)
     return kind(**{name: value for name, value in given.items() if value is not None})
+
+
+def _by_dimension(weights: Mapping[str, float], dimensions: Sequence[str]) -> tuple[float, ...]:
+    for name in weights:
+        if name not in dimensions:
+            hint = did_you_mean(name, dimensions) or f"; dimensions are {', '.join(dimensions)}"
+            raise OptionError(f"dimension_weights has {name!r}, which is no dimension{hint}", "dimension_weights")
+    found = tuple(float(weights.get(name, 1.0)) for name in dimensions)
+    if not any(found):
+        raise OptionError("dimension_weights leave no dimension a weight above 0", "dimension_weights")
+    return found

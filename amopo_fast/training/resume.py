@@ -72,7 +72,7 @@ def keep_options(trainer: Trainer, values: dict[str, Any]) -> None:
     args = trainer.args
     for name, value in values.items():
         setattr(args, name, value)
-    trainer.objective = trainer.compute_loss_func = objective_of(args)
+    trainer.objective = trainer.compute_loss_func = objective_of(args, trainer.meter.dimensions)
     if trainer.recipe is not None:
         trainer.recipe = dataclasses.replace(trainer.recipe, objective=objective_entry(trainer.objective))
     if trainer.optimizer_cls_and_kwargs is not None:

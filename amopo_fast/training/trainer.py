@@ -108,7 +108,7 @@ class AMoPOTrainer(Trainer):
             model = add_adapter(model, peft_config)
         rate = args.settle_learning_rate(adapter=hasattr(model, "peft_config"))
         prepare_saving(model)
-        self.objective = objective_of(args)
+        self.objective = objective_of(args, dimensions)
         base = weights_digest(model)
         self.recipe = recipe
         if recipe is not None:
@@ -377,6 +377,10 @@ class AMoPOTrainer(Trainer):
         norm = backward_grad_norm(self.optimizer)
         self.guard.grad_norm = super()._get_grad_norm(model, grad_norm) if norm is None else norm
         return self.guard.grad_norm
+
+    def get_total_train_batch_size(self, args) -> int:
+        """Pairs of an optimizer step, from which Trainer reports train_samples_per_second."""
+        return args.pairs_per_step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics of the micro-batches since the last line to a training line."""

@@ -78,7 +78,7 @@ def linear_sequence_stats(hidden, weight, labels, cu_seqlens, bias=None, *, soft
 
 
 def amopo_loss(stats, *, order, num_dimensions, beta, gamma, noise=None, num_pairs=None, weighting="gaussian",
-               compat="paper", sft_coef=0.0) -> AMoPOLoss:  # fmt: skip
+               prior=None, tau=1.0, compat="paper", sft_coef=0.0) -> AMoPOLoss:  # fmt: skip
     """See amopo_kernels.amopo_loss; one pair and one dimension at a time."""
     K = num_dimensions
     P = len(stats.length) // (2 * K)
@@ -97,6 +97,8 @@ def amopo_loss(stats, *, order, num_dimensions, beta, gamma, noise=None, num_pai
                 scores[p, k] = weighting[k].log().to(zero.dtype)
             elif weighting == "uniform":
                 scores[p, k] = zero
+            elif weighting == "worst_first":
+                scores[p, k] = -(beta * (rewards[p, k, 0] - rewards[p, k, 1]) - gamma) / tau
             else:
                 eps = noise[p, k] if weighting == "gaussian" else (0.0, 0.0)
                 scores[p, k] = sum(stats.prob_mean[i] + stats.prob_std[i] * e for i, e in zip(index, eps, strict=True))
@@ -105,8 +107,10 @@ def amopo_loss(stats, *, order, num_dimensions, beta, gamma, noise=None, num_pai
     for group in groups:
         if group:
             softmax = torch.softmax(torch.stack([scores[pk] for pk in group]), 0).detach()
-            for pk, a in zip(group, softmax, strict=True):
-                weights[pk] = a
+            priors = [1.0 if prior is None else prior.expand(P, K)[pk] for pk in group]
+            shares = [a * b for a, b in zip(softmax, priors, strict=True)]
+            for pk, share in zip(group, shares, strict=True):
+                weights[pk] = share / sum(shares) if sum(shares) else 0.0
     table = {name: torch.zeros_like(weights) for name in ("margins", "chosen", "rejected")}
     total, sft = zero, zero
     for p, k in scores:

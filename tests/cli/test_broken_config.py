@@ -75,7 +75,7 @@ KEYS = [
     ({"beta": 0}, "run.yaml: beta: beta=0.0 must be positive"),
     ({"gamma": "x"}, "run.yaml: gamma: write a number"),
     ({"sft_coef": -1}, "run.yaml: sft_coef"),
-    ({"weighting": "bst"}, "choose one of gaussian, mean, uniform"),
+    ({"weighting": "bst"}, "choose one of gaussian, mean, uniform, worst_first, score_gap"),
     ({"compat": "old"}, "choose one of paper, upstream"),
     ({"kernel_backend": "cuda"}, "choose one of auto"),
     ({"logits_cache_gib": -1}, "logits_cache_gib=-1.0 must not be negative"),

@@ -28,7 +28,7 @@ def trainer(output_dir, budget=120, **options):
     saves = options.get("save_strategy", "steps") == "steps"
     options = {"save_strategy": "steps", **({"save_steps": 2} if saves else {}), **options}
     config = AMoPOConfig(
-        output_dir=str(output_dir), pairs_per_step=4, tokens_per_micro_batch=budget, num_train_epochs=2, use_cpu=True,
-        learning_rate=1e-2, disable_tqdm=True, **options,
+        **{"output_dir": str(output_dir), "pairs_per_step": 4, "tokens_per_micro_batch": budget, "num_train_epochs": 2,
+           "use_cpu": True, "learning_rate": 1e-2, "disable_tqdm": True, **options},
     )  # fmt: skip
     return AMoPOTrainer(model, config, dimensions=["first", "second"], train_dataset=list(pairs(14)))

@@ -7,8 +7,8 @@ from amopo_fast.optim import update_triton
 from amopo_kernels.loss import amopo_triton
 
 LOSSES = [  # K, weighting, compat "upstream"
-    (4, "gaussian", False), (3, "mean", True), (1, "uniform", False), (5, "tensor", True),
-    (amopo_triton.TILE, "gaussian", True),
+    (4, "gaussian", False), (3, "mean", True), (1, "uniform", False), (5, "worst_first", True),
+    (3, "worst_first", False), (amopo_triton.TILE, "gaussian", True),
 ]  # fmt: skip
 
 
@@ -43,14 +43,14 @@ def _segment_sum(cc: int, dtype: torch.dtype, columns: int, warps: int) -> Launc
 def _loss(cc: int, K: int, weighting: str, upstream: bool) -> Launch:
     floats = ("logp_sum", "mean", "std", "loss", "weights", "margins", "chosen", "rejected", "gradient")
     arguments = {f"{name}_ptr": torch.float32 for name in floats} | {"length_ptr": torch.int32, "pairs": 8}
-    arguments |= {"beta": 0.8, "gamma": 1.5, "sft_coef": 0.1, "divisor": 8.0}
+    arguments |= {"beta": 0.8, "gamma": 1.5, "tau": 1.0, "sft_coef": 0.1, "divisor": 8.0}
     block_k = 1 << (K - 1).bit_length()
     arguments |= {
         "noise_ptr": torch.float32 if weighting == "gaussian" else None,
-        "relative_ptr": torch.float32 if weighting == "tensor" else None,
+        "prior_ptr": torch.float32 if weighting != "gaussian" else None,
         "normaliser_ptr": torch.float32 if upstream else None,
         "K": K, "BLOCK_P": amopo_triton.TILE // block_k, "BLOCK_K": block_k,
-        "WEIGHTING": weighting, "UPSTREAM": upstream, "STACKED": upstream,
+        "WEIGHTING": weighting, "PRIOR_ROWS": weighting == "worst_first", "UPSTREAM": upstream, "STACKED": upstream,
     }  # fmt: skip
     return Launch(
         "amopo_kernels.loss.amopo_triton:amopo_loss_kernel", arguments, cc=cc,

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from amopo_fast.data.config import DataConfig
 from amopo_fast.data.pairs import Message, Pair
-from amopo_fast.errors import DataError
+from amopo_fast.errors import DataError, OptionError
 from amopo_fast.prompts.builder import PromptBuilder
 from amopo_fast.prompts.inspect import validate_data, validate_file
 from amopo_fast.prompts.show import show_record
@@ -164,5 +164,5 @@ def test_data_of_a_run_is_reported_with_shared_prompts_and_fits_a_terminal(path,
     assert "2 prompts are in both" in text and max(map(len, text.splitlines())) <= 80
     for part in ("helpfulness", "correctness", "reversals"):
         assert part in text
-    both = DataConfig(train_data=[str(other)], eval_data=[str(path)], dimensions=list(DIMENSIONS), score_max=3)
-    assert "both score_min and score_max" in printed(validate_data(both))
+    with pytest.raises(OptionError, match="both score_min and score_max"):
+        DataConfig(train_data=[str(other)], eval_data=[str(path)], dimensions=list(DIMENSIONS), score_max=3)

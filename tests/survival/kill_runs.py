@@ -24,8 +24,8 @@ from small_run import small_model, small_trainer
 
 from amopo_fast.survival.checkpoints import STAGING, checkpoints_in, complete_checkpoints
 
-TIMED = ("tokens_per_second", "memory/", "train_runtime", "train_samples_per", "train_steps_per", "eval_runtime",
-         "eval_samples_per", "eval_steps_per")  # fmt: skip
+TIMED = ("tokens_per_second", "pairs_per_second", "sequences_per_second", "memory/", "train_runtime",
+         "train_samples_per", "train_steps_per", "eval_runtime", "eval_samples_per", "eval_steps_per")  # fmt: skip
 
 
 # On a GPU attention runs in torch's variable-length kernel, which has no dropout and adds gradients in any order unless

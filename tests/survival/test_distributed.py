@@ -113,7 +113,8 @@ def test_a_sharded_checkpoint_loads_on_another_world_size(groups, world):
 
 def test_a_sharded_head_is_refused_outside_of_its_forward_and_gathered_inside(groups):
     result = groups("head_not_gathered", 2)
-    assert "weight is a DTensor; call this inside the wrapped forward" in result["error"]
+    assert "weight is a DTensor. If FSDP shards it" in result["error"]
+    assert "call this inside the wrapped forward" in result["error"]
 
 
 @pytest.mark.parametrize("stage", [2, 3])

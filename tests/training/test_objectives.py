@@ -275,6 +275,6 @@ def test_an_option_of_another_objective_is_refused(tmp_path, options, message):
 def test_defaults_are_each_objectives_own(tmp_path):
     for name, kind in OBJECTIVES.items():
         config = AMoPOConfig(output_dir=str(tmp_path), use_cpu=True, objective=name)
-        assert objective_of(config) == kind()
+        assert objective_of(config, ("a",)) == kind()
     assert AMoPOConfig(output_dir=str(tmp_path), use_cpu=True).beta == 0.8
     json.dumps(AMoPOConfig(output_dir=str(tmp_path), use_cpu=True).to_dict(), default=str)

@@ -12,7 +12,7 @@ from .. import dispatch
 from ..statistics import linear_sequence_stats
 from ..types import AMoPOLoss, SequenceStats
 
-WEIGHTINGS = ("gaussian", "mean", "uniform")
+WEIGHTINGS = ("gaussian", "mean", "uniform", "worst_first")
 ORDERS = ("alternating", "stacked")
 
 
@@ -26,6 +26,8 @@ def amopo_loss(
     noise: Tensor | None = None,
     num_pairs: int | Tensor | None = None,
     weighting: str | Tensor = "gaussian",
+    prior: Tensor | None = None,
+    tau: float = 1.0,
     compat: str = "paper",
     sft_coef: float = 0.0,
 ) -> AMoPOLoss:
@@ -41,7 +43,12 @@ def amopo_loss(
             There is no default: taken for the other, either gives another loss in silence.
         noise: (P, K, 2) standard normal, required for weighting "gaussian".
         num_pairs: normaliser, default P; int or 0-d tensor (best on the device of `stats`: another is copied there).
-        weighting: "gaussian" (paper), "mean" (no deviation), "uniform", or a tensor (K,) of relative weights.
+        weighting: "gaussian" (paper), "mean" (no deviation), "uniform", "worst_first" (exp(-margin / tau): the
+            dimension that is behind weighs most, as in group DRO, arXiv 1911.08731), or a tensor (K,): short for
+            "uniform" with that prior. Weights are constants of the gradient, whatever they follow.
+        prior: (K,) or (P, K), not negative: factors of the weights before they are normalised. An entry of 0 has no
+            weight; a pair of zeros has no loss but that of sft_coef. Not checked, since that would synchronise.
+        tau: of "worst_first", in units of the margin; large: uniform, small: the worst dimension alone.
         compat: "paper": softmax per pair, sum over dimensions, mean over pairs. "upstream" (the reference code):
             softmax over all entries of the call, mean over its entries.
         sft_coef: weight of -l_w, averaged over pairs and dimensions.
@@ -50,8 +57,8 @@ def amopo_loss(
         AMoPOLoss: loss () differentiable through `stats.logp_sum`; weights, margins, rewards (P, K), 0 where absent.
 
     Raises:
-        ValueError: sizes, missing noise, unknown weighting or compat. DoubleBackwardError: a gradient of a gradient on
-        CUDA.
+        ValueError: sizes, missing noise, unknown weighting or compat, tau that is not positive. DoubleBackwardError: a
+        gradient of a gradient on CUDA.
     """
     K = num_dimensions
     sequences = stats.logp_sum.shape[0]
@@ -64,10 +71,17 @@ def amopo_loss(
         raise ValueError(f"compat={compat!r}; choose 'paper' or 'upstream'")
     if isinstance(num_pairs, Tensor) and num_pairs.dim():
         raise ValueError(f"num_pairs must be an int or a 0-d tensor, got {tuple(num_pairs.shape)}")
+    if not tau > 0:
+        raise ValueError(f"tau={tau} must be positive")
+    if isinstance(weighting, Tensor):
+        _check_prior("weighting", weighting, P, K)
+        weighting, prior = "uniform", weighting if prior is None else weighting * prior
     _check_weighting(weighting, noise, P, K)
+    if prior is not None:
+        _check_prior("prior", prior, P, K)
     return _implementation(stats)(
         stats, order=order, num_dimensions=K, beta=beta, gamma=gamma, noise=noise, num_pairs=num_pairs,
-        weighting=weighting, compat=compat, sft_coef=sft_coef,
+        weighting=weighting, prior=prior, tau=tau, compat=compat, sft_coef=sft_coef,
     )  # fmt: skip
 
 
@@ -80,19 +94,21 @@ def _implementation(stats: SequenceStats) -> Callable[..., AMoPOLoss]:
     return _torch_loss
 
 
-def _check_weighting(weighting: str | Tensor, noise: Tensor | None, P: int, K: int) -> None:
-    if isinstance(weighting, Tensor):
-        if weighting.shape != (K,):
-            raise ValueError(f"weighting must be ({K},), one number per dimension, got {tuple(weighting.shape)}")
-    elif weighting not in WEIGHTINGS:
+def _check_prior(name: str, prior: Tensor, P: int, K: int) -> None:
+    if prior.shape not in ((K,), (P, K)):
+        raise ValueError(f"{name} must be ({K},), one number per dimension, or ({P}, {K}), got {tuple(prior.shape)}")
+
+
+def _check_weighting(weighting: str, noise: Tensor | None, P: int, K: int) -> None:
+    if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting={weighting!r}; choose {', '.join(WEIGHTINGS)}, or give a tensor ({K},)")
-    elif weighting == "gaussian" and (noise is None or noise.shape != (P, K, 2)):
+    if weighting == "gaussian" and (noise is None or noise.shape != (P, K, 2)):
         found = "none" if noise is None else tuple(noise.shape)
         raise ValueError(f"weighting 'gaussian' needs noise ({P}, {K}, 2), standard normal; got {found}")
 
 
 def _torch_loss(
-    stats, *, order, num_dimensions, beta, gamma, noise, num_pairs, weighting, compat, sft_coef
+    stats, *, order, num_dimensions, beta, gamma, noise, num_pairs, weighting, prior, tau, compat, sft_coef
 ) -> AMoPOLoss:
     """amopo_loss of checked arguments in plain torch: any device, any dtype, differentiable twice."""
     K = num_dimensions
@@ -107,11 +123,18 @@ def _torch_loss(
     mean_logp = torch.where(present[..., None], mean_logp, 0.0)
     margins = beta * (mean_logp[..., 0] - mean_logp[..., 1]) - gamma
 
-    mean, std = by_pair(stats.prob_mean.detach()), by_pair(stats.prob_std.detach())
-    scores = _scores(mean, std, noise, weighting).masked_fill(~present, float("-inf"))
+    if weighting == "worst_first":
+        scores = -margins.detach() / tau
+    else:
+        scores = _scores(by_pair(stats.prob_mean.detach()), by_pair(stats.prob_std.detach()), noise, weighting)
+    weighed = present
+    if prior is not None:
+        prior = prior.to(scores)
+        scores, weighed = scores + prior.log(), present & (prior != 0)
+    scores = scores.masked_fill(~weighed, float("-inf"))
     grouped = scores.view(1, P * K) if compat == "upstream" else scores
-    # A group without any present entry would be 0 / 0.
-    weights = torch.softmax(grouped, -1).view(P, K).masked_fill(~present, 0.0).detach()
+    # A group without any entry would be 0 / 0.
+    weights = torch.softmax(grouped, -1).view(P, K).masked_fill(~weighed, 0.0).detach()
 
     losses = weights * F.softplus(-margins)
     total = losses.sum()
@@ -127,10 +150,8 @@ def _torch_loss(
     )
 
 
-def _scores(mean: Tensor, std: Tensor, noise: Tensor | None, weighting: str | Tensor) -> Tensor:
-    """(P, K): what the softmax over dimensions sees; mean, std (P, K, 2)."""
-    if isinstance(weighting, Tensor):
-        return weighting.to(mean).log().expand(mean.shape[:2])
+def _scores(mean: Tensor, std: Tensor, noise: Tensor | None, weighting: str) -> Tensor:
+    """(P, K): what the softmax over dimensions sees, without the prior; mean, std (P, K, 2)."""
     if weighting == "uniform":
         return torch.zeros_like(mean[..., 0])
     if weighting == "mean":
@@ -152,6 +173,8 @@ def linear_amopo_loss(
     noise: Tensor | None = None,
     num_pairs: int | Tensor | None = None,
     weighting: str | Tensor = "gaussian",
+    prior: Tensor | None = None,
+    tau: float = 1.0,
     compat: str = "paper",
     sft_coef: float = 0.0,
     softcap: float | None = None,
@@ -168,5 +191,5 @@ def linear_amopo_loss(
     )  # fmt: skip
     return amopo_loss(
         stats, order=order, num_dimensions=num_dimensions, beta=beta, gamma=gamma, noise=noise, num_pairs=num_pairs,
-        weighting=weighting, compat=compat, sft_coef=sft_coef,
+        weighting=weighting, prior=prior, tau=tau, compat=compat, sft_coef=sft_coef,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from ..numerics import log1p
 from ..types import AMoPOLoss, SequenceStats
 
 TILE = 512  # entries (pair, dimension) per step: 4 per thread of 4 warps. A pair's dimensions must fit into one.
-MAX_REGISTERS = 128  # a thread; one program runs, and triton 3.6 would rather spill than take more than 64
+MAX_REGISTERS = 192  # a thread; one program runs, and triton 3.6 would rather spill than take more than 64
 _LOWEST = tl.constexpr(-3.0e38)  # below every score, and finite: exp(-inf - _LOWEST) is 0, not NaN
 
 
@@ -38,23 +38,31 @@ def _place(entry, side, entries, STACKED: tl.constexpr):
 
 @triton.jit
 def _scores(
-    mean_ptr, std_ptr, noise_ptr, relative_ptr, entry, entries, k, present, valid_k, WEIGHTING: tl.constexpr,
-    STACKED: tl.constexpr,
+    logp_sum_ptr, mean_ptr, std_ptr, noise_ptr, prior_ptr, entry, k, entries, present, length_w, length_l, beta, gamma,
+    tau, WEIGHTING: tl.constexpr, PRIOR_ROWS: tl.constexpr, STACKED: tl.constexpr,
 ):  # fmt: skip
-    """What the softmax sees: (BLOCK_P, BLOCK_K), -inf where absent."""
+    """What the softmax sees: (BLOCK_P, BLOCK_K), -inf where absent or of prior 0."""
+    chosen, rejected = _place(entry, 0, entries, STACKED), _place(entry, 1, entries, STACKED)
     if WEIGHTING == "uniform":
         score = tl.zeros_like(entry).to(tl.float32)
-    elif WEIGHTING == "tensor":
-        score = tl.log(tl.load(relative_ptr + k, mask=valid_k, other=1.0).to(tl.float32))[None, :]
-        score += tl.zeros_like(entry).to(tl.float32)
+    elif WEIGHTING == "worst_first":
+        mean_w = tl.load(logp_sum_ptr + chosen, mask=present, other=0.0) / length_w
+        mean_l = tl.load(logp_sum_ptr + rejected, mask=present, other=0.0) / length_l
+        score = (gamma - beta * (mean_w - mean_l)) / tau
     else:
-        score = tl.load(mean_ptr + _place(entry, 0, entries, STACKED), mask=present, other=0.0)
-        score += tl.load(mean_ptr + _place(entry, 1, entries, STACKED), mask=present, other=0.0)
+        score = tl.load(mean_ptr + chosen, mask=present, other=0.0)
+        score += tl.load(mean_ptr + rejected, mask=present, other=0.0)
         if WEIGHTING == "gaussian":
             for side in tl.static_range(2):
                 std = tl.load(std_ptr + _place(entry, side, entries, STACKED), mask=present, other=0.0)
                 eps = tl.load(noise_ptr + 2 * entry + side, mask=present, other=0.0)
                 score += std * eps.to(tl.float32)
+    if prior_ptr is not None:
+        if PRIOR_ROWS:
+            place = entry
+        else:
+            place = tl.zeros_like(entry) + k[None, :]
+        score += tl.log(tl.load(prior_ptr + place, mask=present, other=1.0).to(tl.float32))
     return tl.where(present, score, float("-inf"))
 
 
@@ -72,7 +80,7 @@ def amopo_loss_kernel(
     mean_ptr,  # likewise
     std_ptr,  # likewise
     noise_ptr,  # (P, K, 2) any float, or None
-    relative_ptr,  # (K,) any float, or None
+    prior_ptr,  # (K,) or, PRIOR_ROWS, (P, K), any float, or None
     normaliser_ptr,  # () any number
     loss_ptr,  # ()
     weights_ptr,  # (P, K)
@@ -83,12 +91,14 @@ def amopo_loss_kernel(
     pairs,
     beta,
     gamma,
+    tau,
     sft_coef,
     divisor,  # where normaliser_ptr is None
     K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    WEIGHTING: tl.constexpr,  # "gaussian", "mean", "uniform", "tensor"
+    WEIGHTING: tl.constexpr,  # "gaussian", "mean", "uniform", "worst_first"
+    PRIOR_ROWS: tl.constexpr,
     UPSTREAM: tl.constexpr,
     STACKED: tl.constexpr,  # the statistics' order: (2, P, K), not (P, K, 2)
 ):
@@ -108,9 +118,10 @@ def amopo_loss_kernel(
             pair = start + tl.arange(0, BLOCK_P)
             entry = pair[:, None] * K + k[None, :]
             valid = (pair[:, None] < pairs) & valid_k[None, :]
-            present, _, _ = _present(length_ptr, entry, entries, valid, STACKED)
+            present, length_w, length_l = _present(length_ptr, entry, entries, valid, STACKED)
             score = _scores(
-                mean_ptr, std_ptr, noise_ptr, relative_ptr, entry, entries, k, present, valid_k, WEIGHTING, STACKED
+                logp_sum_ptr, mean_ptr, std_ptr, noise_ptr, prior_ptr, entry, k, entries, present, length_w, length_l,
+                beta, gamma, tau, WEIGHTING, PRIOR_ROWS, STACKED,
             )  # fmt: skip
             raised = tl.maximum(top, tl.max(score))
             mass = mass * tl.exp(top - raised) + tl.sum(tl.exp(score - raised))
@@ -125,14 +136,15 @@ def amopo_loss_kernel(
         valid = (pair[:, None] < pairs) & valid_k[None, :]
         present, length_w, length_l = _present(length_ptr, entry, entries, valid, STACKED)
         score = _scores(
-            mean_ptr, std_ptr, noise_ptr, relative_ptr, entry, entries, k, present, valid_k, WEIGHTING, STACKED
+            logp_sum_ptr, mean_ptr, std_ptr, noise_ptr, prior_ptr, entry, k, entries, present, length_w, length_l,
+            beta, gamma, tau, WEIGHTING, PRIOR_ROWS, STACKED,
         )  # fmt: skip
+        # The largest entry adds 1 to a sum, which is less only where there is no entry: then nothing has a weight.
         if UPSTREAM:
-            weight = tl.exp(score - top) / mass
+            weight = tl.exp(score - top) / tl.maximum(mass, 1.0)
         else:
-            # Pairs without any entry give NaN here, and 0 by the next line.
-            weight = tl.exp(score - tl.max(score, axis=1, keep_dims=True))
-            weight = weight / tl.sum(weight, axis=1, keep_dims=True)
+            weight = tl.exp(score - tl.maximum(tl.max(score, axis=1, keep_dims=True), _LOWEST))
+            weight = weight / tl.maximum(tl.sum(weight, axis=1, keep_dims=True), 1.0)
         weight = tl.where(present, weight, 0.0)
         chosen, rejected = _place(entry, 0, entries, STACKED), _place(entry, 1, entries, STACKED)
         mean_w = tl.load(logp_sum_ptr + chosen, mask=present, other=0.0) / length_w
@@ -163,12 +175,13 @@ def _loss_and_gradient(
     prob_mean: Tensor,
     prob_std: Tensor,
     noise: Tensor | None,
-    relative: Tensor | None,
+    prior: Tensor | None,  # (K,) or (P, K)
     normaliser: Tensor | None,
     divisor: float,  # where normaliser is None
     num_dimensions: int,
     beta: float,
     gamma: float,
+    tau: float,
     weighting: str,
     upstream: bool,
     stacked: bool,
@@ -182,10 +195,11 @@ def _loss_and_gradient(
     with torch.cuda.device_of(logp_sum):  # Triton launches on the current device
         amopo_loss_kernel[(1,)](
             logp_sum.contiguous(), length.contiguous(), prob_mean.contiguous(), prob_std.contiguous(),
-            None if noise is None else noise.contiguous(), None if relative is None else relative.contiguous(),
-            normaliser, loss, *tables, gradient, P, beta, gamma, sft_coef, divisor,
-            K=K, BLOCK_P=TILE // block_k, BLOCK_K=block_k, WEIGHTING=weighting, UPSTREAM=upstream, STACKED=stacked,
-            num_warps=4, maxnreg=MAX_REGISTERS,
+            None if noise is None else noise.contiguous(), None if prior is None else prior.contiguous(),
+            normaliser, loss, *tables, gradient, P, beta, gamma, tau, sft_coef, divisor,
+            K=K, BLOCK_P=TILE // block_k, BLOCK_K=block_k, WEIGHTING=weighting,
+            PRIOR_ROWS=prior is not None and prior.dim() == 2, UPSTREAM=upstream, STACKED=stacked, num_warps=4,
+            maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return loss, *tables, gradient
 
@@ -196,7 +210,7 @@ def _outputs(logp_sum: Tensor, P: int, K: int) -> tuple[Tensor, list[Tensor], Te
 
 
 @_loss_and_gradient.register_fake
-def _(logp_sum, length, prob_mean, prob_std, noise, relative, normaliser, divisor, num_dimensions, *_):
+def _(logp_sum, length, prob_mean, prob_std, noise, prior, normaliser, divisor, num_dimensions, *_):
     loss, tables, gradient = _outputs(logp_sum, logp_sum.shape[0] // (2 * num_dimensions), num_dimensions)
     return loss, *tables, gradient
 
@@ -225,7 +239,9 @@ def amopo_loss(
     gamma: float,
     noise: Tensor | None,
     num_pairs: int | Tensor | None,
-    weighting: str | Tensor,
+    weighting: str,
+    prior: Tensor | None,
+    tau: float,
     compat: str,
     sft_coef: float,
 ) -> AMoPOLoss:
@@ -233,18 +249,16 @@ def amopo_loss(
     if num_dimensions > TILE:
         raise UnsupportedError(f"the Triton loss takes {TILE} dimensions at most, got {num_dimensions}")
     device = stats.logp_sum.device
-    relative = noise_read = normaliser = None
-    if isinstance(weighting, Tensor):
-        relative, weighting = weighting.to(device), "tensor"
-    elif weighting == "gaussian":
-        noise_read = noise.to(device)
+    normaliser = None
+    noise_read = noise.to(device) if weighting == "gaussian" else None
+    prior = prior.to(device) if prior is not None else None
     divisor = 1.0
     if isinstance(num_pairs, Tensor):
         normaliser = num_pairs.to(device)
     else:
         divisor = float(max(stats.logp_sum.shape[0] // (2 * num_dimensions), 1) if num_pairs is None else num_pairs)
     *result, _ = _loss_and_gradient(
-        stats.logp_sum, stats.length, stats.prob_mean, stats.prob_std, noise_read, relative, normaliser, divisor,
-        num_dimensions, beta, gamma, weighting, compat == "upstream", order == "stacked", sft_coef,
+        stats.logp_sum, stats.length, stats.prob_mean, stats.prob_std, noise_read, prior, normaliser, divisor,
+        num_dimensions, beta, gamma, tau, weighting, compat == "upstream", order == "stacked", sft_coef,
     )  # fmt: skip
     return AMoPOLoss(*result)

@@ -144,9 +144,11 @@ def test_the_models_own_forward_and_generation_stay():
     assert torch.equal(model.generate(ids[:1], max_new_tokens=3, do_sample=False), tokens)
 
 
-def test_under_accelerate_the_order_matters_and_is_said():
+def test_under_accelerate_the_order_matters_and_is_said(monkeypatch):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # another test's has a precision already
     model = tiny_model("tied")
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare_model(model)

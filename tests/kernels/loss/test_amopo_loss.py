@@ -20,6 +20,7 @@ WEIGHTINGS = {
     "gaussian": "gaussian",
     "mean": "mean",
     "uniform": "uniform",
+    "worst_first": "worst_first",
     "tensor": torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64),
 }
 
@@ -79,6 +80,31 @@ def test_against_reference(weighting, compat, absent, sft_coef, num_pairs):
     assert not result.loss.isnan()
 
 
+@pytest.mark.parametrize("prior", [[2, 1, 0.5], [[1, 0, 4], [0, 0, 0], [3, 1, 2], [0, 1, 0]]], ids=["K", "PK"])
+@pytest.mark.parametrize("compat", ["paper", "upstream"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_prior_against_reference(weighting, compat, prior):
+    stats, noise = random_stats(ABSENT["some"])
+    prior = torch.tensor(prior, dtype=torch.float64)
+    options = {"weighting": WEIGHTINGS[weighting], "prior": prior, "tau": 0.4, "compat": compat, "sft_coef": 0.2}
+    result = compare(options, stats, noise)
+    absent = (stats.length.view(PAIRS, DIMENSIONS, 2) == 0).any(-1)
+    assert torch.equal(result.weights == 0, (prior == 0) | absent)
+    if compat == "paper":
+        some = (result.weights > 0).any(-1)
+        torch.testing.assert_close(result.weights.sum(-1), some.double())
+
+
+def test_the_worst_dimension_weighs_most():
+    stats, _ = random_stats()
+    options = {"order": "alternating", "num_dimensions": DIMENSIONS, "beta": 0.8, "gamma": 1.5,
+               "weighting": "worst_first"}  # fmt: skip
+    soft, sharp = (amopo_loss(stats, **options, tau=tau) for tau in (1.0, 1e-4))
+    expected = torch.exp(-soft.margins) / torch.exp(-soft.margins).sum(-1, keepdim=True)
+    torch.testing.assert_close(soft.weights, expected)
+    assert torch.equal(sharp.weights.argmax(-1), soft.margins.argmin(-1)) and sharp.weights.amax() > 0.999
+
+
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_float32(weighting):
     stats, noise = random_stats(ABSENT["some"], torch.float32)
@@ -125,8 +151,9 @@ def test_microbatches_with_one_normaliser_add_up():
 
 
 @pytest.mark.parametrize("compat", ["paper", "upstream"])
+@pytest.mark.parametrize("weighting", ["gaussian", "worst_first"])
 @pytest.mark.parametrize("lengths", [[3, 1, 2, 5, 0, 0, 4, 1], [1, 1, 1, 1, 2, 0, 1, 3]])
-def test_linear_against_reference(lengths, compat):
+def test_linear_against_reference(lengths, weighting, compat):
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape):
@@ -138,7 +165,10 @@ def test_linear_against_reference(lengths, compat):
     noise = torch.randn(2, 2, 2, generator=generator)
     options = {"order": "alternating", "num_dimensions": 2, "beta": 0.8, "gamma": 1.5, "noise": noise,
                "sft_coef": 0.1, "compat": compat,
-               "softcap": 5.0, "temperature": 0.9}  # fmt: skip
+               "softcap": 5.0, "temperature": 0.9, "prior": torch.tensor([0.3, 2.0]), "tau": 0.5,
+               "weighting": weighting}  # fmt: skip
+    if weighting != "gaussian":
+        del options["noise"]
     results, gradients = [], []
     for function in (linear_amopo_loss, reference.linear_amopo_loss):
         results.append(function(hidden, weight, labels, cu_seqlens, bias, **options))
@@ -175,6 +205,9 @@ def test_unchecked_bad_offsets_reach_the_loss_as_nan():
         ({"noise": torch.zeros(4, 3)}, "noise"),
         ({"weighting": "median"}, "median"),
         ({"weighting": torch.ones(2)}, "one number per dimension"),
+        ({"prior": torch.ones(2)}, "prior must be"),
+        ({"prior": torch.ones(3, 3)}, "prior must be"),
+        ({"tau": 0.0}, "tau=0.0 must be positive"),
         ({"compat": "trl"}, "trl"),
     ],
 )

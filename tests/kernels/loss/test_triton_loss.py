@@ -15,6 +15,7 @@ WEIGHTINGS = {
     "gaussian": "gaussian",
     "mean": "mean",
     "uniform": "uniform",
+    "worst_first": "worst_first",
     "tensor": torch.tensor([0.2, 1.0, 3.0, 0.5, 1.5]),
 }
 FIELDS = ("loss", "weights", "margins", "chosen_rewards", "rejected_rewards")
@@ -247,14 +248,50 @@ def test_from_hidden_states_to_gradients(backend, compat):
         assert (value.cpu().double() - other).norm() <= 1e-5 * other.norm()
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_opcheck(weighting):
+def random_prior(rows, P, K, zeros=0.3):
+    """(K,) or (P, K) positive numbers, a share of them 0, and a whole pair of zeros where there are rows."""
+    generator = torch.Generator().manual_seed(K)
+    shape = (P, K) if rows else (K,)
+    prior = 3 * torch.rand(shape, generator=generator)
+    if K > 1:
+        prior[torch.rand(shape, generator=generator) < zeros] = 0
+        prior[..., -1] = 2.0
+    if rows:
+        prior[P // 2] = 0
+    return prior
+
+
+@pytest.mark.parametrize("compat", ["paper", "upstream"])
+@pytest.mark.parametrize("weighting", ["gaussian", "mean", "uniform", "worst_first"])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("P, K", [(1, 1), (3, 5), (200, 3)])
+def test_prior(P, K, rows, weighting, compat):
+    stats, noise = random_stats(P, K)
+    prior = random_prior(rows, P, K)
+    result = assert_matches_reference(
+        stats, noise, K, weighting=weighting, prior=prior, tau=0.7, compat=compat, sft_coef=0.1
+    )
+    assert not result.weights.cpu()[(prior == 0).expand(P, K)].any() and result.loss.isfinite()
+
+
+def test_a_prior_of_ones_changes_no_bit():
+    stats, noise = random_stats(50, 4)
+    for compat in ("paper", "upstream"):
+        options = {"order": "alternating", "num_dimensions": 4, "beta": 0.8, "gamma": 1.5, "noise": noise,
+                   "compat": compat}  # fmt: skip
+        plain, weighed = (amopo_loss(stats, **options, prior=prior) for prior in (None, torch.ones(4, device=DEVICE)))
+        assert all(torch.equal(a, b) for a, b in zip(plain, weighed, strict=True))
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("weighting", ["gaussian", "uniform", "worst_first"])
+def test_opcheck(weighting, rows):
     stats, noise = random_stats(3, 5)
-    relative = WEIGHTINGS["tensor"].to(DEVICE) if weighting == "tensor" else None
+    prior = random_prior(rows, 3, 5).to(DEVICE) if weighting != "gaussian" else None
     noise = noise if weighting == "gaussian" else None
     torch.library.opcheck(
         torch.ops.amopo_kernels.amopo_loss.default,
-        (*stats[:4], noise, relative, None, 3.0, 5, 0.8, 1.5, weighting, False, True, 0.1),
+        (*stats[:4], noise, prior, None, 3.0, 5, 0.8, 1.5, 0.9, weighting, False, True, 0.1),
     )
 
 
