@@ -15,6 +15,7 @@ _ROOMS = {
     "PromptBuilder": "prompts.builder",
     "estimate": "memory.estimate",
     "load_data": "prompts.dataset",
+    "shared_logps": "models.shared_logps",
 }
 __all__ = sorted(_ROOMS)
 

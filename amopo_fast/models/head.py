@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +22,12 @@ from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from amopo_fast.models.architecture import UnsupportedModelError, decoder_of
+from amopo_kernels.integrations.hf import DIVISORS, FACTORS, SOFTCAPS, call_as_forward, tokens_of
 
 OWN_HEAD_ROWS = 1024  # label rows whose logits the model's own head holds at a time
 
-_SCALES = ("logits_scaling", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_mup_width_multiplier")
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 SPREAD = 20.0  # standard deviation of the logits that are compared: a softcap of 30 shows
+_LOWEST = -1e30  # a log-prob that is a number, of what has none
 
 
 @dataclass(frozen=True)
@@ -53,27 +52,6 @@ class _Body(BaseModelOutputWithPast):
         return None
 
 
-def call_as_forward(called: nn.Module, module: nn.Module, function: Callable, *arguments, **options):
-    """`called(*arguments)` with `module.forward` being `function`, for this one call."""
-    own_forward = vars(module).get("forward")
-
-    def restore() -> None:
-        if own_forward is None:
-            vars(module).pop("forward", None)
-        else:
-            module.forward = own_forward
-
-    def forward(*arguments, **options):
-        restore()
-        return function(*arguments, **options)
-
-    module.forward = forward
-    try:
-        return called(*arguments, **options)
-    finally:
-        restore()
-
-
 def text_only(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a multimodal class wants to be told, beside ids (B, T), of tokens that are all text."""
     name = "mm_token_type_ids"
@@ -84,35 +62,51 @@ def own_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """(N, V) logits of the causal LM's own forward, with hidden (N, H) in the place of its body's output."""
     body = _Body(last_hidden_state=hidden[None])
     input_ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-    # forward, not a call: hooks around the model run once, and this is inside of them
-    output = call_as_forward(model.forward, decoder_of(model), lambda *args, **kwargs: body,
+    # forward, not a call: hooks around the model run once, and this is inside of them. accelerate's mixed precision
+    # wraps it in an autocast of its own, which is not what is asked about.
+    forward = vars(model).get("_original_forward") or model.forward
+    output = call_as_forward(forward, decoder_of(model), lambda *args, **kwargs: body,
                              input_ids=input_ids, use_cache=False, **text_only(model, input_ids))  # fmt: skip
     return output.logits[0]
 
 
-def own_logps(model: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(N,) float32 (float64 for float64) log-probs of labels (N,), OWN_HEAD_ROWS rows of logits in memory at a time."""
+def own_logps(
+    model: nn.Module,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """(log-probs of labels,), or (log-probs, entropies in nats): (N,) each, float32 (float64 for float64).
 
-    def logps(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    OWN_HEAD_ROWS rows of logits are in memory at a time.
+    """
+
+    def of_rows(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         logits = own_logits(model, rows)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+        log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+        logps = log_p.gather(1, labels[:, None])[:, 0]
+        if not return_entropy:
+            return (logps,)
+        return logps, -(log_p.exp() * log_p.clamp(min=_LOWEST)).sum(-1)  # 0 log 0 = 0
 
     if len(hidden) <= OWN_HEAD_ROWS:
-        return logps(hidden, labels)
+        return of_rows(hidden, labels)
     slices = zip(hidden.split(OWN_HEAD_ROWS), labels.split(OWN_HEAD_ROWS), strict=True)
-    return torch.cat([checkpoint(logps, *part, use_reentrant=False) for part in slices])
+    found = [checkpoint(of_rows, *part, use_reentrant=False) for part in slices]
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 def head_forms(config: PretrainedConfig) -> list[HeadForm]:
     """What a head may be by the scales that its configuration names; as many, in one order, for every size."""
     text = config.get_text_config()
-    scales = [value for name in _SCALES if (value := getattr(text, name, None))]
+    scales = [value for name in FACTORS + DIVISORS if (value := getattr(text, name, None))]
     if getattr(text, "dim_model_base", None):  # MiniCPM scales the hidden states before the head
         scales.append(text.hidden_size / text.dim_model_base)
     powers = itertools.product((0, -1, 1), repeat=len(scales))
     factors = [math.prod(s**p for s, p in zip(scales, power, strict=True)) for power in powers]
-    caps = [float(value) for name in _SOFTCAPS if (value := getattr(text, name, None))]
+    caps = [float(value) for name in SOFTCAPS if (value := getattr(text, name, None))]
     capped = [HeadForm(c, 1 / factor) for cap in caps for factor in factors for c in (cap, cap / factor)]
     return [*capped, *(HeadForm(None, 1 / factor) for factor in factors)]
 
@@ -169,9 +163,5 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 def head_of(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(weight (V, H), bias (V,) or None) of a causal LM's plain head, inside of its call, where they are gathered."""
     head = model.get_output_embeddings()
-    return _tokens(model.config, head.weight), None if head.bias is None else _tokens(model.config, head.bias)
-
-
-def _tokens(config: PretrainedConfig, rows: torch.Tensor) -> torch.Tensor:
-    """Rows of a head that are tokens: some vocabularies are padded, and their models cut the logits."""
-    return rows[: getattr(config.get_text_config(), "unpadded_vocab_size", None)]
+    tokens = tokens_of(model.config)
+    return head.weight[:tokens], None if head.bias is None else head.bias[:tokens]

@@ -18,11 +18,12 @@ from amopo_fast.models.architecture import BEYOND_LIMIT, attention_needs, decode
 from amopo_fast.models.attention import is_switched, packed_row
 from amopo_fast.models.attention_backends import choose_backend
 from amopo_fast.models.choice import choice_of
-from amopo_fast.models.head import call_as_forward, head_of, own_logps
+from amopo_fast.models.head import head_of, own_logps
 from amopo_fast.models.routers import experts_per_token, router_loss
 from amopo_fast.packing.plan import Layout, Plan
 from amopo_fast.prompts.tokens import PairTokens
 from amopo_kernels import SequenceStats
+from amopo_kernels.integrations.hf import call_as_forward
 
 
 def check_lengths(model: nn.Module, pairs: Iterable[PairTokens]) -> None:
@@ -117,7 +118,8 @@ def score(
     language_model = language_model_of(model)
     form = choice_of(model).head
     if form is None:
-        return amopo_kernels.sequence_stats(own_logps(language_model, hidden, plan.labels), plan.cu_seqlens)
+        (logps,) = own_logps(language_model, hidden, plan.labels)
+        return amopo_kernels.sequence_stats(logps, plan.cu_seqlens)
 
     def statistics(rows: torch.Tensor) -> SequenceStats:
         weight, bias = head_of(language_model)

@@ -15,7 +15,7 @@ carries one label per response, so label rows repeat.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -60,8 +60,8 @@ class Plan:
     labels: torch.Tensor  # (N,) int64
     cu_seqlens: torch.Tensor  # (S + 1,) int32, label rows of each sequence; empty where a dimension is absent
     token_uses: torch.Tensor  # (R * L,) int32, sequences that a computed token is part of; 0: padding
-    records: torch.Tensor  # (pairs,) int64, Pair.record
-    num_dimensions: int  # K
+    records: torch.Tensor  # (pairs,) int64, Pair.record; empty where the sequences are of no pairs
+    num_dimensions: int  # K; 0 likewise
     longest: int  # tokens that the longest sequence computes
     unshared_tokens: int  # tokens of the separate sequences
     padded_tokens: int  # tokens of the separate sequences, each pair's padded to the pair's longest
@@ -135,7 +135,19 @@ def build_plan(
     Raises:
         ValueError: no pairs, differing numbers of dimensions, or an empty prompt or response.
     """
-    sequences = sequences_of(pairs)
+    records = torch.tensor([pair.record for pair in pairs], dtype=torch.int64)
+    plan = plan_sequences(sequences_of(pairs), layout, min_node_tokens=min_node_tokens, share=share)
+    return replace(plan, records=records, num_dimensions=len(pairs[0].prompts))
+
+
+def plan_sequences(
+    sequences: Sequences,
+    layout: Layout = Layout.SHARED,
+    *,
+    min_node_tokens: int = MIN_NODE_TOKENS,
+    share: bool = True,
+) -> Plan:
+    """Lay sequences that are of no pairs out for one call of the model. Arguments as `build_plan`."""
     if layout is Layout.SEPARATE:
         input_ids, rows, uses = _padded_rows(sequences)
         paths = None
@@ -149,8 +161,8 @@ def build_plan(
         labels=torch.from_numpy(sequences.tokens[spans(sequences.begin + sequences.prompt, sequences.responses)]),
         cu_seqlens=_offsets(sequences.responses),
         token_uses=torch.from_numpy(uses.astype(np.int32)),
-        records=torch.tensor([pair.record for pair in pairs], dtype=torch.int64),
-        num_dimensions=sequences.num_dimensions,
+        records=torch.empty(0, dtype=torch.int64),
+        num_dimensions=0,
         longest=int(sequences.inputs.max()),
         unshared_tokens=int(sequences.length.sum()),
         padded_tokens=sequences.padded,

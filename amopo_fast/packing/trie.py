@@ -12,13 +12,13 @@ from amopo_fast.prompts.tokens import PairTokens
 
 @dataclass(frozen=True)
 class Sequences:
-    """S sequences of a row in one array; an absent one is empty. The last token of each is a label only."""
+    """S sequences of a plan in one array; an absent one is empty. The last token of each is a label only."""
 
     tokens: np.ndarray  # int64, all sequences one after another
     begin: np.ndarray  # (S,) where each starts
     prompt: np.ndarray  # (S,) tokens of its prompt
     length: np.ndarray  # (S,) tokens of prompt and response
-    num_dimensions: int
+    group: int  # how many, one after another, a batch pads together: the 2K of a pair
 
     @property
     def inputs(self) -> np.ndarray:
@@ -32,9 +32,9 @@ class Sequences:
 
     @property
     def padded(self) -> int:
-        """Tokens with each pair's sequences padded to the pair's longest."""
-        by_pair = self.length.reshape(-1, 2 * self.num_dimensions)
-        return int((np.count_nonzero(by_pair, axis=1) * by_pair.max(axis=1)).sum())
+        """Tokens with each group's sequences padded to the group's longest."""
+        groups = self.length.reshape(-1, self.group)
+        return int((np.count_nonzero(groups, axis=1) * groups.max(axis=1)).sum())
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def sequences_of(pairs: Sequence[PairTokens]) -> Sequences:
         raise ValueError(f"records {[p.record for p in pairs]}: every dimension is absent; leave such pairs out")
     lengths = np.array(length)
     tokens = np.concatenate(parts).astype(np.int64, copy=False)
-    return Sequences(tokens, np.cumsum(lengths) - lengths, np.array(prompt), lengths, num_dimensions)
+    return Sequences(tokens, np.cumsum(lengths) - lengths, np.array(prompt), lengths, 2 * num_dimensions)
 
 
 def _common_prefixes(tokens: np.ndarray, begin: list[int], end: list[int]) -> list[int]:

@@ -25,12 +25,15 @@ def run(tmp_path, *command):
 # Those that import little or change no global state run here, the others in a process of their own.
 HERE = ["loss.py", "plan.py", "optimizer_update.py", "attention.py", "tokens.py"]
 APART = ["machine.py", "head.py --case B --mode forward+backward", "step.py --quick", "optimizers.py",
-         "memory.py --steps 3", "startup.py"]  # fmt: skip
+         "memory.py --steps 3", "startup.py", "head_cpu.py",
+         pytest.param("shared_logps.py", marks=pytest.mark.slow)]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", HERE + APART)
 def test_benchmark(tmp_path, monkeypatch, command):
     file, *options = command.split()
+    if file == "shared_logps.py":
+        pytest.importorskip("trl", reason="TRL is not installed")
     out = tmp_path / "report.json"
     options += ["--smoke", "--device", "cpu", "--out", str(out)]
     if command in HERE:

@@ -20,7 +20,7 @@ FLOORS = (
     ("prompts",),
     ("packing", "survival"),
     ("models",),
-    ("memory",),
+    ("memory", "integrations"),
     ("training",),
     ("evaluation", "demo"),
     ("cli",),

@@ -22,9 +22,9 @@ from ..head import linear_logps
 from .adapters import linear_of, operands
 
 # What a configuration may call the softcap, a factor of the logits before it, and a divisor.
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 _MULTIPLIED_BY_ITS_DIVISOR = ("hyperclovax",)  # model types that multiply by `logits_scaling`
 
 
@@ -40,6 +40,7 @@ class LinearLogps:
     head: nn.Module  # nn.Linear, or PEFT's LoRA or trained copy of one
     softcap: float | None = None
     temperature: float = 1.0  # the model's own: what it divides capped logits by
+    tokens: int | None = None  # rows of the head's weight that are tokens; None: all. The rest pads the vocabulary
 
     @classmethod
     def from_model(cls, model: nn.Module) -> LinearLogps:
@@ -53,8 +54,7 @@ class LinearLogps:
         head = model.get_output_embeddings()
         if head is None:
             raise UnsupportedError(f"{type(model).__name__} has no output embeddings; it is no causal language model")
-        softcap, temperature = _softcap_and_temperature(model.config)
-        found = cls(head, softcap, temperature)
+        found = cls(head, *_softcap_and_temperature(model.config), tokens_of(model.config))
         _compare_with_own_logits(model, found)
         return found
 
@@ -69,15 +69,22 @@ class LinearLogps:
         backend: str = "auto",
         validate: bool | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """linear_logps of hidden (..., H), labels (...), -100 ignored; `temperature` on top of the model's own."""
+        """linear_logps of hidden (..., H), labels (...), -100 ignored; `temperature` on top of the model's own.
+
+        Under tensor parallelism of the head, process_group has its ranks, on which hidden and labels are the same.
+        """
 
         def logps(hidden: Tensor) -> Tensor | tuple[Tensor, ...]:
             x, weight, bias = operands(self.head, hidden.to(linear_of(self.head).weight.device))
+            if self.tokens is not None:
+                weight, bias = weight[: self.tokens], None if bias is None else bias[: self.tokens]
             return linear_logps(
                 x, weight, labels.to(x.device), bias, softcap=self.softcap, temperature=self.temperature * temperature,
                 outputs=outputs, process_group=process_group, backend=backend, validate=validate,
             )  # fmt: skip
 
+        if process_group is not None:
+            return logps(hidden)  # tensor parallelism's hooks around the head's call distribute and gather logits
         return call_as_forward(self.head, self.head, logps, hidden)
 
 
@@ -115,6 +122,11 @@ def call_as_forward(called: nn.Module, module: nn.Module, function: Callable, *a
         restore()
 
 
+def tokens_of(config) -> int | None:
+    """How many rows of a head are tokens where a vocabulary is padded and the model cuts its logits; None: all."""
+    return getattr(config.get_text_config(), "unpadded_vocab_size", None)
+
+
 def _softcap_and_temperature(config) -> tuple[float | None, float]:
     """A factor f before the cap, c tanh(f z / c), is a cap of c / f and a temperature of 1 / f."""
     text = config.get_text_config()
@@ -122,11 +134,11 @@ def _softcap_and_temperature(config) -> tuple[float | None, float]:
     def first(names: Sequence[str]) -> float | None:
         return next((float(value) for name in names if (value := getattr(text, name, None)) is not None), None)
 
-    factor = first(_FACTORS)
-    if factor is None and (divisor := first(_DIVISORS)):
+    factor = first(FACTORS)
+    if factor is None and (divisor := first(DIVISORS)):
         factor = divisor if text.model_type in _MULTIPLIED_BY_ITS_DIVISOR else 1 / divisor
     factor = 1.0 if factor is None else factor
-    softcap = first(_SOFTCAPS)
+    softcap = first(SOFTCAPS)
     return None if softcap is None else softcap / factor, 1 / factor
 
 
@@ -164,7 +176,7 @@ def _compare_with_own_logits(model: nn.Module, found: LinearLogps) -> None:
         hidden *= (20 / own(hidden).std().clamp(min=1e-6)).to(hidden.dtype)  # so that a softcap of 30 shows
         wanted = own(hidden)
         linear = linear_of(found.head)
-        logits = nn.functional.linear(hidden, linear.weight, linear.bias).float()
+        logits = nn.functional.linear(hidden, linear.weight, linear.bias).float()[:, : found.tokens]
     if found.softcap is not None:
         logits = found.softcap * torch.tanh(logits / found.softcap)
     error = (logits / found.temperature - wanted).abs().mean() / wanted.abs().mean()
@@ -199,6 +211,7 @@ class _Request(NamedTuple):
     labels: Tensor  # (B, T), of the next token each
     temperature: float | Tensor
     outputs: tuple[str, ...]
+    process_group: dist.ProcessGroup | None
     backend: str
 
 
@@ -221,9 +234,9 @@ def install(model: nn.Module) -> None:
             return own_forward(*arguments, **inputs)
         inputs.pop("labels", None)  # PEFT passes None
         hidden = self.base_model(*arguments, **inputs | {"use_cache": False})[0]
-        labels, temperature, outputs, backend = _logps
+        labels, *options = _logps
         hidden = hidden[:, -labels.shape[1] :]  # prompt tuning puts virtual tokens before them
-        return linear_logps_of_head(hidden, labels, temperature=temperature, outputs=outputs, backend=backend)
+        return linear_logps_of_head(hidden, labels, **dict(zip(_Request._fields[1:], options, strict=True)))
 
     model.forward = types.MethodType(forward, model)
     model._answers_model_logps = True
@@ -237,6 +250,7 @@ def model_logps(
     completion_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     outputs: Sequence[str] = (),
+    process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
     **inputs,
 ) -> Tensor | tuple[Tensor, ...]:
@@ -248,7 +262,7 @@ def model_logps(
         labels: (B, T) as transformers has them, not shifted: -100 where a token is not scored. Instead of them
             completion_mask: (B, T), 0 where a token is not scored. Neither: all tokens are.
         temperature: a number, or a tensor (B, T - 1) or (B, 1), on top of the model's own.
-        outputs, backend: of `linear_logps`.
+        outputs, process_group, backend: of `linear_logps`; under tensor parallelism of the head, its group.
 
     Returns:
         logps (B, T - 1), or (logps, *outputs): entry t is of token t + 1, and 0 where it is not scored.
@@ -268,6 +282,6 @@ def model_logps(
     following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     if isinstance(temperature, Tensor):
         temperature = nn.functional.pad(temperature.expand_as(labels[:, 1:]), (0, 1), value=1.0)
-    request = _Request(following, temperature, tuple(outputs), backend)
+    request = _Request(following, temperature, tuple(outputs), process_group, backend)
     found = model(input_ids=input_ids, _logps=request, **inputs)
     return tuple(x[:, :-1] for x in found) if outputs else found[:, :-1]

@@ -10,6 +10,7 @@ import types
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
@@ -27,12 +28,15 @@ class PPOOutput(NamedTuple):
     loss: Any = None
 
 
-def patch_verl(model: nn.Module, *, backend: str = "auto") -> None:
+def patch_verl(
+    model: nn.Module, *, process_group: dist.ProcessGroup | None = None, backend: str = "auto"
+) -> None:
     """Replace a causal LM's forward by one that verl's actor takes with `use_fused_kernels`; in the place of verl's
     `patch_forward_with_backends`, before FSDP wraps the model.
 
     Unlike verl's, it knows softcaps, logit scales and biases, takes a temperature of each token or row, computes no
-    row whose label is -100, and gives float32 entropies.
+    row whose label is -100, and gives float32 entropies. Under tensor parallelism of the head, process_group has its
+    ranks: nothing of the vocabulary is gathered.
 
     Raises:
         UnsupportedError: `LinearLogps.from_model`.
@@ -54,7 +58,10 @@ def patch_verl(model: nn.Module, *, backend: str = "auto") -> None:
         if isinstance(temperature, Tensor):  # of every row (B,) or token
             temperature = temperature.reshape(*temperature.shape, *[1] * (shift_labels.dim() - temperature.dim()))
             temperature = temperature.expand_as(shift_labels)
-        log_probs, entropy = head(body[0], shift_labels, temperature=temperature, outputs=("entropy",), backend=backend)
+        log_probs, entropy = head(
+            body[0], shift_labels, temperature=temperature, outputs=("entropy",), process_group=process_group,
+            backend=backend,
+        )  # fmt: skip
         return PPOOutput(log_probs, entropy, hidden_states=getattr(body, "hidden_states", None))
 
     model.forward = types.MethodType(forward, model)

@@ -49,7 +49,7 @@ def test_against_reference(dtype, entropy, softcap, temperature, bias):
     compare(hidden, weight, labels, offset, TOLERANCE[dtype], entropy, softcap=softcap, temperature=temperature)
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 2047, 2048, 2049, 4097])
+@pytest.mark.parametrize("vocabulary", [1, 2, 1023, 1024, 1025, 2049])
 def test_vocabulary_around_a_slice(vocabulary):
     hidden, weight, labels, bias = problem(9, 8, vocabulary, torch.float64)
     exact = in_float64(hidden, weight, bias)
@@ -205,7 +205,7 @@ def test_gradcheck(softcap, entropy):
 @given(
     rows=st.integers(1, 9),
     features=st.integers(1, 9),
-    vocabulary=st.sampled_from([1, 2, 3, 17, 2048, 2051]),
+    vocabulary=st.sampled_from([1, 2, 3, 17, 1024, 1027]),
     softcap=st.sampled_from([None, 2.0]),
     temperature=st.sampled_from([0.5, 1.0]),
     ignored=st.integers(0, 9),
@@ -342,5 +342,5 @@ def test_memory_stays_under_a_tenth_of_the_logits(entropy, monkeypatch):
         monkeypatch.setattr(torch_slices, name, watched(getattr(torch_slices, name), tracker))
     found = linear_logps(hidden, weight, labels, return_entropy=entropy)
     (sum(x.sum() for x in found) if entropy else found.sum()).backward()
-    assert tracker.peak > rows * 2048 * 4 + hidden.nbytes  # the tracker sees a slice and the gradient of hidden
+    assert tracker.peak > rows * 1024 * 4 + hidden.nbytes  # the tracker sees a slice and the gradient of hidden
     assert tracker.peak - hidden.nbytes < rows * vocabulary * 4 / 10

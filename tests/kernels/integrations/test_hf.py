@@ -105,7 +105,7 @@ def test_what_is_no_plain_lora_is_refused():
 @pytest.mark.parametrize("kind", ["scaled", "softcap", "multiplied"])
 def test_what_a_model_does_to_its_logits_is_never_missed(kind, monkeypatch):
     """A scale under a name that is not known here."""
-    for names in ("_FACTORS", "_DIVISORS", "_SOFTCAPS"):
+    for names in ("FACTORS", "DIVISORS", "SOFTCAPS"):
         monkeypatch.setattr(hf, names, ())
     with pytest.raises(UnsupportedError, match="the logits of .*ForCausalLM differ by .* it does something to them"):
         LinearLogps.from_model(tiny_model(kind))
