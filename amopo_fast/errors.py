@@ -25,6 +25,10 @@ class NumbersError(RuntimeError):
     """A NaN or an infinity; the message says where, in which step, and which file holds the step's records."""
 
 
+class JudgeError(RuntimeError):
+    """A judge of answers cannot go on; the message names it, what it said and the remedy."""
+
+
 class OptionError(ValueError):
     """An option that cannot be used; the message says why and what to use.
 

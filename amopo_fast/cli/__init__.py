@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from amopo_fast import __version__
 from amopo_fast.cli import data, demo, estimate, evaluate, generate, merge, plot, train
 from amopo_fast.cli.spellings import hint
-from amopo_fast.errors import CheckpointError, NumbersError, OptionError
+from amopo_fast.errors import CheckpointError, JudgeError, NumbersError, OptionError
 from amopo_fast.report.quiet import hold_back
 
 DESCRIPTION = "AMoPO: multi-objective preference optimization of causal language models."
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(arguments.command, error, 2)
     except NumbersError as error:
         return _fail(arguments.command, error, 4)
-    except (ValueError, OSError, CheckpointError) as error:
+    except (ValueError, OSError, CheckpointError, JudgeError) as error:
         return _fail(arguments.command, error, 1)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which a command without torch need not import

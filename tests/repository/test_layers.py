@@ -20,7 +20,7 @@ FLOORS = (
     ("prompts",),
     ("packing", "survival"),
     ("models",),
-    ("memory",),
+    ("memory", "judges"),
     ("training",),
     ("evaluation", "demo"),
     ("cli",),
