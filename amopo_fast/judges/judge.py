@@ -73,8 +73,11 @@ class Judge(Protocol):
         usage: what it took.
     """
 
-    identity: dict[str, Any]
-    usage: Usage
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    @property
+    def usage(self) -> Usage: ...
 
     def scores(
         self, answers: Sequence[Answer], dimensions: Sequence[str], done: Callable[[int], None] = nothing
@@ -91,8 +94,11 @@ class Judge(Protocol):
 class Comparer(Protocol):
     """Says which of two answers to the same conversation is better."""
 
-    identity: dict[str, Any]
-    usage: Usage
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    @property
+    def usage(self) -> Usage: ...
 
     def preferences(
         self,

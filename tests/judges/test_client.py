@@ -1,4 +1,4 @@
-"""A server that fails, hangs, answers garbage or asks to wait; a key that goes nowhere; a cache that pays nothing twice."""
+"""A server that fails, hangs, answers garbage or asks to wait; a key that leaks nowhere; a cache that pays once."""
 
 import json
 import logging
@@ -136,7 +136,7 @@ def test_retry_after_is_a_number_or_a_date():
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(401, "MY_JUDGE_KEY to a valid key"), (403, "may use this model"), (404, "up to and with /v1"), (418, "status 418")],
+    [(401, "MY_JUDGE_KEY to a valid"), (403, "may use this model"), (404, "up to and with /v1"), (418, "status 418")],
 )
 def test_what_no_second_try_mends_is_said_at_once(status, message):
     def bad(body, number):
