@@ -43,10 +43,12 @@ def run(arguments) -> int:
     from amopo_fast.data.pair import check_dimensions
     from amopo_fast.data.sources.candidate import NO_OBJECT
     from amopo_fast.data.sources.spec import Source
-    from amopo_fast.judges.choose import load_judge
+    from amopo_fast.judges.choose import check_read, load_judge
     from amopo_fast.judges.scored_pairs import PairFile, count_pairs, score_names, score_pairs, score_preferences
     from amopo_fast.prompts.wording import Wording
 
+    options = judge_options(arguments)
+    check_read([arguments.judge] if arguments.judge else [], options)
     score_range = (arguments.score_min, arguments.score_max)
     check_dimensions([*arguments.dimensions, *arguments.keep], score_range)
     if NO_OBJECT in arguments.dimensions:
@@ -74,7 +76,7 @@ def run(arguments) -> int:
     else:
         total = count_pairs(file)
         judge = load_judge(
-            arguments.judge, judge_options(arguments), wording=Wording.load(arguments.prompt_template),
+            arguments.judge, options, wording=Wording.load(arguments.prompt_template),
             score_range=score_range, cache=output.with_name(output.name + ".replies"), device=arguments.device,
         )  # fmt: skip
         with progress(2 * total * len(arguments.dimensions), "scores", judge.usage, arguments.judge_prices) as done:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amopo_fast.errors import OptionError, check_numbers
+from amopo_fast.errors import OptionError, changed_fields, check_numbers
 from amopo_fast.judges.cache import ReplyCache
 from amopo_fast.judges.client import ChatClient
 from amopo_fast.judges.judge import ByScores, Comparer, Judge
@@ -50,11 +50,21 @@ class JudgeOptions:
         check_numbers(self, positive=["concurrency", "timeout", "batch_size"], not_negative=["retries"])
 
 
-_READ_BY = {
-    "server": {"model", "template", "key_env", "concurrency", "timeout", "retries", "request"},
-    "program": set(),
-    "reward model": {"outputs", "batch_size"},
+_READ_BY: dict[str, frozenset[str]] = {
+    "server": frozenset({"model", "template", "key_env", "concurrency", "timeout", "retries", "request"}),
+    "program": frozenset(),
+    "reward model": frozenset({"outputs", "batch_size"}),
 }
+
+
+def check_read(specs: Sequence[str], options: JudgeOptions) -> None:
+    """Raises OptionError for an option that none of the judges of a command reads."""
+    read = frozenset().union(*(_READ_BY[kind_of(spec)] for spec in specs))
+    for name in changed_fields(options):
+        if name not in read:
+            who = " and ".join(f"{spec}, a {kind_of(spec)}" for spec in specs)
+            found = f"judge_{name} has no effect " + (f"with {who}" if who else "without a judge")
+            raise OptionError(f"{found}: leave it out", f"judge_{name}")
 
 
 def kind_of(spec: str) -> str:
@@ -83,11 +93,12 @@ def load_judge(
     """
     Args:
         spec: an address, "module:function", or a reward model's folder or Hub name.
+        options: those of another kind of judge are not read; `check_read` refuses them.
         wording: names and definitions of the dimensions, for a server. score_range: what a server is asked for.
         cache: file of a server's replies. device: a reward model's.
 
     Raises:
-        OptionError: an option that cannot be used, or that this kind of judge does not read.
+        OptionError: an option that cannot be used.
         JudgeError: a server does not answer. DataError: the template's file is bad.
     """
     return _load(spec, options, "score", wording, score_range, cache, device)
@@ -109,11 +120,6 @@ def load_comparer(
 
 def _load(spec: str, options: JudgeOptions, use: Kind, wording, score_range, cache, device) -> Any:
     kind = kind_of(spec)
-    default = JudgeOptions()
-    for name in (each.name for each in fields(options)):
-        if name not in _READ_BY[kind] and getattr(options, name) != getattr(default, name):
-            found = f"judge_{name} has no effect with {spec}, which is a {kind}: leave it out"
-            raise OptionError(found, f"judge_{name}")
     if kind == "program":
         return Program(spec, load_function(spec))
     if kind == "reward model":

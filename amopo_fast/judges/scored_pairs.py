@@ -7,7 +7,6 @@ A restart reads the source again, checks that it is the same, and asks the judge
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -28,6 +27,7 @@ from amopo_fast.data.sources.spec import Source
 from amopo_fast.errors import DataError, JudgeError, OptionError
 from amopo_fast.judges.judge import Judge, as_answer, nothing
 from amopo_fast.survival import durable
+from amopo_fast.survival.work_file import WorkFile
 
 CHUNK = 64  # pairs that are judged together, and written together
 TAILS = (1.0, 99.0)  # percentiles of a judge's own scale that become the ends of the range
@@ -115,9 +115,9 @@ def score_pairs(
     identity = {"judge": judge.identity, "dimensions": list(dimensions), "keep": list(file.keep),
                 "score_range": list(file.score_range), "on_bad_record": "skip" if file.skip_bad else "error",
                 "source": str(file.source), "pairs": total}  # fmt: skip
-    with _Work(output, identity) as work:
+    with WorkFile(output.with_name(output.name + ".partial"), identity) as work:
         pairs = file.read()
-        for line in work.done:
+        for line in work.lines:
             pair = next(pairs, None)
             if pair is None or digest(pair) != line["pair"]:
                 raise OptionError(f"{file.source} is not the data that {work.path} was begun with: restore it, or "
@@ -128,15 +128,17 @@ def score_pairs(
             table = judge.scores(answers, dimensions, done)
             if rescale is None:
                 _check_range(table, dimensions, file.score_range)
-            work.add(
+            work.append(
                 {"pair": digest(pair), "scores": [[_or_none(x) for x in row] for row in rows]}
                 for pair, rows in zip(chunk, table.reshape(len(chunk), 2, -1).tolist(), strict=True)
             )
-        table = np.array([line["scores"] for line in work.lines()], dtype=np.float64)  # (P, 2, D), null as NaN
+        table = np.array([line["scores"] for line in work.lines], dtype=np.float64)  # (P, 2, D), null as NaN
         if rescale is not None:
             table = rescaled(table, dimensions, file.score_range, rescale)
         by_pair = ([dict(zip(dimensions, side, strict=True)) for side in pair] for pair in table.tolist())
-        return _write(file, output, by_pair)
+        found = _write(file, output, by_pair)
+        work.remove()
+        return found
 
 
 def score_preferences(file: PairFile, dimension: str, output: str | Path) -> Scored:
@@ -226,69 +228,6 @@ def _check_range(table: np.ndarray, dimensions: Sequence[str], score_range: tupl
                 f"the judge gave {outside[0]:g} for {name}, and scores go from {low:g} to {high:g}: set --score_min "
                 "and --score_max to its range, or map its scale with --rescale 1"
             )
-
-
-class _Work:
-    """The file beside an output that holds what is done: a first line of options, then a line a pair. One process has
-    it at a time; a line that a kill cut short is dropped."""
-
-    def __init__(self, output: Path, identity: Mapping[str, Any]):
-        self.path = output.with_name(output.name + ".partial")
-        self._output, self._identity = output, json.loads(json.dumps(identity))
-        self.done: list[dict[str, Any]] = []
-
-    def __enter__(self) -> _Work:
-        self._file = self.path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise OptionError(f"{self.path} is being written by another process: wait for it, or name another output",
-                              "output_file") from None  # fmt: skip
-        try:
-            self._read()
-        except BaseException:
-            self._file.close()
-            raise
-        return self
-
-    def _read(self) -> None:
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content.rfind(b"\n") + 1
-        self._file.truncate(whole)
-        lines = [json.loads(line) for line in content[:whole].splitlines()]
-        if not lines:
-            self._append([self._identity])
-            return
-        for name, value in self._identity.items():
-            if lines[0].get(name) != value:
-                raise OptionError(
-                    f"{self.path} was begun with another {name} ({_short(lines[0].get(name))}, now {_short(value)}): "
-                    "give the same to go on, name another output, or delete that file to begin again", name,
-                )  # fmt: skip
-        self.done = lines[1:]
-
-    def add(self, lines) -> None:
-        self._append(list(lines))
-
-    def _append(self, lines: list[dict[str, Any]]) -> None:
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-        self._file.flush()
-
-    def lines(self) -> list[dict[str, Any]]:
-        self._file.seek(0)
-        return [json.loads(line) for line in self._file.read().splitlines()[1:]]
-
-    def __exit__(self, kind, *exception) -> None:
-        if kind is None:  # the output is whole
-            self.path.unlink()
-        self._file.close()
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 160 else text[:160] + "..."
 
 
 def count_pairs(file: PairFile) -> int:
