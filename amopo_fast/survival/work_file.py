@@ -82,7 +82,8 @@ class WorkFile:
         if not all(isinstance(line, dict) for line in lines):
             raise OptionError(f"{self.path} is another kind of file; write to another place")
         self._file.truncate(whole)
-        if not lines:
+        if len(lines) < 2:  # nothing is done yet
+            self._file.truncate(0)
             self._write([self._options])
             return
         for name in {**self._options, **lines[0]}:
