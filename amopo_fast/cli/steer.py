@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
-from amopo_fast.cli.numbers import finite, whole
+from amopo_fast.cli.numbers import numbers, whole
 from amopo_fast.errors import OptionError
 
 
@@ -26,7 +25,7 @@ def add_parser(commands) -> None:
     steer.add_argument("--max_prompts", type=whole, default=None, help="the first so many")
     steer.add_argument("--dimension", nargs="+", default=None,
                        help="what is asked for (default: every dimension with scores)")  # fmt: skip
-    steer.add_argument("--levels", type=_levels, default=None, metavar="1,3,5",
+    steer.add_argument("--levels", type=numbers, default=None, metavar="1,3,5",
                        help="scores that are asked for (default: lowest, middle, highest)")  # fmt: skip
     steer.add_argument("--judge", help=JUDGE)
     steer.add_argument("--judge_dimensions", nargs="+", default=None, metavar="DIMENSION",
@@ -41,12 +40,6 @@ def add_parser(commands) -> None:
     add_sampling(steer)
     add_judge_arguments(steer)
     steer.set_defaults(run=run, takes_rest=False)
-
-
-def _levels(text: str) -> tuple[float, ...]:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("write levels as 1,3,5")
-    return tuple(finite(part) for part in text.split(","))
 
 
 def run(arguments) -> int:

@@ -14,6 +14,7 @@ from amopo_fast.cli import main
 from amopo_fast.demo.data import HELDOUT_FILE
 from amopo_fast.demo.model import demo_model
 from amopo_fast.demo.tokenizer import demo_tokenizer
+from amopo_fast.evaluation import steer as module
 from amopo_fast.evaluation.steer import Plan
 from amopo_fast.evaluation.steer_summary import steer_summary
 from amopo_fast.judges import client
@@ -92,9 +93,9 @@ def test_models_side_by_side(runs, tmp_path, capsys):
 
 def test_killed_it_goes_on_as_if_it_had_not_been(runs, tmp_path):
     """By SIGKILL while answers are drawn at random, then by a server that fails while they are scored."""
-    options = ["base", "run", "--prompts", "pairs.jsonl", "--max_prompts", "6", "--levels", "1,3,5", "--max_new_tokens", "5",
-               "--dimension", "helpfulness", "--batch_size", "4", "--temperature", "1", "--judge_retries", "0", "--judge_dimensions",
-               "helpfulness", "length"]  # fmt: skip
+    options = ["base", "run", "--prompts", "pairs.jsonl", "--max_prompts", "6", "--levels", "1,3,5", "--dimension",
+               "helpfulness", "--max_new_tokens", "5", "--batch_size", "4", "--temperature", "1",
+               "--judge_retries", "0", "--judge_dimensions", "helpfulness", "length"]  # fmt: skip
     failing = []
 
     def judge(body, number):
@@ -104,6 +105,8 @@ def test_killed_it_goes_on_as_if_it_had_not_been(runs, tmp_path):
         options += ["--judge", server.url]
         killed = os.fork()  # a process of its own would import torch again
         if not killed:
+            own = module.generate
+            module.generate = lambda *args, **kwargs: (time.sleep(0.3), own(*args, **kwargs))[1]
             try:
                 main(["steer", *options, "--output_dir", str(tmp_path / "a")])
             finally:
