@@ -60,8 +60,8 @@ def run(arguments) -> int:
     models = list(dict.fromkeys(arguments.models))
     recipe = next(filter(None, map(recipe_of, models)), None)
     if recipe is None:
-        raise OptionError(f"none of {', '.join(models)} has an {RECIPE_FILE}: nothing says how they are asked; name a "
-                          "folder that `amopo-fast train` wrote")  # fmt: skip
+        raise ValueError(f"none of {', '.join(models)} has an {RECIPE_FILE}: nothing says how they are asked; name a "
+                         "folder that `amopo-fast train` wrote")  # fmt: skip
     options, sampling = judge_options(arguments), sampling_of(arguments)
     if arguments.pairwise_judge and len(models) < 2:
         raise OptionError("--pairwise_judge compares models: name two or more", "pairwise_judge")
