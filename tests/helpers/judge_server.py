@@ -30,6 +30,7 @@ class JudgeServer:
         self.answer, self.models = answer, models
         self.bodies: list[dict] = []
         self.keys: list[str | None] = []
+        self.gets: list[str | None] = []  # keys of GET requests
         self.times: list[float] = []
         self.most_at_once = self._at_once = 0
         self._lock, self._closed = threading.Lock(), threading.Event()
@@ -37,6 +38,7 @@ class JudgeServer:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
+                owner.gets.append(self.headers.get("Authorization"))
                 self._send(200, {}, json.dumps({"data": [{"id": name} for name in owner.models]}).encode())
 
             def do_POST(self):

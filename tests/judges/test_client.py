@@ -187,15 +187,16 @@ def test_the_key_is_sent_and_stands_nowhere_else(tmp_path, caplog, capsys):
     assert "<$JUDGE_API_KEY>" in said[0] and not any(KEY in text for text in said)
 
 
-def test_the_key_does_not_follow_a_redirect():
+@pytest.mark.parametrize("status", [302, 307])  # urllib follows the first with a GET
+def test_the_key_does_not_follow_a_redirect(status):
     with JudgeServer(echo) as other:
 
         def elsewhere(body, number):
-            return 307, {"Location": f"{other.url}/chat/completions"}, b""
+            return status, {"Location": f"{other.url}/chat/completions"}, b""
 
         with JudgeServer(elsewhere) as server, pytest.raises(JudgeError, match="points to http://127.0.0.1"):
             ask(server, ["p"], key=KEY)
-    assert other.keys == []
+    assert other.keys == [] and other.gets == []
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\nX-Header: 1", f"{KEY} ", "schlüssel-0123456"])
