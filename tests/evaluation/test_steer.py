@@ -118,7 +118,7 @@ def test_killed_it_goes_on_as_if_it_had_not_been(runs, tmp_path):
         os.kill(killed, signal.SIGKILL)
         os.waitpid(killed, 0)
         assert 8 <= len(lines(answers)) < 36
-        whole = answers.read_text().splitlines(keepends=True)[:7]  # as a kill in the middle of a batch's write leaves it
+        whole = answers.read_text().splitlines(keepends=True)[:7]  # a kill in the middle of a write
         answers.write_text("".join(whole) + '{"model": "run", "ans')
         failing.append(True)
         steer(*options, "--output_dir", tmp_path / "a", code=1)
