@@ -31,7 +31,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["amopo_fast*"]),
-    package_data={"amopo_fast": ["demo/*.json", "demo/*.jsonl", "prompts/templates/*.yaml"]},
+    package_data={"amopo_fast": ["demo/*.json", "demo/*.jsonl", "prompts/templates/*.yaml",
+                                 "judges/templates/*.txt"]},
     install_requires=[
         "amopo-kernels>=0.1",
         "torch>=2.11",

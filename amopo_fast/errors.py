@@ -29,6 +29,10 @@ class ModelError(ValueError):
     """Files of a model or an adapter that cannot be used; the message names them and the remedy."""
 
 
+class JudgeError(RuntimeError):
+    """A judge of answers cannot go on; the message names it, what it said and the remedy."""
+
+
 class OptionError(ValueError):
     """An option that cannot be used; the message says why and what to use.
 

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 
 from amopo_fast import __version__
-from amopo_fast.cli import data, demo, estimate, evaluate, generate, merge, plot, train
+from amopo_fast.cli import data, demo, estimate, evaluate, generate, merge, plot, score, steer, train
 from amopo_fast.cli.spellings import hint
-from amopo_fast.errors import CheckpointError, NumbersError, OptionError
+from amopo_fast.errors import CheckpointError, JudgeError, NumbersError, OptionError
 from amopo_fast.report.quiet import hold_back
 
 DESCRIPTION = "AMoPO: multi-objective preference optimization of causal language models."
@@ -24,6 +24,8 @@ EXAMPLES = """examples:
   amopo-fast validate pairs.json                   what is in a data file and what is wrong with it
   amopo-fast show pairs.json --record 3            one record's sequences, tokens and labels
   amopo-fast eval runs/a --eval_data heldout.json  accuracy and margin per dimension, with intervals
+  amopo-fast steer runs/a --prompts heldout.json   do its answers follow what they are asked for? --judge scores them
+  amopo-fast score pairs.json --judge http://localhost:8000/v1 --dimensions helpfulness --output_file scored.jsonl
   amopo-fast plot runs/a runs/b                    metrics of runs, compared: PNG, SVG and a page
   amopo-fast generate runs/a --prompt "..." --target helpfulness=5     an answer that is asked for a dimension
   amopo-fast chat runs/a --target helpfulness=5    a conversation with a trained model
@@ -31,7 +33,7 @@ EXAMPLES = """examples:
   amopo-fast estimate DIR --gpu h200               memory and speed of training a model, by part and optimizer
   amopo-fast train --config run.yaml --beta 1.0    train; any key of the YAML file can be given as --key value
 """
-COMMANDS = (demo, train, generate, evaluate, plot, data, estimate, merge)
+COMMANDS = (demo, train, generate, evaluate, steer, plot, data, score, estimate, merge)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(arguments.command, error, 2)
     except NumbersError as error:
         return _fail(arguments.command, error, 4)
-    except (ValueError, OSError, CheckpointError) as error:
+    except (ValueError, OSError, CheckpointError, JudgeError) as error:
         return _fail(arguments.command, error, 1)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which a command without torch need not import

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from amopo_fast.cli.numbers import whole_or_zero
-from amopo_fast.errors import OptionError
+from amopo_fast.data.sources.candidate import NO_OBJECT
+from amopo_fast.errors import OptionError, changed_fields
 
 
 def add_parser(commands) -> None:
@@ -57,6 +60,8 @@ def _as_trained(config, model, given):
 def run_validate(arguments) -> int:
     from rich.console import Console
 
+    from amopo_fast.data.pairs import NO_SCORES
+    from amopo_fast.data.sources.spec import parse_sources
     from amopo_fast.prompts.inspect import validate_data
 
     config, model, options = _parse(
@@ -68,7 +73,22 @@ def run_validate(arguments) -> int:
         print(report.to_json())
     else:
         Console().print(report)
+    for source, each in zip(parse_sources(config.train_data), report.training, strict=True):
+        if NO_SCORES in each.bad_by_kind:
+            _say_how_to_score(source, config, sys.stderr if options.json else sys.stdout)
     return 0 if report.ok else 1
+
+
+def _say_how_to_score(source, config, out) -> None:
+    """The command that scores a source, ready to run."""
+    options = [f"{name}={value}" for name, value in changed_fields(source).items() if name not in ("path", "name")]
+    target = Path(source.path).name.split(".")[0] + ".scored.jsonl"
+    names = [name for name in config.dimensions if name != NO_OBJECT]
+    words = ["amopo-fast", "score", ",".join([source.path, *options]), "--output_file", target, "--dimensions"]
+    print("These pairs have no scores. A judge behind a server (or a program, or a reward model) gives them:", file=out)
+    print(f"  {shlex.join([*words, *names, '--judge', 'http://localhost:8000/v1'])}", file=out)
+    print("Where the preference is all that is known, one dimension of two levels:", file=out)
+    print(f"  {shlex.join([*words, names[0], '--scores', 'preference'])}", file=out)
 
 
 def run_show(arguments) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amopo_fast.cli.numbers import whole
+from amopo_fast.cli.numbers import numbers, whole
 from amopo_fast.errors import check_numbers
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
@@ -48,12 +48,16 @@ def _add_arguments(parser) -> None:
     parser.add_argument("--device", default=None, help="default: cuda where there is a GPU, else cpu")
     parser.add_argument("--per_pair", metavar="FILE.jsonl",
                         help="write a line a pair: log-probs, margin and weight by dimension")  # fmt: skip
+    parser.add_argument("--levels", type=numbers, metavar="1,3,5",
+                        help="also the responses' log-probs under each of these asked scores; each costs one more "
+                        "evaluation")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the JSON instead of a table")
 
 
 def run(arguments) -> int:
     from amopo_fast.cli.options import RUN_CLASSES, parse_options
     from amopo_fast.data.config import DataConfig
+    from amopo_fast.evaluation.levels import asked_summary, check_levels
     from amopo_fast.evaluation.preferences import per_pair, score_pairs
     from amopo_fast.evaluation.summary import difference, summary
     from amopo_fast.models.loading import load_trained, tokenizer_folder
@@ -82,17 +86,18 @@ def run(arguments) -> int:
             for note in notes:
                 print(f"{name}: {note}", file=sys.stderr)
             trained = trained_objective(objective, recipe, options.given)
-        data = load_eval_data(chosen, load_tokenizer(tokenizer_folder(name)), seed=objective.seed, wording=wording)
+        tokenizer = load_tokenizer(tokenizer_folder(name))
+        data = load_eval_data(chosen, tokenizer, seed=objective.seed, wording=wording)
+        check_levels(options.levels or (), data.score_range)
         model = load_trained(name, dtype=options.dtype, device=options.device)
+        how = {"dimensions": chosen.dimensions, "objective": AMoPO(trained.beta, trained.gamma),
+               "tokens_per_row": options.tokens_per_row, "layout": options.layout}  # fmt: skip
+        under = {
+            level: load_eval_data(chosen, tokenizer, seed=objective.seed, wording=wording, asked=level).evals
+            for level in options.levels or ()
+        }
         for label, pairs in data.evals.items():
-            scores = score_pairs(
-                model,
-                pairs,
-                dimensions=chosen.dimensions,
-                objective=AMoPO(trained.beta, trained.gamma),
-                tokens_per_row=options.tokens_per_row,
-                layout=options.layout,
-            )
+            scores = score_pairs(model, pairs, **how)
             print(f"{name}: {scores.layout}", file=sys.stderr)
             if options.per_pair:
                 place = {"model": name} if len(models) > 1 else {}
@@ -100,6 +105,9 @@ def run(arguments) -> int:
                 lines.extend(json.dumps({**place, **line}) for line in per_pair(scores))
             result = summary(scores)
             result["step"] = step_of(name)
+            if under:
+                asked = {level: score_pairs(model, evals[label], **how) for level, evals in under.items()}
+                result["asked"] = asked_summary(scores, asked)
             if label in first and first[label].dimensions == scores.dimensions:
                 result["difference"] = difference(first[label], scores)
             first.setdefault(label, scores)

@@ -31,12 +31,12 @@ def add_parser(commands) -> None:
     generate.add_argument("--compare", metavar="BASE", help="a second model's answers to the same prompts")
     generate.add_argument("--output_file", help="JSONL file for the answers; default: printed")
     generate.add_argument("--batch_size", type=whole, default=8, help="prompts at a time (default: 8)")
-    _add_sampling(generate)
+    add_sampling(generate)
     generate.set_defaults(run=run_generate, takes_rest=False)
     chat = commands.add_parser("chat", help="talk to a trained model; /target helpfulness=1 changes what is asked for")
     _add_model_and_target(chat)
     chat.add_argument("--system", help="system message of the conversation")
-    _add_sampling(chat)
+    add_sampling(chat)
     chat.set_defaults(run=run_chat, takes_rest=False)
 
 
@@ -48,13 +48,13 @@ def _add_model_and_target(parser) -> None:
     parser.add_argument("--device", default=None, help="default: cuda where there is a GPU, else cpu")
 
 
-def _add_sampling(parser) -> None:
+def add_sampling(parser) -> None:
     for name, text in _HELP_OF_SAMPLING.items():
         kind = {"max_new_tokens": whole, "top_k": whole_or_zero, "seed": seed, "do_sample": boolean}.get(name, finite)
         parser.add_argument(f"--{name}", type=kind, default=None, help=text)
 
 
-def _sampling(arguments):
+def sampling_of(arguments):
     from amopo_fast.evaluation.generation import Sampling
 
     given = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}
@@ -78,7 +78,7 @@ def run_generate(arguments) -> int:
 
     from amopo_fast.evaluation.generation import TrainedModel, generate
 
-    target, sampling = _target(arguments), _sampling(arguments)
+    target, sampling = _target(arguments), sampling_of(arguments)
     conversations = _conversations(arguments)
     out = Path(arguments.output_file) if arguments.output_file else None
     if out is not None and (out.is_dir() or not out.resolve().parent.is_dir()):
@@ -136,7 +136,7 @@ def run_chat(arguments) -> int:
 
     from amopo_fast.evaluation.generation import Target, TrainedModel, generate
 
-    target, sampling = _target(arguments), _sampling(arguments)
+    target, sampling = _target(arguments), sampling_of(arguments)
     trained = TrainedModel.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     messages = list(opening)

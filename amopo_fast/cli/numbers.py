@@ -39,6 +39,11 @@ def finite(text: str) -> float:
     return number
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Finite numbers between commas."""
+    return tuple(finite(part) for part in text.split(","))
+
+
 def share(text: str) -> float:
     """Above 0, at most 1."""
     number = finite(text)

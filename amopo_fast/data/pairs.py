@@ -125,6 +125,7 @@ def read_records(source: str | Path | Source, reading: Reading) -> Records:
     return Records(pairs, errors, dict(dropped))
 
 
+NO_SCORES = "no scores"  # kind of the error of data that knows a preference alone
 _LOOKED_AHEAD = 1000  # records; a shorter source is known whole before its first record is judged
 
 
@@ -193,11 +194,19 @@ def _mapped(scores: dict[str, float], own: tuple[float, float], to: tuple[float,
 
 def check_known(reading: Reading, known: Set[str], source: str) -> None:
     """Raises DataError for a dimension that is none of the known scores: one misspelt name, not a thousand records."""
-    for name in reading.dimensions:
-        if name != NO_OBJECT and name not in known:
+    wanted = [name for name in reading.dimensions if name != NO_OBJECT]
+    if wanted and not known:
+        raise DataError(
+            NO_SCORES,
+            f"no record has a score '{wanted[0]}', nor any other",
+            "let a judge score the pairs with amopo-fast score",
+            source=source,
+        )
+    for name in wanted:
+        if name not in known:
             raise DataError(
                 "unknown dimension",
-                f"no record has a score '{name}'; scores found: {', '.join(sorted(known)) or 'none'}",
+                f"no record has a score '{name}'; scores found: {', '.join(sorted(known))}",
                 "set dimensions to names that the data has",
                 source=source,
                 field=name,

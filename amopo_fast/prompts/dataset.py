@@ -81,14 +81,16 @@ class Data:
 
 
 def load_data(
-    config: DataConfig, tokenizer, *, seed: int, folder: str | Path | None = None, wording: Wording | None = None
-) -> Data:
+    config: DataConfig, tokenizer, *, seed: int, folder: str | Path | None = None, wording: Wording | None = None,
+    asked: float | None = None,
+) -> Data:  # fmt: skip
     """Reads, checks, tokenizes, mixes and splits the data of a run.
 
     Args:
         seed: decides which prompts are held out and which pairs a weight leaves out.
         folder: where token files go if `config.streaming`; one of its own for each process of a run.
         wording: of the instructions; default: the configuration's prompt_template.
+        asked: the score that every instruction names in the place of the chosen response's.
 
     Raises:
         OptionError: no training data is named, or nothing is held out. ValueError: no pair is left.
@@ -100,7 +102,7 @@ def load_data(
     eval_sources = named_sources(parse_sources(config.eval_data))
     opened = [open_source(source) for source in [*sources, *eval_sources.values()]]
     score_range = common_score_range(config, opened)
-    loader = _Loader(config, tokenizer, score_range, seed, folder, wording, one_of_several=len(opened) > 1)
+    loader = _Loader(config, tokenizer, score_range, seed, folder, wording, asked, one_of_several=len(opened) > 1)
     parts, held_out = [], []
     for source in opened[: len(sources)]:
         train, evaluation = loader.load(source, config.eval_share)
@@ -126,21 +128,23 @@ def load_data(
 
 
 def load_eval_data(
-    config: DataConfig, tokenizer, *, seed: int, folder: str | Path | None = None, wording: Wording | None = None
-) -> Data:
+    config: DataConfig, tokenizer, *, seed: int, folder: str | Path | None = None, wording: Wording | None = None,
+    asked: float | None = None,
+) -> Data:  # fmt: skip
     """The evaluation sets alone, by name ("" for a single one): those of eval_data, or what eval_share holds out.
 
-    wording: of the instructions; default: the configuration's prompt_template.
+    wording: of the instructions; default: the configuration's prompt_template. asked: as `load_data`.
 
     Raises as `load_data`.
     """
     if not config.eval_data:
         if not config.eval_share:
             raise OptionError("eval_data is missing: give --eval_data FILE, or --train_data with --eval_share")
-        return replace(load_data(config, tokenizer, seed=seed, folder=folder, wording=wording), train=[])
+        return replace(load_data(config, tokenizer, seed=seed, folder=folder, wording=wording, asked=asked),
+                       train=[])  # fmt: skip
     opened = {name: open_source(source) for name, source in named_sources(parse_sources(config.eval_data)).items()}
     score_range = common_score_range(config, list(opened.values()))
-    loader = _Loader(config, tokenizer, score_range, seed, folder, wording, one_of_several=len(opened) > 1)
+    loader = _Loader(config, tokenizer, score_range, seed, folder, wording, asked, one_of_several=len(opened) > 1)
     evals = {name: loader.load(source, 0.0)[0] for name, source in opened.items()}
     loader.check_known(list(opened.values()))
     return Data([], evals, loader.counts, score_range, loader.recipe([]))
@@ -201,11 +205,12 @@ class _Loader:
         seed: int,
         folder: str | Path | None,
         wording: Wording | None,
+        asked: float | None,
         *,
         one_of_several: bool,
     ):
         self.config, self.seed, self.folder = config, seed, None if folder is None else Path(folder)
-        self.one_of_several = one_of_several
+        self.one_of_several, self.asked = one_of_several, asked
         self.reading = Reading(config.dimensions, score_range, config.missing_scores, config.tied_dimensions)
         self.builder = prompt_builder(config, tokenizer, score_range, wording)
         self.counts: dict[str, Counts] = {}
@@ -283,7 +288,7 @@ class _Loader:
         for item in iter_records(opened, self.reading, one_of_several=self.one_of_several):
             if isinstance(item, Pair):
                 self.last_record = max(self.last_record, item.record + 1)
-                batch.append(item)
+                batch.append(item if self.asked is None else asked_for(item, self.asked))
                 if len(batch) == _BATCH:
                     yield from flush()
             elif isinstance(item, DataError):
@@ -293,6 +298,11 @@ class _Loader:
         yield from flush()
         if errors and not counts.pairs and not held_out:
             raise no_usable_record(str(opened.source), errors, counts.dropped)
+
+
+def asked_for(pair: Pair, score: float) -> Pair:
+    """The pair as if the chosen response had this score in every dimension that it has one in."""
+    return replace(pair, chosen_scores=dict.fromkeys(pair.chosen_scores, score))
 
 
 def is_held_out(pair: Pair, share: float, seed: int) -> bool:

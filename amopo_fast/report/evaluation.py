@@ -52,6 +52,8 @@ def evaluation_page(title: str, evaluations: Evaluations) -> str:
     columns = ["", "pairs", "tied", "rejected scores higher", "rank correlation of margin and score gap",
                "calibration error"]  # fmt: skip
     body += table(columns, _scores_table(evaluations[last], names))
+    if "asked" in evaluations[last]:
+        body += "<h2>Responses under each asked level, log-prob per token</h2>" + _asked(evaluations)
     lead = (
         f"{evaluations[last]['pairs']} pairs of {evaluations[last]['prompts']} prompts. Accuracy: the response with "
         "the higher score in the dimension is likelier per token than the other one; ties do not count. Intervals are "
@@ -230,6 +232,19 @@ def _scores_table(e: dict[str, Any], names: Sequence[str]) -> list[list[str]]:
             ]  # fmt: skip
         )
     return rows
+
+
+def _asked(evaluations: Evaluations) -> str:
+    levels = [f"{level:g}" for level in list(evaluations.values())[-1]["asked"]["levels"]]
+    columns = ["", *(f"{side}, {level}" for side in ("chosen", "rejected") for level in levels),
+               "change of the difference", "rank correlation with the score gap"]  # fmt: skip
+    rows = [
+        [f"{model}: {name}", *map(_value, part["logp_chosen"]), *map(_value, part["logp_rejected"]),
+         _value(part["change"]), _value(part["rank_correlation"])]
+        for model, e in evaluations.items()
+        for name, part in e["asked"]["dimensions"].items()
+    ]  # fmt: skip
+    return table(columns, rows)
 
 
 def _cell(value: marks.Interval, text: str, bound: str, scale: float = 1.0) -> str:

@@ -21,6 +21,9 @@ from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE
 from amopo_fast.demo.model import demo_model
 from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.evaluation.generation import Sampling, Target, TrainedModel, generate
+from amopo_fast.judges.choose import JudgeOptions, load_judge
+from amopo_fast.judges.judge import Answer
+from amopo_fast.judges.template import read_score
 from amopo_fast.models.merge import merge_adapter
 from amopo_fast.models.saving import check_tokenizer_reloads
 from amopo_fast.prompts.builder import PromptBuilder
@@ -247,7 +250,7 @@ def test_a_tokenizer_that_the_saved_folder_would_not_give_back_is_refused(runs, 
 # a real server
 
 
-def test_transformers_serve_gives_the_answer_to_the_prompt_of_training(runs):
+def test_transformers_serve_gives_the_answer_to_the_prompt_of_training_and_judges(runs, tmp_path):
     pytest.importorskip("fastapi", reason="transformers' server is not installed")
     pytest.importorskip("uvicorn", reason="transformers' server is not installed")
     pytest.importorskip("openai", reason="transformers' server is not installed")
@@ -268,9 +271,27 @@ def test_transformers_serve_gives_the_answer_to_the_prompt_of_training(runs):
             assert answer["usage"]["prompt_tokens"] == len(prompt)
             [own] = generate(trained.model, trained.tokenizer, [prompt], Sampling(max_new_tokens=8, temperature=0))
             assert answer["choices"][0]["message"]["content"].strip() == own
+        check_judge(f"http://127.0.0.1:{port}/v1", model, trained, tmp_path)
     finally:
         server.kill()
         server.communicate()
+
+
+def check_judge(url, model, trained, folder):
+    """What a judge behind the server replies is what the model says, token for token."""
+    (folder / "template.txt").write_text("{answer} {dimension}: 0 1 2 3 4 5 ?")
+    options = JudgeOptions(model=model, template=str(folder / "template.txt"), request={"max_tokens": 6}, concurrency=2)
+    judge = load_judge(url, options, wording=trained.recipe.wording, score_range=(0, 5), cache=folder / "replies.jsonl")
+    answers = [Answer(tuple(QUESTION), text) for text in ("Here.", "There it is.")]
+    scores = judge.scores(answers, ["helpfulness"])[:, 0]
+    texts = [judge.template.to_score(answer, "helpfulness", judge.wording, (0, 5)) for answer in answers]
+    replies = judge.client.replies(texts)
+    prompts = [trained.prompt([{"role": "user", "content": text}], Target({})) for text in texts]
+    own = generate(trained.model, trained.tokenizer, prompts, Sampling(max_new_tokens=6, temperature=0))
+    assert [reply.strip() for reply in replies] == own
+    assert judge.usage.requests == 2 and judge.usage.cached == 2
+    assert judge.usage.prompt_tokens == sum(map(len, prompts)) and 0 < judge.usage.completion_tokens <= 12
+    assert scores == pytest.approx([read_score(reply, (0, 5)) for reply in replies], nan_ok=True)
 
 
 def _post(url, body, server):

@@ -20,7 +20,7 @@ FLOORS = (
     ("prompts",),
     ("packing", "survival"),
     ("models",),
-    ("memory", "integrations"),
+    ("memory", "integrations", "judges"),
     ("training",),
     ("evaluation", "demo"),
     ("cli",),
