@@ -68,5 +68,6 @@ class RealLogits(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         accelerator, wrapped = self.trainer.accelerator, self.trainer.model_wrapped
+        wrapped.train()  # on a CPU, 4-bit weights that run outside of training are laid out anew, for good
         with accelerator.autocast(AutocastKwargs(cache_enabled=False)):
             check_real_logits(accelerator.unwrap_model(wrapped), self.trainer.train_dataset.pairs[0], wrapped)
