@@ -30,7 +30,7 @@ from amopo_fast.packing.plan import Layout
 
 GIB = 2**30
 RESERVE = 4 * GIB
-HEAD_SLICE = 4096  # columns of logits alive in the head at a time
+HEAD_SLICE = 4096  # columns of logits alive in the head at a time, in the Triton backends
 HEAD_SLICE_BYTES = 6  # per logit: float32 and its bfloat16 gradient
 QUANTISED_BYTES = 0.5 + 4 / 64  # per weight: nf4 with a float32 scale per 64
 NESTED_QUANTISED_BYTES = 0.5 + (1 + 4 / 256) / 64  # scales in 8 bits, in blocks of 256
@@ -97,6 +97,7 @@ class Setup:
     liger: bool = False  # liger-kernel's RMSNorm and SwiGLU
     accumulates: bool = False  # gradients of earlier micro-batches are alive
     gpus: int = 1  # sharded over
+    head_slice: int = HEAD_SLICE
 
     @property
     def shards(self) -> bool:
@@ -287,7 +288,7 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     head_trained = any(p.trained and p.place == "head" for p in parameters)
     tied = not any(p.place == "embedding" for p in parameters)
     head_gradient = (setup.weight_bytes if gpus == 1 else 2) * vocabulary * hidden if head_trained else 0
-    head_working = row.label_tokens * min(HEAD_SLICE, vocabulary) * HEAD_SLICE_BYTES + rows * (2 + 2 + 4)
+    head_working = row.label_tokens * min(setup.head_slice, vocabulary) * HEAD_SLICE_BYTES + rows * (2 + 2 + 4)
 
     if setup.in_backward:
         # the profile holds the layers' gradients until they are stepped; a tied head's waits for the embedding's

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -31,6 +31,7 @@ from transformers.integrations.moe import ExpertsInterface
 from amopo_fast.models.architecture import decoder_of, language_model_of, layer_configs
 from amopo_fast.models.depth import period_of, set_layers
 from amopo_fast.models.text_part import auto_class, freeze_beside_text, not_adapted
+from amopo_kernels.head.operators import IMPLEMENTATIONS
 
 ATTENTION = EXPERTS = "amopo_profile"
 LORA_MODULES = "all-linear"
@@ -53,7 +54,12 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        name = func.name().removeprefix("amopo_kernels::")
+        if name in IMPLEMENTATIONS and not any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
+            with self:  # its slices of logits count
+                out = IMPLEMENTATIONS[name](*args, **kwargs)
+        else:
+            out = func(*args, **kwargs)
         if func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         self.include(leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))

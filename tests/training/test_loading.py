@@ -187,5 +187,5 @@ def test_dry_run_prints_prediction_and_measurement(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "longest micro-batch" in shown and "computed tokens/s" in shown
     ratio = float(shown.split("prediction / measurement ")[1].split(";")[0])
-    assert 0.9 < ratio < 1.1
+    assert 0.85 < ratio < 1.15  # of 6 MB; tests/memory holds the parts to 3 %
     assert not list((tmp_path / "run").glob("**/*.safetensors"))

@@ -180,6 +180,10 @@ def _backward(*arguments):
     return tuple(_empty(hidden, 0) if x is None else x for x in (d_hidden, d_weight, d_bias))
 
 
+# Of the operators by name, for tools that look inside: an operator of Python's hides from dispatch modes what it calls.
+IMPLEMENTATIONS = {"linear_logps": _forward, "linear_logps_backward": _backward}
+
+
 @torch.library.register_fake("amopo_kernels::linear_logps_backward", lib=_LIBRARY)
 def _fake_backward(*arguments):
     _, inputs, _, needed, _ = _backward_arguments(arguments)

@@ -129,6 +129,7 @@ def forward(problem: Problem) -> Forward:
             exponentials = exponentials if cap_slope is None else exponentials.mul_(cap_slope)
             w = _operand(problem.weight[begin:end], options.dtype)
             _mm_into(expected, exponentials.to(x.dtype), w, add=True)
+        del z, scores, exponentials, cap_slope  # or two slices would be alive when the next is made
     if options.group:
         tables, label_logit = gather_strips(problem, tables, label_logit, problem.inverse_temperature, torch.exp)
     rows = merge(tables, label_logit, problem.labels_of_all_ranks, problem.inverse_temperature)
@@ -216,10 +217,10 @@ def backward(
             d_bias[begin:end] = ds.sum(0)
         ds = ds.to(x.dtype)
         if d_weight is not None:
-            left, right = (ds.bfloat16(), problem.hidden) if native else (ds, x)
-            _mm_into(d_weight[begin:end], left.T, right)
+            _mm_into(d_weight[begin:end], (ds.bfloat16() if native else ds).T, problem.hidden if native else x)
         if need_hidden:
             _mm_into(d_hidden, ds, _operand(problem.weight[begin:end], problem.options.dtype), add=True)
+        del z, scores, ds, cap_slope
     return d_hidden
 
 
