@@ -20,6 +20,8 @@ OPTIONS = {
     "gamma": 2.0,
     "num_pairs": None,
     "weighting": "gaussian",
+    "prior": None,
+    "tau": 1.0,
     "compat": "paper",
     "sft_coef": 0.0,
 }

@@ -7,6 +7,8 @@ own forward, and their last hidden states through the head as the kernels have i
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import nn
@@ -93,7 +95,7 @@ def _require_equal(name, own, raw, bias, form: HeadForm, forms: list[HeadForm]) 
         )
     rounding = _ROUNDINGS * torch.finfo(raw.dtype).eps
     error = _difference(own, _logits(raw, bias, form))
-    if error < rounding:
+    if error < rounding or not math.isfinite(error):  # weights that are not finite are named by who guards them
         return error
     found = f"the logits of its own forward differ by {error:.1e} from those of {_words(form)}, which its miniature has"
     other = next((each for each in forms if _difference(own, _logits(raw, bias, each)) < rounding), None)
