@@ -1,15 +1,15 @@
 """Does AMoPO serve several dimensions better than SimPO? A small model from scratch, a task that a program judges.
 
-    python benchmarks/quality.py --out quality.json                   15 minutes on 2 CPU cores
+    python benchmarks/quality.py --out quality.json                   20 minutes on 2 CPU cores
     python benchmarks/quality.py --setting gpu --out quality.json     10 minutes on one GPU
     python benchmarks/tables.py --add quality.json                    files it under results/ and writes the tables
 
 For every seed a model learns the task from right answers and then sees answers in which each dimension is good half of
-the time: it knows how, and does not do it. From that model four methods train on the same pairs, each until it has
-computed the same number of tokens: AMoPO with weighting gaussian, mean and uniform on all dimensions, and SimPO, which
-is one dimension (no_object). SimPO's steps compute fewer tokens, so it makes more of them; beside it stands SimPO with
-as many steps as AMoPO, at about a quarter of the tokens. All share beta, gamma, the schedule and the pairs of a step;
-the learning rate of each method is the best of a few on a seed that no result uses.
+the time: it knows how, and does not do it. From that model all methods train on the same pairs, each until it has
+computed the same number of tokens: AMoPO with every weighting on all dimensions, and SimPO, which is one dimension
+(no_object). SimPO's steps compute fewer tokens, so it makes more of them; beside it stands SimPO with as many steps as
+AMoPO, at about a quarter of the tokens. All share beta, gamma, the schedule and the pairs of a step; the learning rate
+of each method is the best of a few on a seed that no result uses.
 
 Judged are responses sampled at temperature 1 to held-out prompts with the no_object instruction, which all methods
 trained on. A win rate compares a method's response with SimPO's to the same prompt, per dimension; ties count half.
@@ -62,6 +62,8 @@ METHODS = {
     "AMoPO gaussian": (DIMENSIONS, "gaussian"),
     "AMoPO mean": (DIMENSIONS, "mean"),
     "AMoPO uniform": (DIMENSIONS, "uniform"),
+    "AMoPO worst_first": (DIMENSIONS, "worst_first"),
+    "AMoPO score_gap": (DIMENSIONS, "score_gap"),
     "SimPO": (DIMENSIONS[:1], "uniform"),
     "SimPO, as many steps": (DIMENSIONS[:1], "uniform"),
 }
