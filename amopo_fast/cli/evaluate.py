@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from amopo_fast.cli.numbers import numbers, whole
 from amopo_fast.errors import check_numbers
+
+if TYPE_CHECKING:
+    from amopo_fast.prompts.recipe import Recipe
+    from amopo_fast.training.objective import AMoPO
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
@@ -64,7 +68,6 @@ def run(arguments) -> int:
     from amopo_fast.prompts.dataset import load_eval_data
     from amopo_fast.prompts.recipe import as_trained, recipe_of
     from amopo_fast.prompts.tokenizer import load_tokenizer
-    from amopo_fast.training.objective import AMoPO
 
     config, objective, options = parse_options(
         "eval", (DataConfig, EvaluationOptions), arguments.rest, ignore=RUN_CLASSES,
@@ -78,19 +81,19 @@ def run(arguments) -> int:
     lines: list[str] = []
     for name, own in zip(models, recipes, strict=True):
         recipe = own or shared
-        chosen, wording, trained = config, None, objective
+        chosen, wording = config, None
         if recipe is not None:
             chosen, wording, notes = as_trained(config, recipe, options.given)
             if own is None:
                 notes.insert(0, "no recipe of its own: prompted as the other model was trained")
             for note in notes:
                 print(f"{name}: {note}", file=sys.stderr)
-            trained = trained_objective(objective, recipe, options.given)
         tokenizer = load_tokenizer(tokenizer_folder(name))
         data = load_eval_data(chosen, tokenizer, seed=objective.seed, wording=wording)
         check_levels(options.levels or (), data.score_range)
         model = load_trained(name, dtype=options.dtype, device=options.device)
-        how = {"dimensions": chosen.dimensions, "objective": AMoPO(trained.beta, trained.gamma),
+        trained = trained_objective(objective, recipe, options.given, chosen.dimensions)
+        how = {"dimensions": chosen.dimensions, "objective": trained,
                "tokens_per_row": options.tokens_per_row, "layout": options.layout}  # fmt: skip
         under = {
             level: load_eval_data(chosen, tokenizer, seed=objective.seed, wording=wording, asked=level).evals
@@ -126,10 +129,20 @@ def run(arguments) -> int:
     return 0
 
 
-def trained_objective(options: EvaluationOptions, recipe, given) -> EvaluationOptions:
-    """The options with the hyper-parameters that a model was trained with, where the user gave none."""
-    own = {name: recipe.objective[name] for name in ("beta", "gamma") if name in recipe.objective and name not in given}
-    return dataclasses.replace(options, **own)
+def trained_objective(
+    options: EvaluationOptions, recipe: Recipe | None, given: Collection[str], dimensions: Sequence[str]
+) -> AMoPO:
+    """AMoPO with the hyper-parameters that a model was trained with, where the user gave none; its dimensions' own
+    weights where the same dimensions are evaluated."""
+    from amopo_fast.training.objective import AMoPO
+
+    trained = {} if recipe is None else recipe.objective
+    found = {name: trained[name] for name in ("weighting", "tau") if name in trained}
+    for name in ("beta", "gamma"):
+        found[name] = trained[name] if name in trained and name not in given else getattr(options, name)
+    if recipe is not None and trained.get("dimension_weights") and tuple(recipe.dimensions) == tuple(dimensions):
+        found["dimension_weights"] = tuple(trained["dimension_weights"])
+    return AMoPO(**found)
 
 
 def find_models(name: str, every: bool) -> list[str]:

@@ -3,12 +3,14 @@ speed."""
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from run_training import pairs, trainer
 
+from amopo_fast.cli.evaluate import EvaluationOptions, trained_objective
 from amopo_fast.errors import OptionError
 from amopo_fast.packing.plan import build_plan
 from amopo_fast.packing.schedule import Collator
@@ -16,6 +18,7 @@ from amopo_fast.prompts.tokens import PairTokens
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.objective import AMoPO, Batch
 from amopo_fast.training.objectives import objective_of
+from amopo_fast.training.provenance import objective_entry
 from amopo_kernels import sequence_stats
 
 PAIRS, DIMENSIONS = 4, 3
@@ -60,6 +63,15 @@ def test_an_evaluation_keeps_a_weighting_without_noise():
     for weighting in ("mean", "uniform", "worst_first", "score_gap"):
         assert AMoPO(weighting=weighting).for_evaluation() == AMoPO(weighting=weighting)
     assert AMoPO(dimension_weights=(1.0, 2.0)).for_evaluation() == AMoPO(weighting="mean", dimension_weights=(1.0, 2.0))
+
+
+def test_eval_weighs_as_the_model_was_trained():
+    trained = AMoPO(2.0, 1.0, "score_gap", 3.0, (1.0, 2.0))
+    recipe = SimpleNamespace(dimensions=("a", "b"), objective=objective_entry(trained))
+    found = trained_objective(EvaluationOptions(gamma=0.5), recipe, {"gamma"}, ["a", "b"])
+    assert found == AMoPO(2.0, 0.5, "score_gap", 3.0, (1.0, 2.0))
+    assert trained_objective(EvaluationOptions(), recipe, {}, ["b", "a"]).dimension_weights is None
+    assert trained_objective(EvaluationOptions(beta=3.0), None, {"beta"}, ["a"]) == AMoPO(3.0)
 
 
 def scored_pairs(count):
