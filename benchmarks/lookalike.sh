@@ -22,6 +22,7 @@ if [[ ! -e $folder/built ]]; then
     setuptools wheel build pyarrow pandas scipy psutil
   touch "$folder/built"
 fi
+"$folder/bin/python" -m pip install -q xxhash==4.1.0 # travels in .whl: checkpoints need it
 
 export PATH="$folder/bin:$PATH" PYTHONPATH="$PWD:$PWD/kernels" OMP_NUM_THREADS=1
 # shellcheck source=benchmarks/rehearse.sh

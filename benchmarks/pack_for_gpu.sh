@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU machine without a network needs beside this checkout: the peers' wheels, in .whl (which git ignores).
+# What a GPU machine without a network needs beside this checkout, in .whl (which git ignores): xxhash and the peers.
 #
 #     benchmarks/pack_for_gpu.sh            downloads them for Python 3.12 on x86-64 and prints what to carry and to run
 #     benchmarks/pack_for_gpu.sh PYTHON     also unpacks them as that machine would, beside PYTHON's packages, and imports
@@ -10,7 +10,7 @@ limit_mib=64 # of everything that travels
 
 # Pure Python, or Triton compiled on the machine. Liger's Hopper kernels would need nvidia-cutlass-dsl and its libraries,
 # which alone are larger than the limit.
-wheels=(liger-kernel==0.8.5 cut-cross-entropy==25.1.1)
+wheels=(xxhash==4.1.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1)
 
 rm -rf .whl
 platforms=()
@@ -36,10 +36,11 @@ if [[ $# -gt 0 ]]; then
   PYTHONPATH="$site" "$1" - << 'PYTHON'
 import importlib.metadata
 import cut_cross_entropy
+import xxhash
 import liger_kernel.chunked_loss
 import liger_kernel.ops.fused_linear_cross_entropy
 from cut_cross_entropy import linear_cross_entropy
-names = ("liger-kernel", "cut-cross-entropy", "torch", "triton")
+names = ("xxhash", "liger-kernel", "cut-cross-entropy", "torch", "triton")
 print("unpacked and imported:", *(f"{name} {importlib.metadata.version(name)}" for name in names))
 PYTHON
 fi
