@@ -25,7 +25,7 @@ _MOST_HIGH = 3  # runs with high rows
 
 NOTES = {
     "loss": "As trained: the weighted sum over dimensions, per pair.",
-    "accuracy": "Pairs whose chosen response is likelier per token than the rejected one; dotted: chance.",
+    "accuracy": "Pairs whose response with the higher score is likelier per token; ties do not count; dotted: chance.",
     "margin": "beta (l_chosen - l_rejected) - gamma, l the mean log-probability of a response's tokens.",
     "weight": "A dimension's mean share of a pair's loss; dotted: equal shares.",
     "probability": "Mean over a response's tokens, pairs and dimensions.",
