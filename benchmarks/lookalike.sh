@@ -15,14 +15,15 @@ log=$(realpath -m "${2:-benchmarks/results/lookalike.txt}")
 if [[ ! -e $folder/built ]]; then
   "${PYTHON:-python3.12}" -m venv "$folder"
   # Those that the machine's own list of packages has, and none of torchao, datasets, bitsandbytes, liger-kernel,
-  # jsonschema, ruff and mypy.
+  # ruff and mypy.
   "$folder/bin/python" -m pip install -q torch==2.11.0 triton==3.6.0 transformers==5.17.0 numpy==2.5.2 \
     accelerate==1.15.0 huggingface_hub==1.33.0 safetensors==0.8.0 tokenizers==0.23.2 sentencepiece==0.2.2 \
     tiktoken==0.14.0 peft protobuf pytest pytest-timeout hypothesis matplotlib pyyaml rich tqdm jinja2 tensorboard \
     setuptools wheel build pyarrow pandas scipy psutil
   touch "$folder/built"
 fi
-"$folder/bin/python" -m pip install -q xxhash==4.1.0 # travels in .whl: checkpoints need it
+# What travels in .whl because a run needs it.
+sed -n 's/^required=(\(.*\))$/\1/p' benchmarks/pack_for_gpu.sh | xargs "$folder/bin/python" -m pip install -q --no-deps
 
 export PATH="$folder/bin:$PATH" PYTHONPATH="$PWD:$PWD/kernels" OMP_NUM_THREADS=1
 # shellcheck source=benchmarks/rehearse.sh

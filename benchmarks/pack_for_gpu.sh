@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What a GPU machine without a network needs beside this checkout, in .whl (which git ignores): xxhash and the peers.
+# What a GPU machine without a network needs beside this checkout, in .whl (which git ignores): what is
+# required and not there, and the peers.
 #
 #     benchmarks/pack_for_gpu.sh            downloads them for Python 3.12 on x86-64 and prints what to carry and to run
 #     benchmarks/pack_for_gpu.sh PYTHON     also unpacks them as that machine would, beside PYTHON's packages, and imports
@@ -8,9 +9,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 limit_mib=64 # of everything that travels
 
+# What setup.py requires and the machine lacks, with what that requires: checkpoints have checksums and a schema.
+required=(xxhash==4.1.0 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 rpds-py==2026.9.1 attrs==26.1.0)
 # Pure Python, or Triton compiled on the machine. Liger's Hopper kernels would need nvidia-cutlass-dsl and its libraries,
 # which alone are larger than the limit.
-wheels=(xxhash==4.1.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1)
+peers=(liger-kernel==0.8.5 cut-cross-entropy==25.1.1)
 
 rm -rf .whl
 platforms=()
@@ -18,7 +21,7 @@ for platform in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manyl
   platforms+=(--platform "${platform}_x86_64")
 done
 python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp "${platforms[@]}" \
-  -d .whl "${wheels[@]}"
+  -d .whl "${required[@]}" "${peers[@]}"
 
 bytes=$(git ls-files -z --cached --others --exclude-standard | xargs -0 cat -- 2>/dev/null | wc -c)
 bytes=$((bytes + $(cat .whl/*.whl | wc -c)))
@@ -36,11 +39,12 @@ if [[ $# -gt 0 ]]; then
   PYTHONPATH="$site" "$1" - << 'PYTHON'
 import importlib.metadata
 import cut_cross_entropy
+import jsonschema
 import xxhash
 import liger_kernel.chunked_loss
 import liger_kernel.ops.fused_linear_cross_entropy
 from cut_cross_entropy import linear_cross_entropy
-names = ("xxhash", "liger-kernel", "cut-cross-entropy", "torch", "triton")
+names = ("xxhash", "jsonschema", "liger-kernel", "cut-cross-entropy", "torch", "triton")
 print("unpacked and imported:", *(f"{name} {importlib.metadata.version(name)}" for name in names))
 PYTHON
 fi
