@@ -37,6 +37,8 @@ class JudgeServer:
         owner = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
+            _inside = False
+
             def do_GET(self):
                 owner.gets.append(self.headers.get("Authorization"))
                 self._send(200, {}, json.dumps({"data": [{"id": name} for name in owner.models]}).encode())
@@ -49,6 +51,7 @@ class JudgeServer:
                     owner.times.append(time.monotonic())
                     number = len(owner.bodies)
                     owner._at_once += 1
+                    self._inside = True
                     owner.most_at_once = max(owner.most_at_once, owner._at_once)
                 try:
                     found = owner.answer(body, number)
@@ -76,10 +79,15 @@ class JudgeServer:
                     except OSError:
                         pass
                 finally:
-                    with owner._lock:
-                        owner._at_once -= 1
+                    self._leave()
+
+            def _leave(self):
+                with owner._lock:
+                    owner._at_once -= self._inside
+                    self._inside = False
 
             def _send(self, status, headers, body):
+                self._leave()  # a client that has the reply sends its next request before this thread goes on
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(body)), **headers}.items():
                     self.send_header(name, value)

@@ -93,7 +93,7 @@ def test_sharded_parts_are_read_without_running_code(tmp_path):
     assert unreadable(tmp_path / "entry").startswith("optimizer_0/.metadata cannot be read without running code")
     shutil.copytree(tmp_path / "good", tmp_path / "index")
     (tmp_path / "index" / "optimizer_0" / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
-    assert "(io.open is not part of a checkpoint's index)" in unreadable(tmp_path / "index")
+    assert "io.open is not part of a checkpoint's index)" in unreadable(tmp_path / "index")
     assert not (tmp_path / "owned").exists()
 
 

@@ -93,6 +93,9 @@ ACTS = {
     "optim_in_backward": ("adamw_8bit", "optimizer", {"pairs_per_step": 1}),
     "clip_in_backward": ("per_tensor", "optimizer", {"pairs_per_step": 1, "optim_in_backward": "adamw"}),
 }  # fmt: skip
+if not hasattr(AMoPOConfig, "activation_checkpointing"):  # transformers < 5.24 has gradient_checkpointing alone
+    for name in ("activation_checkpointing", "activation_checkpointing_kwargs"):
+        del ACTS[name]
 # What a CPU, one process or a test without a network cannot show, and where it acts.
 ELSEWHERE = {
     "fp16": "GPUs", "tf32": "GPUs", "torch_empty_cache_steps": "GPUs", "use_liger_kernel": "GPUs",
