@@ -82,27 +82,28 @@ def score_pairs(
     sizes = PairSizes.of(pairs, choice.layout)
     rows = best_fit(range(len(pairs)), sizes, tokens_per_row)
     order = [index for row in rows for index in row]
-    tables, sums = [], []
+    tables, sums, score_gaps, facts = [], [], [], []  # of the pairs in `order`
     probabilities = np.zeros((len(dimensions), 2, PROBABILITY_BINS), dtype=np.int64)
     try:
         for row in rows:
             here = [pairs[index] for index in row]
             plan = build_plan(here, choice.layout).to(device)
             stats = score(model, plan, attention_backend=attention_backend, backend=kernel_backend)
-            gaps = torch.from_numpy(np.stack([pair.gaps() for pair in here])).to(device)
-            batch = Batch(len(dimensions), score_gaps=gaps)
+            gaps = np.stack([pair.gaps() for pair in here])
+            facts += [(pair.record, len(pair.chosen), len(pair.rejected), pair.prompt_id) for pair in here]
+            score_gaps.append(gaps)
+            batch = Batch(len(dimensions), score_gaps=torch.from_numpy(gaps).to(device))
             tables.append(objective(stats, batch).table().double().cpu().numpy())
             sums.append(stats.logp_sum.double().view(-1, len(dimensions), 2).cpu().numpy())
             probabilities += _histogram(stats, len(dimensions))
     finally:
         model.train(was_training)
-    table = np.concatenate(tables)[np.argsort(order)]
-    records = np.array([pair.record for pair in pairs])
-    lengths = np.array([(len(pair.chosen), len(pair.rejected)) for pair in pairs])
+    back = np.argsort(order)
+    records, chosen, rejected, prompts = np.array(facts, dtype=np.int64)[back].T
     return Scores(
-        tuple(dimensions), records, table, lengths, probabilities, objective, choice.describe(sizes.share),
-        np.concatenate(sums)[np.argsort(order)], score_gaps=np.stack([pair.gaps() for pair in pairs]),
-        prompts=np.array([pair.prompt_id for pair in pairs]),
+        tuple(dimensions), records, np.concatenate(tables)[back], np.stack([chosen, rejected], 1), probabilities,
+        objective, choice.describe(sizes.share), np.concatenate(sums)[back],
+        score_gaps=np.concatenate(score_gaps)[back], prompts=prompts,
     )  # fmt: skip
 
 

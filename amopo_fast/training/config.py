@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -215,10 +215,7 @@ class AMoPOConfig(TrainingArguments):
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
             if isinstance(value, str) and value.startswith("{"):
-                try:
-                    json.loads(value)
-                except ValueError as error:
-                    raise OptionError(f"{name}: not JSON: {error}", name) from None
+                _from_json(name, value)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 named = ", ".join(filter(None, choices))
@@ -292,10 +289,7 @@ class AMoPOConfig(TrainingArguments):
     def _read_dimension_weights(self) -> None:
         name, value = "dimension_weights", self.dimension_weights
         if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except ValueError as error:
-                raise OptionError(f"{name}: not JSON: {error}", name) from None
+            value = _from_json(name, value)
         if value is None:
             return
         if not isinstance(value, dict) or not value:
@@ -312,3 +306,11 @@ class AMoPOConfig(TrainingArguments):
         named = [name for name in changed if name in text]
         quoted = [name for name, value in changed.items() if isinstance(value, str) and value and value in text]
         return max(named, key=len, default="") or next(iter(quoted), "")
+
+
+def _from_json(option: str, text: str) -> Any:
+    """Raises OptionError for what is not JSON."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise OptionError(f"{option}: not JSON: {error}", option) from None

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from models_for_integrations import add_lora, tiny_model
 
 from amopo_kernels import dispatch
 
@@ -41,6 +42,17 @@ def trl_trainers():
         return CPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
 
     return make
+
+
+def dpo_trainer(trl, kind, folder, **options):
+    """(model, DPO's trainer in training mode) of a kind of `tiny_model` beside a reference of it, or "lora"."""
+    model = tiny_model("tied" if kind == "lora" else kind)
+    if kind == "lora":
+        trainer = trl("dpo", add_lora(model), folder, **options)
+    else:
+        trainer = trl("dpo", model, folder, tiny_model(kind, seed=1), **options)
+    trainer.model.train()
+    return model, trainer
 
 
 def batch(model, rows=4, length=12, prompt=5):

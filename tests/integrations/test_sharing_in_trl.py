@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from models_for_integrations import add_lora, tiny_model
-from trainers_of_trl import assert_same_gradients, both_ways, trl_trainers  # noqa: F401
+from models_for_integrations import tiny_model
+from trainers_of_trl import assert_same_gradients, both_ways, dpo_trainer, trl_trainers  # noqa: F401
 
 from amopo_fast.errors import OptionError
 from amopo_fast.integrations.trl import share_prefixes
@@ -44,12 +44,7 @@ class Count:
     ("lora", {"loss_type": ["sigmoid", "sft"]}),
 ])  # fmt: skip
 def test_dpo(trl, tmp_path, kind, options):
-    model = tiny_model("tied" if kind == "lora" else kind)
-    if kind == "lora":
-        trainer = trl("dpo", add_lora(model), tmp_path, **options)
-    else:
-        trainer = trl("dpo", model, tmp_path, tiny_model(kind, seed=1), **options)
-    trainer.model.train()
+    model, trainer = dpo_trainer(trl, kind, tmp_path, **options)
     inputs = batch([0, 1, 0, 1])
     computed = []
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models_for_integrations import KINDS, add_lora, tiny_model
-from trainers_of_trl import assert_same_gradients, batch, both_ways, trl_trainers  # noqa: F401
+from trainers_of_trl import assert_same_gradients, batch, both_ways, dpo_trainer, trl_trainers  # noqa: F401
 
 from amopo_kernels import UnsupportedError
 from amopo_kernels.integrations.trl import patch_trl
@@ -14,12 +14,7 @@ from amopo_kernels.integrations.trl import patch_trl
     ("tied", {"gradient_checkpointing": True}), ("tied", {"bf16": True}), ("lora", {}),
 ])  # fmt: skip
 def test_dpo(trl, tmp_path, kind, options):
-    model = tiny_model("tied" if kind == "lora" else kind)
-    if kind == "lora":
-        trainer = trl("dpo", add_lora(model), tmp_path, **options)
-    else:
-        trainer = trl("dpo", model, tmp_path, tiny_model(kind, seed=1), **options)
-    trainer.model.train()
+    model, trainer = dpo_trainer(trl, kind, tmp_path, **options)
     inputs = batch(model)
 
     def run(trainer):
