@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,17 @@ from amopo_fast.packing.plan import Plan
 from amopo_fast.training.objective import SHARES
 
 TOKENS = ("label", "padded_equivalent")
+
+
+def added(so_far: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
+    """A running sum on the device of its newest term: one that a checkpoint restored lies on the CPU."""
+    return term if so_far is None else so_far.to(term.device) + term
+
+
+def total(parts: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
+    """Of the running sums of several ranks; None where no rank has one."""
+    found = [part for part in parts if part is not None]
+    return torch.stack(found).sum(0) if found else None
 
 
 class Meter:
@@ -41,8 +52,7 @@ class Meter:
         row = here.any().double()
         pairs, sequences = here.any(-1).sum().double(), 2 * here.sum().double()
         trained = torch.stack([pairs, sequences, *(row * count for count in tokens)])
-        self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
-        self._trained = trained if self._trained is None else self._trained.to(trained.device) + trained
+        self._sums, self._trained = added(self._sums, sums), added(self._trained, trained)
         self._computed += plan.num_tokens
 
     def state_dict(self) -> dict:
@@ -65,13 +75,8 @@ class Meter:
         whole = {name: states[0][name] for name in ("num_tokens", "elapsed")}
         if rank:
             return {"sums": None, "trained": None, "computed": 0, **whole}
-
-        def total(name: str) -> torch.Tensor | None:
-            found = [state[name] for state in states if state[name] is not None]
-            return torch.stack(found).sum(0) if found else None
-
-        computed = sum(state["computed"] for state in states)
-        return {"sums": total("sums"), "trained": total("trained"), "computed": computed, **whole}
+        sums = {name: total(state[name] for state in states) for name in ("sums", "trained")}
+        return {**sums, "computed": sum(state["computed"] for state in states), **whole}
 
     def read(self, reduce=lambda tensor: tensor) -> dict[str, float]:
         """Metrics since the last call; `reduce` sums a tensor over ranks. Empty if nothing was added."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from amopo_fast.models.routers import check_router_loss
+from amopo_fast.training.metrics import added, total
 
 
 class RouterLoss:
@@ -34,8 +35,7 @@ class RouterLoss:
         if not self._rows:
             return 0.0
         loss = self._rows.pop()
-        sums = torch.stack([loss.detach() * pairs, pairs]).double()
-        self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
+        self._sums = added(self._sums, torch.stack([loss.detach() * pairs, pairs]).double())
         return self.coefficient * loss * pairs / num_pairs
 
     def read(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
@@ -53,5 +53,4 @@ class RouterLoss:
 
     def combine_states(self, states: list[dict], rank: int) -> dict:
         """Rank 0 takes the sums of all old ranks, the others begin empty."""
-        found = [] if rank else [state["sums"] for state in states if state["sums"] is not None]
-        return {"sums": torch.stack(found).sum(0) if found else None}
+        return {"sums": None if rank else total(state["sums"] for state in states)}
