@@ -39,8 +39,8 @@ class Entry:
     smoke: bool = True  # False: minutes in the interpreter
 
 
-# Several processes at once: most of a test's time on a GPU is the host's, which compiles. The session ends itself before
-# its budget does, so that what failed is told.
+# Several processes at once: most of a test's time on a GPU is the host's, which compiles. The session ends itself
+# before its budget does, so that what failed is told.
 GPU_TESTS = "python -m pytest -n 6 --timeout 60 --session-timeout 75 -m gpu tests"
 # On a GPU the kernels' tests without its marker run on it as well, instead of in the interpreter.
 KERNEL_TESTS = "python -m pytest -n 14 --timeout 40 --session-timeout 45 tests/kernels"
