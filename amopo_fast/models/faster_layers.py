@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
+import sys
+from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -51,6 +56,41 @@ def liger_config(given: dict[str, bool] | None) -> dict[str, bool]:
     return {**LIGER_BODY, **given}
 
 
+@contextlib.contextmanager
+def without_liger() -> Iterator[None]:
+    """transformers' models as they are installed, for those that are built and run inside.
+
+    Liger's patch of a model replaces functions and classes of its file, for every later model of the process; what it
+    puts there runs on a GPU's real tensors alone, and takes a fake tensor's address for one.
+    """
+    patched = []
+    for module in [*sys.modules.values()]:
+        if getattr(module, "__name__", "").startswith("transformers.models."):
+            own = {name: value for name, value in vars(module).items() if _from_liger(value)}
+            if own:
+                patched.append((module, own))
+    for module, own in patched:
+        vars(module).update({name: getattr(_as_installed(module.__name__), name) for name in own})
+    try:
+        yield
+    finally:
+        for module, own in patched:
+            vars(module).update(own)
+
+
+@functools.cache
+def _as_installed(name: str) -> ModuleType:
+    """A module executed once more, beside the one that is imported."""
+    spec = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _from_liger(value: object) -> bool:
+    return str(getattr(value, "__module__", "")).startswith("liger_kernel")
+
+
 @functools.cache
 def _compiled_class(layer_class: type[nn.Module], backend: str) -> type[nn.Module]:
     """A subclass whose forward is compiled for packed rows and the class's own for everything else.
@@ -71,8 +111,7 @@ def _compiled_class(layer_class: type[nn.Module], backend: str) -> type[nn.Modul
 
 def _is_ligers(module: nn.Module) -> bool:
     """Liger replaces classes for new models, and methods of the modules of one that is there."""
-    forwards = module.forward, type(module).forward
-    return any(getattr(forward, "__module__", "").startswith("liger_kernel") for forward in forwards)
+    return _from_liger(module.forward) or _from_liger(type(module).forward)
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:

@@ -77,10 +77,11 @@ def slice_columns(hidden: Tensor, dtype: torch.dtype) -> int:
     if launch.INTERPRETED:
         return 128
     tiles, processors = launch.tiles(hidden.device, dtype), launch.processors(hidden.device)
-    return _slice_columns(*hidden.shape, tiles, processors)
+    traced = any(isinstance(size, torch.SymInt) for size in hidden.shape)
+    return (_slice_columns.__wrapped__ if traced else _slice_columns)(*hidden.shape, tiles, processors)
 
 
-@functools.lru_cache(4096)  # numbers of rows recur; a call asks twice
+@functools.lru_cache(4096)  # a call asks several times, and numbers of rows recur
 def _slice_columns(rows: int, features: int, tiles: launch.Configuration, processors: int) -> int:
     scores, d_weight, d_hidden = tiles.scores, tiles.d_weight, tiles.d_hidden
     blocks = launch.blocks
