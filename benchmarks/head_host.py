@@ -73,7 +73,7 @@ def main() -> None:
                 if mode.frozen:
                     given = given.__class__(**{**vars(given), "weight": given.weight.detach()})
                 run(given)
-                name = f"ours, {backend}"
+                name = f"ours, {backend}" + (", cached" if mode.name == "cached" else "")
                 rows[name] = {"host_ms": host_ms(run, given, 7)}
                 runs[name] = run
                 rows[f"{name}, graph"] = {}

@@ -32,6 +32,7 @@ TARGETS = {
 }  # of case C there is none: a larger A
 PLOTTED = ROOT / "benchmarks" / "results" / "head_sweeps.png"
 PLOTTED_OPTIMIZERS = ROOT / "benchmarks" / "results" / "optimizers.png"
+GRAPH = ", graph"  # head_host.py's replays of a CUDA graph, which the tables of the head leave out
 # Not shown in a plain table: they only refine or repeat another column.
 HIDDEN = ("p20_ms", "p80_ms", "min_ms", "runs", "dtype", "options", "losses", "shape", "tokens", "predicted_parts",
           "flop", "reserved_bytes", "heldout_accuracy", "loss_at_end")  # fmt: skip
@@ -96,7 +97,7 @@ def timing(row: dict | None) -> str:
     if row is None:
         return NOT_MEASURED
     if "median_ms" not in row:
-        return row["status"]
+        return "not run" if row["status"].startswith("not run") else row["status"]
     spread = f"{milliseconds(row['p20_ms'])} to {milliseconds(row['p80_ms'])}"
     return f"{milliseconds(row['median_ms'])} ({spread})"
 
@@ -121,12 +122,17 @@ def cell(name: str, value) -> str:
 
 
 def head_table(case: str) -> str:
-    """Variants by mode: median milliseconds and 20 to 80 % of the runs; memory and errors of forward+backward."""
-    found = [*results(f"head_{case}", "cuda"), *results("head", "cuda")]
-    reports = [r for r in found if any(row["case"] == case for row in r["rows"])]
-    if not reports:
+    """Variants by mode: median milliseconds and 20 to 80 % of the runs; memory and errors of forward+backward. What was
+    measured again, of some variants, replaces what stood there."""
+    by_gpu: dict[str, list[dict]] = {}
+    for entry in (f"head_{case}", "head_host", "head"):
+        for report in results(entry, "cuda"):
+            if any(row["case"] == case for row in report["rows"]):
+                by_gpu.setdefault(report["environment"]["gpu"], []).append(report)
+    if not by_gpu:
         return _targets_only(case)
-    return "\n\n".join(_head_table(case, report) for report in reports)
+    return "\n\n".join(_head_table(case, reports) for reports in by_gpu.values())
+
 
 
 def _targets_only(case: str) -> str:
@@ -135,8 +141,14 @@ def _targets_only(case: str) -> str:
     return markdown(["mode", "target, H200", "ours and peers"], rows)
 
 
-def _head_table(case: str, report: dict) -> str:
-    rows = [row for row in report["rows"] if row["case"] == case]
+def _head_table(case: str, reports: list[dict]) -> str:
+    found: dict[tuple[str, str], dict] = {}
+    for report in reports:
+        for row in report["rows"]:
+            key = row["variant"], row["mode"]
+            if row["case"] == case and not row["variant"].endswith(GRAPH):
+                found[key] = found.get(key, {}) | row  # errors and memory of a first report stay where a later has none
+    rows = list(found.values())
     heading = ["variant", "forward+backward, ms", "forward, ms", "frozen head, ms", "extra memory, MiB",
                "logp error", "dX error", "dW error"]  # fmt: skip
     table = []
@@ -155,7 +167,19 @@ def _head_table(case: str, report: dict) -> str:
         parts.append(
             "Targets on an H200: " + ", ".join(f"{mode} {ms} ms" for mode, ms in TARGETS[case].items()) + "."
         )  # fmt: skip
-    return "\n\n".join([*parts, caption(report)])
+    reasons = {f"{row['variant']}: {row['status']}" for row in rows if row["status"].startswith("not run")}
+    parts += [text if text.endswith(".") else f"{text}." for text in sorted(reasons)]
+    parts += [_measured_again(case, report) for report in reports[1:]]
+    return "\n\n".join([*parts, caption(reports[0])])
+
+
+def _measured_again(case: str, report: dict) -> str:
+    modes: dict[str, list[str]] = {}
+    for row in report["rows"]:
+        if row["case"] == case and not row["variant"].endswith(GRAPH):
+            modes.setdefault(row["mode"], []).append(row["variant"])
+    commit = (report["environment"]["commit"] or "unknown")[:9]
+    return f"At commit {commit}: " + "; ".join(f"{mode} of {', '.join(names)}" for mode, names in modes.items()) + "."
 
 
 def head_cpu_table() -> str:
@@ -198,7 +222,7 @@ def sweeps_table() -> str:
 
 def floors_table() -> str:
     """FLOP, bytes, floor and predicted time of every path for the GPU's cases, and what was measured."""
-    entries = ["head", *(f"head_{case.name}" for case in HEAD_CASES["cuda"])]
+    entries = [*(f"head_{case.name}" for case in HEAD_CASES["cuda"]), "head_host", "head"]  # the last is the newest
     reports = [report for entry in entries for report in results(entry, "cuda")]
     measured = {(row["case"], row["variant"], row["mode"]): row for report in reports for row in report["rows"]}
     rows = []

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+# Else asking whether there is a GPU initialises CUDA, which no forked process can use.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 import torch
 from safetensors.torch import load_file
 from small_run import small_model, small_trainer

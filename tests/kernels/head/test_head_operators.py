@@ -103,7 +103,10 @@ class _Hidden:
         ("cuda", (9, 0), torch.float32, 896, "chunked"),
         ("cuda", (9, 0), torch.bfloat16, 896, "fused"),
         ("cuda", (9, 0), torch.bfloat16, 4096, "fused"),
-        ("cuda", (9, 0), torch.float16, 5120, "chunked"),
+        ("cuda", (9, 0), torch.float16, 5120, "fused"),
+        ("cuda", (8, 0), torch.bfloat16, 4096, "fused"),
+        ("cuda", (8, 0), torch.bfloat16, 5120, "chunked"),
+        ("cuda", (10, 0), torch.bfloat16, 5120, "chunked"),
     ],
 )
 def test_rule_of_auto(monkeypatch, caplog, device, capability, dtype, features, expected):
