@@ -31,6 +31,7 @@ _ENCODERS = (
     "xmod",
 )  # fmt: skip
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_HALF_MROPE = {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
 _QSA = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048,
         "indexer_compress_ratio": 32}  # fmt: skip
 # Of a part of the configuration, or of the whole.
@@ -62,7 +63,10 @@ ADJUSTED: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 8},
     "qwen4_exp": _QSA,
     "qwen4_exp_text": _QSA,
+    "qwen3_omni_moe_thinker": {"num_attention_heads": 32, "head_dim": 128},
     "step3p7": {"sliding_window": 512},
+    **{name: {"rope_parameters": _HALF_MROPE} for name in ("glm4v", "glm46v", "glmga")},
+    "glm4v_moe": {"rope_parameters": _HALF_MROPE, "head_dim": 128},
 }
 
 # Why a type is refused that is no causal decoder of text, or not as transformers has it.

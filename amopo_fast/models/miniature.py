@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from amopo_fast.models.architecture import decoder_of
-from amopo_fast.models.depth import lists_per_layer, overrides_of, own_fields, set_field
+from amopo_fast.models.depth import lists_per_layer, overrides_of, own_fields, set_depth, set_field
 from amopo_fast.models.small_sizes import (
     HEAD_DIM,
     HEADS,
@@ -122,7 +122,7 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
         for size in small.keys() & own_fields(part).keys() if part is not None else ():
             if type(getattr(part, size)) is int:
                 setattr(part, size, small[size])
-    set_field(tiny, "num_hidden_layers", depth)
+    set_depth(tiny, depth, config.num_hidden_layers)
     if isinstance(getattr(config, "rope_parameters", None), dict):
         rotated = getattr(tiny, "head_dim", None) or getattr(tiny, "qk_rope_head_dim", None) or HEAD_DIM
         tiny.rope_parameters = _tiny_rope(config.rope_parameters, rotated)
@@ -173,7 +173,7 @@ def miniature(model: nn.Module) -> nn.Module:
         except Exception:
             if deepest:
                 raise
-        depth = min(2 * depth, text.num_hidden_layers)
+        depth = min(depth + max(1, depth // 4), text.num_hidden_layers)
 
 
 def _own_classes(model: nn.Module) -> set[str]:
