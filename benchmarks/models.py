@@ -8,6 +8,7 @@ is not here, or is refused, says so in `reason`.
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from typing import Any
@@ -16,13 +17,16 @@ import torch
 import transformers
 
 import harness
-from amopo_fast.memory.estimate import GIB, Row, Setup, estimate
+from amopo_fast.memory.advice import OPTIMIZERS
+from amopo_fast.memory.estimate import GIB, Row, estimate
+from amopo_fast.memory.profile import meta_model
 from amopo_fast.models.architecture import UnsupportedModelError, language_model_of
 from amopo_fast.models.check import Trial, check_pairs, choose_layout
 from amopo_fast.packing.schedule import PairSizes
 from model_types import KINDS, NOT_TRAINED, config_of, empty_model, type_names
 
 SMOKE = ("llama", "qwen3_5", "bert", "gemma3")
+ESTIMATED = ("AdamW, bf16 weights", "LoRA, rank 16")  # all weights, and what PEFT makes of the type
 ROW = Row(tokens=4096, label_tokens=2048, kv_tokens=8192)
 
 
@@ -32,8 +36,12 @@ def try_type(kind: str, name: str, estimates: bool) -> dict[str, Any]:
     try:
         model = empty_model(kind, name)
     except Exception as error:
-        return row | {"layout": "does not build", "reason": _short(error)}
+        return row | {"layout": "does not build", "reason": _short(error), "note": NOT_TRAINED.get(name, "")}
     row["class"] = type(model).__name__
+    try:
+        meta_model(config_of(name))
+    except Exception as error:
+        return row | {"reason": _short(error), "note": NOT_TRAINED.get(name, "")}
     begin, wall = time.process_time(), time.perf_counter()
     try:
         choice = choose_layout(model)
@@ -53,15 +61,30 @@ def try_type(kind: str, name: str, estimates: bool) -> dict[str, Any]:
         "reason": choice.reason,
     }
     if estimates:
-        row["estimate"] = _estimate(config_of(name))
+        row |= _estimate(config_of(name))
     return row
 
 
-def _estimate(config) -> float | str:
+def _estimate(config) -> dict[str, Any]:
+    """What `amopo-fast estimate` finds for full fine-tuning and for LoRA, in GiB; "Llama" where a model's code needs
+    values and a Llama of its widths stands for it."""
+    warnings_seen: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = warnings_seen.append  # type: ignore[method-assign]
+    logger = logging.getLogger("amopo_fast.memory.estimate")
+    logger.addHandler(handler)
+    begin = time.process_time()
+    row: dict[str, Any] = {}
     try:
-        return estimate(config, ROW, Setup()).needed / GIB
+        for name in ESTIMATED:
+            row[f"GiB, {name}"] = estimate(config, ROW, OPTIMIZERS[name][0]).needed / GIB
     except Exception as error:
-        return _short(error)
+        row["estimate"] = _short(error)
+    else:
+        row["estimate"] = "Llama" if warnings_seen else "own"
+    finally:
+        logger.removeHandler(handler)
+    return row | {"estimate_seconds": time.process_time() - begin}
 
 
 def _short(error: Exception) -> str:

@@ -125,7 +125,9 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
     set_depth(tiny, depth, config.num_hidden_layers)
     if isinstance(getattr(config, "rope_parameters", None), dict):
         rotated = getattr(tiny, "head_dim", None) or getattr(tiny, "qk_rope_head_dim", None) or HEAD_DIM
-        tiny.rope_parameters = _tiny_rope(config.rope_parameters, rotated)
+        sections = {"mrope_section": [0] * 3} if "mrope_section" in config.ignore_keys_at_rope_validation else {}
+        # ERNIE builds its frequencies by sections whose default has the full size.
+        tiny.rope_parameters = _tiny_rope(sections | config.rope_parameters, rotated)
     for name in own_fields(config):
         if any(word in name for word in WITHOUT_CHANCE) and isinstance(getattr(config, name), float):
             set_field(tiny, name, 0.0)
@@ -226,8 +228,11 @@ def _initialise_when_called(model: nn.Module) -> None:
         read = (each for each in module.children() if not any(each.children()) or [*each.parameters(recurse=False)])
         for each in (module, *read):
             own = set(each.parameters(recurse=False))
-            if each not in done and not (own and own <= done):  # not again: its own, or tied to another's
+            if each not in done:
+                tied = {parameter: parameter.clone() for parameter in own & done}  # to what has its weights already
                 owners[each]._init_weights(each)
+                for parameter, value in tied.items():
+                    parameter.copy_(value)
                 for parameter in own - done:
                     parameter.copy_(parameter.nan_to_num(0.0, 0.0, 0.0).clamp(-100, 100))  # _init_weights forgets some
                     _reinitialise(parameter)

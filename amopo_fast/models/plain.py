@@ -22,8 +22,9 @@ from amopo_fast.models.small_sizes import SIZES
 def plain_functions(model: nn.Module) -> Iterator[None]:
     """While open, functions of the files of `model`'s modules are torch's, with chunks shorter than the trial's
     sequences where a file says a length and a configuration does not."""
-    kinds = {kind for module in model.modules() for kind in type(module).__mro__ if "forward" in vars(kind)}
-    files = {id(kind.forward.__globals__): kind.forward.__globals__ for kind in kinds}
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    forwards = (inspect.unwrap(vars(kind)["forward"]) for kind in kinds if inspect.isfunction(vars(kind).get("forward")))
+    files = {id(forward.__globals__): forward.__globals__ for forward in forwards}
     before = []
     try:
         for file in files.values():

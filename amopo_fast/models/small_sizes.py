@@ -138,7 +138,6 @@ _LENGTHS = {
     "attention_window_size": _WINDOW,
     "window_size": _WINDOW,
     "local_attention": 2 * _WINDOW,  # to both sides
-    "keep_window_size": _WINDOW,
     "rel_extent": _WINDOW,
     "index_topk": 8,
     "index_block_size": 4,

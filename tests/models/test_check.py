@@ -179,7 +179,7 @@ def test_chunked_attention_is_separate_beyond_a_chunk():
     prepare_model(model, "separate")
     check_lengths(model, pairs)
     torch.testing.assert_close(score(model, build_plan(pairs, Layout.SEPARATE)).logp_sum, truth, rtol=1e-5, atol=1e-5)
-    with pytest.raises(UnsupportedModelError, match="beyond 12 positions, .* or, for the last, with --layout separate"):
+    with pytest.raises(UnsupportedModelError, match="beyond 12 positions, .* or, with chunked attention, with"):
         choose_layout(model, "shared")
 
 
