@@ -23,8 +23,8 @@ def plain_functions(model: nn.Module) -> Iterator[None]:
     """While open, functions of the files of `model`'s modules are torch's, with chunks shorter than the trial's
     sequences where a file says a length and a configuration does not."""
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
-    forwards = (inspect.unwrap(vars(kind)["forward"]) for kind in kinds if inspect.isfunction(vars(kind).get("forward")))
-    files = {id(forward.__globals__): forward.__globals__ for forward in forwards}
+    forwards = filter(inspect.isfunction, (vars(kind).get("forward") for kind in kinds))
+    files = {id(file): file for file in (inspect.unwrap(forward).__globals__ for forward in forwards)}
     before = []
     try:
         for file in files.values():

@@ -78,11 +78,11 @@ def test_reformer_draws_its_hashes(small):
     [
         ("blip", "pixel_values"),
         ("idefics", "pixel_values"),
-        ("gemma4_unified_assistant", "shared_kv_states cannot be None"),
+        ("gemma4_unified_assistant", "shared_kv_states cannot be None|no attribute 'vocab_size'"),  # 5.24, 5.17
     ],
 )
 def test_text_alone_is_not_enough(name, message, ids):
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises((AttributeError, TypeError, ValueError), match=message):
         logits(empty(name), ids.to("meta"))
 
 
