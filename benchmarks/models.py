@@ -17,8 +17,7 @@ import torch
 import transformers
 
 import harness
-from amopo_fast.memory.advice import OPTIMIZERS
-from amopo_fast.memory.estimate import GIB, Row, estimate
+from amopo_fast.memory.estimate import GIB, Row, Setup, estimate, parameters_of
 from amopo_fast.memory.profile import meta_model
 from amopo_fast.models.architecture import UnsupportedModelError, language_model_of
 from amopo_fast.models.check import Trial, check_pairs, choose_layout
@@ -26,7 +25,6 @@ from amopo_fast.packing.schedule import PairSizes
 from model_types import KINDS, NOT_TRAINED, config_of, empty_model, type_names
 
 SMOKE = ("llama", "qwen3_5", "bert", "gemma3")
-ESTIMATED = ("AdamW, bf16 weights", "LoRA, rank 16")  # all weights, and what PEFT makes of the type
 ROW = Row(tokens=4096, label_tokens=2048, kv_tokens=8192)
 
 
@@ -66,25 +64,23 @@ def try_type(kind: str, name: str, estimates: bool) -> dict[str, Any]:
 
 
 def _estimate(config) -> dict[str, Any]:
-    """What `amopo-fast estimate` finds for full fine-tuning and for LoRA, in GiB; "Llama" where a model's code needs
-    values and a Llama of its widths stands for it."""
-    warnings_seen: list[logging.LogRecord] = []
+    """What `amopo-fast estimate` finds for full fine-tuning, in GiB, and whether PEFT adapts the type; "Llama" where
+    a model's code needs values and a Llama of its widths stands for it."""
+    warned: list[logging.LogRecord] = []
     handler = logging.Handler()
-    handler.emit = warnings_seen.append  # type: ignore[method-assign]
+    handler.emit = warned.append  # type: ignore[method-assign]
     logger = logging.getLogger("amopo_fast.memory.estimate")
     logger.addHandler(handler)
     begin = time.process_time()
-    row: dict[str, Any] = {}
     try:
-        for name in ESTIMATED:
-            row[f"GiB, {name}"] = estimate(config, ROW, OPTIMIZERS[name][0]).needed / GIB
+        needed = estimate(config, ROW, Setup()).needed
+        adapted = sum(p.numel for p in parameters_of(config, lora_rank=16) if p.trained)
     except Exception as error:
-        row["estimate"] = _short(error)
-    else:
-        row["estimate"] = "Llama" if warnings_seen else "own"
+        return {"estimate": _short(error)}
     finally:
         logger.removeHandler(handler)
-    return row | {"estimate_seconds": time.process_time() - begin}
+    return {"estimate": "Llama" if warned else "own", "GiB": needed / GIB, "LoRA parameters": adapted,
+            "estimate_seconds": time.process_time() - begin}  # fmt: skip
 
 
 def _short(error: Exception) -> str:

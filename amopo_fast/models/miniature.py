@@ -125,9 +125,10 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
     set_depth(tiny, depth, config.num_hidden_layers)
     if isinstance(getattr(config, "rope_parameters", None), dict):
         rotated = getattr(tiny, "head_dim", None) or getattr(tiny, "qk_rope_head_dim", None) or HEAD_DIM
-        sections = {"mrope_section": [0] * 3} if "mrope_section" in config.ignore_keys_at_rope_validation else {}
-        # ERNIE builds its frequencies by sections whose default has the full size.
-        tiny.rope_parameters = _tiny_rope(sections | config.rope_parameters, rotated)
+        parameters = dict(config.rope_parameters)
+        if "rope_type" in parameters and "mrope_section" in config.ignore_keys_at_rope_validation:
+            parameters.setdefault("mrope_section", [0] * 3)  # ERNIE's default has the full size
+        tiny.rope_parameters = _tiny_rope(parameters, rotated)
     for name in own_fields(config):
         if any(word in name for word in WITHOUT_CHANCE) and isinstance(getattr(config, name), float):
             set_field(tiny, name, 0.0)

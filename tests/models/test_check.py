@@ -31,6 +31,7 @@ from transformers import (
     Qwen3NextConfig,
     T5Config,
     T5ForConditionalGeneration,
+    xLSTMConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -147,6 +148,8 @@ def test_the_miniature_holds_every_kind_of_layer():
     tiny = tiny_config(Gemma3TextConfig())
     assert set(tiny.layer_types) == {"full_attention", "sliding_attention"} and tiny.num_hidden_layers == 6
     assert tiny.sliding_window < 20 and tiny.vocab_size == 64
+    tiny = tiny_config(xLSTMConfig())
+    assert tiny.num_blocks == tiny.num_hidden_layers == 2  # one depth under two names
 
 
 LONGROPE = {
