@@ -1,6 +1,9 @@
 """Every model gets a layout that is exact for it or a reason, and a wrong plan or gradient does not pass for right."""
 
+import inspect
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -31,8 +34,10 @@ from transformers import (
     Qwen3NextConfig,
     T5Config,
     T5ForConditionalGeneration,
+    XLMConfig,
     xLSTMConfig,
 )
+from transformers.integrations import use_kernel_func_from_hub_with_fallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -40,7 +45,7 @@ from amopo_fast.models import attention
 from amopo_fast.models.architecture import UnsupportedModelError, position_limit
 from amopo_fast.models.check import choose_layout, prepare_model
 from amopo_fast.models.choice import choice_of
-from amopo_fast.models.miniature import tiny_config
+from amopo_fast.models.miniature import miniature, tiny_config
 from amopo_fast.models.scoring import check_lengths, score
 from amopo_fast.packing.plan import Layout, build_plan
 from amopo_fast.prompts.tokens import PairTokens
@@ -193,6 +198,15 @@ def test_noise_of_routers_is_said():
     assert "random" not in choice_of(prepare_model(tiny_model("qwen3_moe"))).describe(0.5)
 
 
+def test_a_head_that_is_initialised_late_leaves_the_embedding_it_is_tied_to_alone():
+    """XLM's head is called after its embedding, and was given new weights then: its first forward was another's."""
+    torch.manual_seed(0)
+    tiny = miniature(on_meta(XLMConfig(n_layers=2, causal=True)))
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(tiny(ids).logits, tiny(ids).logits)
+
+
 def test_virtual_tokens_are_refused():
     from peft import PromptTuningConfig, get_peft_model
 
@@ -277,3 +291,21 @@ def test_a_model_on_a_flash_implementation_is_checked_without_it():
     model = tiny_model("llama")
     model.config._attn_implementation = "flash_attention_2"
     assert prepare_model(model).config._attn_implementation == "amopo_packed"
+
+
+def test_kernels_of_a_gpu_are_left_out_of_the_trial(monkeypatch):
+    """fla's and others' stand in the model's file where they are installed, and a miniature is on the CPU."""
+    from transformers.models.falcon_h1 import modeling_falcon_h1 as file
+
+    def kernel(*args, **kwargs):
+        raise RuntimeError("expected a CUDA tensor")
+
+    package = ModuleType("kernels_of_a_gpu")
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    for name in ("causal_conv1d_fn", "mamba2_chunk_scan", "mamba2_split_conv1d_scan_combined"):
+        setattr(package, name, kernel)
+        plain = inspect.unwrap(getattr(file, name))
+        monkeypatch.setattr(file, name, use_kernel_func_from_hub_with_fallback(name, package.__name__)(plain))
+    before = dict(vars(file))
+    assert choose_layout(on_meta(FalconH1Config(num_hidden_layers=2))).layout is Layout.STATES
+    assert vars(file) == before
