@@ -22,6 +22,7 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     BloomConfig,
+    DogeConfig,
     FalconH1Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -189,6 +190,25 @@ def test_chunked_attention_is_separate_beyond_a_chunk():
     torch.testing.assert_close(score(model, build_plan(pairs, Layout.SEPARATE)).logp_sum, truth, rtol=1e-5, atol=1e-5)
     with pytest.raises(UnsupportedModelError, match="beyond 12 positions, .* or, with chunked attention, with"):
         choose_layout(model, "shared")
+
+
+def test_a_shared_row_is_exact_up_to_a_chunk_and_refused_beyond():
+    """Why the trial of Llama 4 need not cross a chunk: no shared row does."""
+    config = tiny_config(Llama4TextConfig(attention_chunk_size=40))
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[Llama4TextConfig](config)
+    within, beyond = [PairTokens(0, (np.arange(1, n),), np.array([1]), np.array([2]), False) for n in (41, 42)]
+    truth = separate_stats(model, [within]).logp_sum
+    prepare_model(model, "shared")
+    check_lengths(model, [within])
+    torch.testing.assert_close(score(model, build_plan([within])).logp_sum, truth, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="record 0: 41 tokens are beyond 40 positions"):
+        check_lengths(model, [within, beyond])
+    with pytest.raises(ValueError, match="41 tokens is beyond 40 positions"):
+        score(model, build_plan([beyond]))
+
+
+def test_doge_is_limited_to_the_keys_that_it_keeps():
+    assert position_limit(DogeConfig()) == position_limit(DogeConfig(), shared=False) == 2048
 
 
 def test_noise_of_routers_is_said():
