@@ -31,6 +31,7 @@ _ENCODERS = (
     "xmod",
 )  # fmt: skip
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_HALF_MROPE = {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
 _QSA = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048,
         "indexer_compress_ratio": 32}  # fmt: skip
 # Of a part of the configuration, or of the whole.
@@ -39,7 +40,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 8711}},
     "dbrx": {"attn_config": {"rope_theta": 500000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "emu3": {"vocabulary_map": {"<image>": 8711, "<|extra_200|>": 5}},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0]]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "4/8"},
 }
 # Of the text model.
 ADJUSTED: dict[str, dict[str, Any]] = {
@@ -50,38 +51,38 @@ ADJUSTED: dict[str, dict[str, Any]] = {
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "cohere_compass": {"rope_parameters": {"full_attention": _ROPE}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
-    "deepseek_ocr2": {"mlp_layer_types": ["dense"] + ["sparse"] * 31},
+    "deepseek_ocr2": {"mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6},
     "deepseek_v2": {"num_experts_per_tok": 6},
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
-    "hunyuan_vl": {"head_dim": 128},
+    "hunyuan_vl": {"head_dim": 128, "rope_parameters": {**_ROPE, "mrope_section": [16, 16, 16, 16]}},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
     "qwen4_exp": _QSA,
     "qwen4_exp_text": _QSA,
+    "qwen3_omni_moe_thinker": {"num_attention_heads": 32, "head_dim": 128},
     "step3p7": {"sliding_window": 512},
+    **{name: {"rope_parameters": _HALF_MROPE} for name in ("glm4v", "glm46v", "glmga")},
+    "glm4v_moe": {"rope_parameters": _HALF_MROPE, "head_dim": 128},
 }
 
-# Why a type is refused that is no causal decoder of text, or not as transformers has it.
+# Why a type is refused that is no causal decoder of text, or not as transformers has it; tests/models/test_refusals.py
+# shows each.
 NOT_TRAINED = {
-    "blip": "its text part predicts from an image alone",
-    "blt": "bytes go through an encoder of patches",
+    "blip": "its forward asks for an image",
+    "blt": "bytes go through an encoder of patches, whose bounds a second model chooses",
     "cpmant": "not causal: what follows a token changes its logits",
-    "deepseek_ocr2": "its default configuration names no number of chosen experts",
-    "doge": "not causal in transformers beyond keep_window_size: what follows a token changes its logits",
-    "ernie4_5_vl_moe": "its default configuration has no experts that fit its list of sizes",
+    "diffusion_gemma": "denoises a block of tokens at once",
+    "evolla": "transformers' auto classes do not find its class",
     "gemma4_unified_assistant": "drafts for another model, from that one's keys and values",
     "glm5_next": "the logits of a block's last token depend on whether another token follows",
-    "hunyuan_vl": "its default configuration has no rotary sections",
     "idefics": "every layer of its text part asks for an image",
-    "inkling_mm_model": "needs scipy, which was not there",
-    "pi0": "a policy of a robot: its text part alone has no head",
-    "prophetnet": "predicts several tokens ahead, in streams of their own",
-    "reformer": "attention by random hashes, over reversible layers",
-    "xlm": "an encoder; made causal, its log-probs differ from call to call in training mode",
+    "pi0": "a policy of a robot: no head predicts tokens",
+    "prophetnet": "all of its logits depend on how many tokens follow",
+    "reformer": "beyond a chunk its attention goes by random hashes, drawn at every call",
     "xlnet": "a permutation language model: attention to both sides",
 }
 

@@ -8,6 +8,7 @@ is not here, or is refused, says so in `reason`.
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 import transformers
 
 import harness
-from amopo_fast.memory.estimate import GIB, Row, Setup, estimate
+from amopo_fast.memory.estimate import GIB, Row, Setup, estimate, parameters_of
+from amopo_fast.memory.profile import meta_model
 from amopo_fast.models.architecture import UnsupportedModelError, language_model_of
 from amopo_fast.models.check import Trial, check_pairs, choose_layout
 from amopo_fast.packing.schedule import PairSizes
@@ -32,8 +34,12 @@ def try_type(kind: str, name: str, estimates: bool) -> dict[str, Any]:
     try:
         model = empty_model(kind, name)
     except Exception as error:
-        return row | {"layout": "does not build", "reason": _short(error)}
+        return row | {"layout": "does not build", "reason": _short(error), "note": NOT_TRAINED.get(name, "")}
     row["class"] = type(model).__name__
+    try:
+        meta_model(config_of(name))
+    except Exception as error:
+        return row | {"reason": _short(error), "note": NOT_TRAINED.get(name, "")}
     begin, wall = time.process_time(), time.perf_counter()
     try:
         choice = choose_layout(model)
@@ -53,15 +59,28 @@ def try_type(kind: str, name: str, estimates: bool) -> dict[str, Any]:
         "reason": choice.reason,
     }
     if estimates:
-        row["estimate"] = _estimate(config_of(name))
+        row |= _estimate(config_of(name))
     return row
 
 
-def _estimate(config) -> float | str:
+def _estimate(config) -> dict[str, Any]:
+    """What `amopo-fast estimate` finds for full fine-tuning, in GiB, and whether PEFT adapts the type; "Llama" where
+    a model's code needs values and a Llama of its widths stands for it."""
+    warned: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = warned.append  # type: ignore[method-assign]
+    logger = logging.getLogger("amopo_fast.memory.estimate")
+    logger.addHandler(handler)
+    begin = time.process_time()
     try:
-        return estimate(config, ROW, Setup()).needed / GIB
+        needed = estimate(config, ROW, Setup()).needed
+        adapted = sum(p.numel for p in parameters_of(config, lora_rank=16) if p.trained)
     except Exception as error:
-        return _short(error)
+        return {"estimate": _short(error)}
+    finally:
+        logger.removeHandler(handler)
+    return {"estimate": "Llama" if warned else "own", "GiB": needed / GIB, "LoRA parameters": adapted,
+            "estimate_seconds": time.process_time() - begin}  # fmt: skip
 
 
 def _short(error: Exception) -> str:

@@ -12,9 +12,9 @@ _HEAD = """# Models
 
 <!-- Written by docs/make_models.py from benchmarks/results/models.json. -->
 
-Before anything is trained, the model's own class is tried in miniature, in float64: log-probs and all gradients of a
-layout against those of its sequences one by one. The first layout that is exact is taken, and a line of the run says
-which and why (`--layout shared` or `separate` asks for one):
+Before anything is trained, the model's own class is tried in miniature, in float64 and without kernels that need a GPU:
+log-probs and all gradients of a layout against those of its sequences one by one. The first layout that is exact is
+taken, and a line of the run says which and why (`--layout shared` or `separate` asks for one):
 
 - **shared**: every prefix is computed once; attention runs over the paths of the token trie.
 - **shared through states**: the same with recurrent layers, which run from node to node of the trie.
@@ -28,17 +28,18 @@ Of a mixture of experts `router_aux_loss_coef` adds the router's load-balancing 
 as transformers has it for the separate sequences: a token that several sequences share counts once for each, padding
 and the last token of a sequence, which predicts nothing, not at all. A step has the mean of its micro-batches by pairs;
 as it is not linear, another split of a step gives other values. `lora_target_modules` may name the matrices of fused
-experts (`down_proj`, `experts.gate_up_proj`); `all-linear` holds what PEFT counts as linear. A router that draws noise
-in training (PhiMoE's `router_jitter_noise`) is said when a run begins.
+experts (`down_proj`, `experts.gate_up_proj`); `all-linear` holds the linear layers of the text part but its head. A
+router that draws noise in training (PhiMoE's `router_jitter_noise`) is said when a run begins.
 
 When a run or an evaluation begins, a few tokens go through the real model's own forward, and their logits are compared
 with those that are trained: softcap, temperature, bias, multipliers and a padded vocabulary, under DDP, FSDP2 and
 DeepSpeed too. What differs is named. `compile_layers` is for shared layouts and refused in separate ones.
 
-Refused are encoders, models whose attention is not causal, and what a reason names. Encoders that can be decoders are
-tried with `is_decoder: true`. *Tokens* are those that the trial's pairs compute, of the separate sequences' tokens
-(padding counts; of real data a run's line says it); *error* is the largest relative one of log-probs and gradients;
-*seconds* are CPU time of the check. Rows are of {versions}.
+Doge is exact up to `keep_window_size` tokens, Llama 4 in a shared row up to `attention_chunk_size`; longer sequences are
+refused by length. Refused are encoders, models whose attention is not causal, and what a reason names
+(tests/models/test_refusals.py shows each on the model itself). Encoders that can be decoders are tried with
+`is_decoder: true`. *Tokens* are those that the trial's pairs compute, of the separate sequences' tokens (padding counts;
+of real data a run's line says it); *error* is the largest relative one of log-probs and gradients; *seconds* are CPU time of the check. Rows are of {versions}.
 
 """
 

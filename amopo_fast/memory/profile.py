@@ -31,11 +31,10 @@ from transformers.integrations.moe import ExpertsInterface
 from amopo_fast.models.architecture import decoder_of, language_model_of, layer_configs
 from amopo_fast.models.depth import period_of, set_layers
 from amopo_fast.models.faster_layers import without_liger
-from amopo_fast.models.text_part import auto_class, freeze_beside_text, not_adapted
+from amopo_fast.models.text_part import auto_class, freeze_beside_text, linear_layers
 from amopo_kernels.head.operators import IMPLEMENTATIONS
 
 ATTENTION = EXPERTS = "amopo_profile"
-LORA_MODULES = "all-linear"
 
 
 class LiveBytes(TorchDispatchMode):
@@ -195,8 +194,7 @@ def meta_model(
         if lora_rank is not None:
             from peft import LoraConfig, get_peft_model
 
-            adapter = LoraConfig(r=lora_rank, target_modules=LORA_MODULES, exclude_modules=not_adapted(model),
-                                 task_type="CAUSAL_LM")  # fmt: skip
+            adapter = LoraConfig(r=lora_rank, target_modules=linear_layers(model), task_type="CAUSAL_LM")
             model = get_peft_model(model, adapter)
     freeze_beside_text(model)
     return model

@@ -25,9 +25,9 @@ def refusal(config: PretrainedConfig) -> str | None:
 
 
 BEYOND_LIMIT = (
-    "where this model's RoPE or chunked attention depends on the longest sequence of the row; shorten the sequences "
-    "(max_length), train a model without longrope, dynamic RoPE or chunked attention, or, for the last, with --layout "
-    "separate"
+    "where this model's RoPE, chunked attention or choice of keys depends on the longest sequence of the row; shorten "
+    "the sequences (max_length), train a model without longrope, dynamic RoPE, chunked attention or keep_window_size, "
+    "or, with chunked attention, with --layout separate"
 )
 
 
@@ -43,11 +43,11 @@ def position_limit(config: PretrainedConfig, shared: bool = True) -> int | None:
 
     `longrope` and `dynamic` RoPE choose their frequencies by the longest sequence of the call, so beyond the original
     length one long sequence would change the short ones of its row. Chunked attention (Llama 4) is full attention up
-    to its chunk size.
+    to its chunk size. Doge keeps `keep_window_size` keys, and which ones of equal tokens depends on the row's length.
     """
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or {}
-    limits = [getattr(text, "attention_chunk_size", None) if shared else None]
+    limits = [getattr(text, "attention_chunk_size", None) if shared else None, getattr(text, "keep_window_size", None)]
     for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
         if rope.get("rope_type") in ("longrope", "dynamic"):
             original = rope.get("original_max_position_embeddings")

@@ -24,6 +24,13 @@ def set_field(config: PretrainedConfig, name: str, value: Any) -> None:
             setattr(config, name, value)
 
 
+def set_depth(config: PretrainedConfig, layers: int, before: int) -> None:
+    """Set a text configuration's number of layers, which was `before`, under each name that it has there."""
+    set_field(config, "num_hidden_layers", layers)
+    if getattr(config, "num_blocks", None) == before:  # xLSTM names its depth twice and counts by this one
+        set_field(config, "num_blocks", layers)
+
+
 def lists_per_layer(config: PretrainedConfig, layers: int | None = None) -> Iterator[tuple[str, list]]:
     """Lists of the text configuration with one entry per layer; layers: how many entries, default its depth."""
     layers = config.num_hidden_layers if layers is None else layers
@@ -81,7 +88,7 @@ def set_layers(config: PretrainedConfig, layers: int, before: int | None = None)
         text.num_kv_shared_layers = min(text.num_kv_shared_layers, layers // 2)
     for name, values in lists.items():
         set_field(text, name, (values * -(-layers // before))[:layers])
-    set_field(text, "num_hidden_layers", layers)
+    set_depth(text, layers, before)
     if overrides:
         text.per_layer_config = {
             layer: overrides[layer % before] for layer in range(layers) if layer % before in overrides

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from amopo_fast.models.config import ModelConfig, lora_targets
 from amopo_fast.models.depth import set_layers
 from amopo_fast.models.head import head_of
 from amopo_fast.models.saving import weights_digest
-from amopo_fast.models.text_part import auto_class, beside_text, not_adapted
+from amopo_fast.models.text_part import auto_class, beside_text, linear_layers
 from amopo_fast.prompts.recipe import Recipe, recipe_of
 
 if TYPE_CHECKING:
@@ -203,8 +204,11 @@ def add_adapter(model: nn.Module, adapter: LoraConfig) -> nn.Module:
     """
     from peft import get_peft_model
 
-    if adapter.target_modules == "all-linear" or beside_text(model):
-        adapter.exclude_modules = adapter.exclude_modules or not_adapted(model)
+    if adapter.target_modules == "all-linear":
+        adapter.target_modules = set(linear_layers(model))
+    else:
+        beside = "|".join(rf"{re.escape(name)}(\..*)?" for name in beside_text(model))
+        adapter.exclude_modules = adapter.exclude_modules or beside or None
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     if not isinstance(adapter.target_modules, (str, type(None))):
         of_parameters = {name for name in adapter.target_modules if _ends(parameters, name) > _ends(modules, name)}

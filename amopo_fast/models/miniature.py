@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from amopo_fast.models.architecture import decoder_of
-from amopo_fast.models.depth import lists_per_layer, overrides_of, own_fields, set_field
+from amopo_fast.models.depth import lists_per_layer, overrides_of, own_fields, set_depth, set_field
 from amopo_fast.models.small_sizes import (
     HEAD_DIM,
     HEADS,
@@ -122,10 +122,13 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
         for size in small.keys() & own_fields(part).keys() if part is not None else ():
             if type(getattr(part, size)) is int:
                 setattr(part, size, small[size])
-    set_field(tiny, "num_hidden_layers", depth)
+    set_depth(tiny, depth, config.num_hidden_layers)
     if isinstance(getattr(config, "rope_parameters", None), dict):
         rotated = getattr(tiny, "head_dim", None) or getattr(tiny, "qk_rope_head_dim", None) or HEAD_DIM
-        tiny.rope_parameters = _tiny_rope(config.rope_parameters, rotated)
+        parameters = dict(config.rope_parameters)
+        if "rope_type" in parameters and "mrope_section" in config.ignore_keys_at_rope_validation:
+            parameters.setdefault("mrope_section", [0] * 3)  # ERNIE's default has the full size
+        tiny.rope_parameters = _tiny_rope(parameters, rotated)
     for name in own_fields(config):
         if any(word in name for word in WITHOUT_CHANCE) and isinstance(getattr(config, name), float):
             set_field(tiny, name, 0.0)
@@ -173,7 +176,7 @@ def miniature(model: nn.Module) -> nn.Module:
         except Exception:
             if deepest:
                 raise
-        depth = min(2 * depth, text.num_hidden_layers)
+        depth = min(depth + max(1, depth // 4), text.num_hidden_layers)
 
 
 def _own_classes(model: nn.Module) -> set[str]:
@@ -226,8 +229,11 @@ def _initialise_when_called(model: nn.Module) -> None:
         read = (each for each in module.children() if not any(each.children()) or [*each.parameters(recurse=False)])
         for each in (module, *read):
             own = set(each.parameters(recurse=False))
-            if each not in done and not (own and own <= done):  # not again: its own, or tied to another's
+            if each not in done:
+                tied = {parameter: parameter.clone() for parameter in own & done}  # to what has its weights already
                 owners[each]._init_weights(each)
+                for parameter, value in tied.items():
+                    parameter.copy_(value)
                 for parameter in own - done:
                     parameter.copy_(parameter.nan_to_num(0.0, 0.0, 0.0).clamp(-100, 100))  # _init_weights forgets some
                     _reinitialise(parameter)

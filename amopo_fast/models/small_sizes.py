@@ -22,6 +22,10 @@ _WIDTHS = {
     "decoder_vocab_size": VOCABULARY,
     "hidden_size_per_layer_input": 8,
     "word_embed_proj_dim": HIDDEN,
+    "pronunciation_vocab_size": VOCABULARY,
+    "pronunciation_embed_dim": 16,
+    "shape_vocab_size": VOCABULARY,
+    "shape_embed_dim": 16,
     "embedding_size": HIDDEN,
     "embedding_dim": HIDDEN,
     "input_embedding_size": HIDDEN,
@@ -134,7 +138,6 @@ _LENGTHS = {
     "attention_window_size": _WINDOW,
     "window_size": _WINDOW,
     "local_attention": 2 * _WINDOW,  # to both sides
-    "keep_window_size": _WINDOW,
     "rel_extent": _WINDOW,
     "index_topk": 8,
     "index_block_size": 4,
@@ -155,6 +158,7 @@ _LAYERS = {
     "n_recurrent_layers": 2,
     "n_output_layers": 1,
     "num_layers_per_stack": 2,
+    "loop_num_passes": 2,
 }
 SIZES = {**_WIDTHS, **_EXPERTS, **_HEADS, **_STATES, **_LENGTHS, **_LAYERS}
 

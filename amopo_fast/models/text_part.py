@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_files
 
 from amopo_fast.models.architecture import causal_lm, decoder_of, language_model_of
@@ -68,13 +68,18 @@ def name_whole_layers(model: nn.Module) -> None:
     )
 
 
-def not_adapted(model: nn.Module) -> str | None:
-    """PEFT's `exclude_modules` for a model under "all-linear": all modules beside its text part, and those that PEFT
-    refuses; None: there are none."""
-    excluded = [rf"{re.escape(name)}(\..*)?" for name in beside_text(model)]
-    if causal_lm(model).config.model_type in _MAMBA:
-        excluded.append(r".*\.out_proj")
-    return "|".join(excluded) or None
+def linear_layers(model: nn.Module) -> list[str]:
+    """Names of what "all-linear" stands for: every linear layer of the text part but the head and those that PEFT
+    refuses. PEFT's own list holds the towers' layers too, and those of lists of modules under names like `0`."""
+    outer = causal_lm(model)
+    beside = {module for name in beside_text(model) for module in outer.get_submodule(name).modules()}
+    beside.add(language_model_of(model).get_output_embeddings())
+    refused = "out_proj" if outer.config.model_type in _MAMBA else None
+    return [
+        name
+        for name, module in outer.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module not in beside and name.rpartition(".")[2] != refused
+    ]
 
 
 def processor_files(name: str | Path, config: PretrainedConfig) -> list[Path]:

@@ -49,9 +49,9 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def tiny_model(family, scale=1.5):
-    """Random weights with attention far from uniform, training mode, float32."""
-    config = tiny_config(FAMILIES[family])
+def tiny_model(family, scale=1.5, config=None):
+    """Random weights with attention far from uniform, training mode, float32; config: of a family that is not here."""
+    config = tiny_config(config or FAMILIES[family])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)

@@ -1,6 +1,9 @@
 """Every model gets a layout that is exact for it or a reason, and a wrong plan or gradient does not pass for right."""
 
+import inspect
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,9 +22,10 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     BloomConfig,
+    DogeConfig,
+    FalconH1Config,
     Gemma3Config,
     Gemma3TextConfig,
-    Lfm2Config,
     Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -31,7 +35,10 @@ from transformers import (
     Qwen3NextConfig,
     T5Config,
     T5ForConditionalGeneration,
+    XLMConfig,
+    xLSTMConfig,
 )
+from transformers.integrations import use_kernel_func_from_hub_with_fallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -39,7 +46,7 @@ from amopo_fast.models import attention
 from amopo_fast.models.architecture import UnsupportedModelError, position_limit
 from amopo_fast.models.check import choose_layout, prepare_model
 from amopo_fast.models.choice import choice_of
-from amopo_fast.models.miniature import tiny_config
+from amopo_fast.models.miniature import miniature, tiny_config
 from amopo_fast.models.scoring import check_lengths, score
 from amopo_fast.packing.plan import Layout, build_plan
 from amopo_fast.prompts.tokens import PairTokens
@@ -72,7 +79,7 @@ def test_refused_with_the_reason(config, model_class, reason):
     [
         (LlamaConfig(num_hidden_layers=2), None, Layout.SHARED, ""),
         (Qwen3NextConfig(num_hidden_layers=4), None, Layout.STATES, ""),
-        (Lfm2Config(num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2), None, Layout.STATES, ""),
+        (FalconH1Config(num_hidden_layers=2), None, Layout.STATES, ""),
         (MambaConfig(num_hidden_layers=2), None, Layout.SEPARATE, "MambaMixer"),
         (BloomConfig(n_layer=2, hidden_size=64, n_head=4), None, Layout.SEPARATE, "takes no packed rows"),
         (BartConfig(is_encoder_decoder=False), BartForCausalLM, Layout.SEPARATE, "layout shared differ"),
@@ -147,6 +154,8 @@ def test_the_miniature_holds_every_kind_of_layer():
     tiny = tiny_config(Gemma3TextConfig())
     assert set(tiny.layer_types) == {"full_attention", "sliding_attention"} and tiny.num_hidden_layers == 6
     assert tiny.sliding_window < 20 and tiny.vocab_size == 64
+    tiny = tiny_config(xLSTMConfig())
+    assert tiny.num_blocks == tiny.num_hidden_layers == 2  # one depth under two names
 
 
 LONGROPE = {
@@ -179,8 +188,27 @@ def test_chunked_attention_is_separate_beyond_a_chunk():
     prepare_model(model, "separate")
     check_lengths(model, pairs)
     torch.testing.assert_close(score(model, build_plan(pairs, Layout.SEPARATE)).logp_sum, truth, rtol=1e-5, atol=1e-5)
-    with pytest.raises(UnsupportedModelError, match="beyond 12 positions, .* or, for the last, with --layout separate"):
+    with pytest.raises(UnsupportedModelError, match="beyond 12 positions, .* or, with chunked attention, with"):
         choose_layout(model, "shared")
+
+
+def test_a_shared_row_is_exact_up_to_a_chunk_and_refused_beyond():
+    """Why the trial of Llama 4 need not cross a chunk: no shared row does."""
+    config = tiny_config(Llama4TextConfig(attention_chunk_size=40))
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[Llama4TextConfig](config)
+    within, beyond = [PairTokens(0, (np.arange(1, n),), np.array([1]), np.array([2]), False) for n in (41, 42)]
+    truth = separate_stats(model, [within]).logp_sum
+    prepare_model(model, "shared")
+    check_lengths(model, [within])
+    torch.testing.assert_close(score(model, build_plan([within])).logp_sum, truth, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="record 0: 41 tokens are beyond 40 positions"):
+        check_lengths(model, [within, beyond])
+    with pytest.raises(ValueError, match="41 tokens is beyond 40 positions"):
+        score(model, build_plan([beyond]))
+
+
+def test_doge_is_limited_to_the_keys_that_it_keeps():
+    assert position_limit(DogeConfig()) == position_limit(DogeConfig(), shared=False) == 2048
 
 
 def test_noise_of_routers_is_said():
@@ -188,6 +216,15 @@ def test_noise_of_routers_is_said():
     said = choice_of(model).describe(0.5)
     assert "random in training: router_jitter_noise 0.01" in said and "0 in config.json" in said
     assert "random" not in choice_of(prepare_model(tiny_model("qwen3_moe"))).describe(0.5)
+
+
+def test_a_head_that_is_initialised_late_leaves_the_embedding_it_is_tied_to_alone():
+    """XLM's head is called after its embedding, and was given new weights then: its first forward was another's."""
+    torch.manual_seed(0)
+    tiny = miniature(on_meta(XLMConfig(n_layers=2, causal=True)))
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(tiny(ids).logits, tiny(ids).logits)
 
 
 def test_virtual_tokens_are_refused():
@@ -274,3 +311,21 @@ def test_a_model_on_a_flash_implementation_is_checked_without_it():
     model = tiny_model("llama")
     model.config._attn_implementation = "flash_attention_2"
     assert prepare_model(model).config._attn_implementation == "amopo_packed"
+
+
+def test_kernels_of_a_gpu_are_left_out_of_the_trial(monkeypatch):
+    """fla's and others' stand in the model's file where they are installed, and a miniature is on the CPU."""
+    from transformers.models.falcon_h1 import modeling_falcon_h1 as file
+
+    def kernel(*args, **kwargs):
+        raise RuntimeError("expected a CUDA tensor")
+
+    package = ModuleType("kernels_of_a_gpu")
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    for name in ("causal_conv1d_fn", "mamba2_chunk_scan", "mamba2_split_conv1d_scan_combined"):
+        setattr(package, name, kernel)
+        plain = inspect.unwrap(getattr(file, name))
+        monkeypatch.setattr(file, name, use_kernel_func_from_hub_with_fallback(name, package.__name__)(plain))
+    before = dict(vars(file))
+    assert choose_layout(on_meta(FalconH1Config(num_hidden_layers=2))).layout is Layout.STATES
+    assert vars(file) == before

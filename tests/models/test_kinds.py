@@ -11,7 +11,7 @@ from amopo_fast.models import faster_layers
 from amopo_fast.models.check import prepare_model
 from amopo_fast.models.choice import choice_of
 from amopo_fast.models.faster_layers import compile_layers
-from amopo_fast.models.loading import add_adapter, load_adapter
+from amopo_fast.models.loading import add_adapter, load_adapter, load_whole
 from amopo_fast.models.scoring import score
 from amopo_fast.packing.plan import Layout, build_plan
 from amopo_fast.training.config import AMoPOConfig
@@ -83,13 +83,14 @@ def test_compiled_layers_of_padded_rows_are_refused():
         compile_layers(model)
 
 
-def trainer(folder, kind, **options):
+def trainer(folder, kind, eval_dataset=None, **options):
     config = AMoPOConfig(
         output_dir=str(folder), pairs_per_step=2, num_train_epochs=1, use_cpu=True, learning_rate=1e-3,
         lr_scheduler_type="constant", save_strategy="steps", save_steps=2, disable_tqdm=True, report_to="none",
         **options,
     )  # fmt: skip
-    return AMoPOTrainer(model_of(kind), config, dimensions=["a", "b", "c"], train_dataset=random_pairs(4, 8))
+    return AMoPOTrainer(model_of(kind), config, dimensions=["a", "b", "c"], train_dataset=random_pairs(4, 8),
+                        eval_dataset=eval_dataset)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,3 +113,19 @@ def test_a_resume_is_exact(kind, tmp_path):
     assert moved > 10
     layout = choice_of(resumed.model).layout
     assert layout is (Layout.STATES if kind == "hybrid" else Layout.SHARED)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_best_model_is_loaded_at_the_end(kind, tmp_path):
+    """Its checkpoint's names are others than the model's own: what Trainer does not find there it leaves as it is."""
+    run = trainer(
+        tmp_path, kind, random_pairs(4, 4), eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=True,  # so that the best is not the last
+    )  # fmt: skip
+    run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-2") and run.state.global_step == 4
+    best = load_whole(run.state.best_model_checkpoint).state_dict()
+    last = load_whole(tmp_path / "checkpoint-4").state_dict()
+    found = run.model.state_dict()
+    assert found.keys() == best.keys() and all(torch.equal(found[name], best[name]) for name in best)
+    assert sum(not torch.equal(found[name], last[name]) for name in last) > 10

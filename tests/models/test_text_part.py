@@ -6,7 +6,7 @@ import pytest
 import torch
 from packing_cases import random_pairs, tiny_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, Gemma3Config, LlamaConfig
+from transformers import AutoConfig, Gemma3Config, LlamaConfig, Qwen3OmniMoeThinkerConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from amopo_fast.cli import main
@@ -16,7 +16,7 @@ from amopo_fast.models.choice import choice_of
 from amopo_fast.models.loading import add_adapter, load_whole
 from amopo_fast.models.miniature import tiny_config
 from amopo_fast.models.scoring import score
-from amopo_fast.models.text_part import auto_class, beside_text
+from amopo_fast.models.text_part import auto_class, beside_text, linear_layers
 from amopo_fast.packing.plan import build_plan
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.trainer import AMoPOTrainer
@@ -121,6 +121,21 @@ def test_an_adapter_is_of_the_text_part_alone(published):
     assert names and all("language_model" in name for name in names)
     score(adapted, build_plan(random_pairs(0, 1))).logp_sum.sum().backward()
     assert all(parameter.grad is not None for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def test_all_linear_is_of_the_text_part_where_a_tower_has_layers_under_numbers():
+    """PEFT's own list reaches from a tower's `mlp.0` to the decoder's `layers.0`."""
+    from peft import LoraConfig
+
+    with torch.device("meta"):
+        config = Qwen3OmniMoeThinkerConfig()
+        config.text_config = tiny_config(config.text_config)
+        model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[Qwen3OmniMoeThinkerConfig](config)
+        names = linear_layers(model)
+        adapted = add_adapter(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert len(names) == 8 and all("language_model" in name or "model.layers" in name for name in names), names
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * len(names)
 
 
 def test_a_plain_causal_lm_has_nothing_beside_its_text():

@@ -1,11 +1,14 @@
 """The types that people train most: each is tried in miniature, and shares its prefixes."""
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from amopo_fast.models import attention, attention_backends  # noqa: E402
@@ -53,7 +56,12 @@ def used(monkeypatch):
 @pytest.mark.parametrize("name", SHARED + STATES)
 def test_prefixes_are_shared_and_the_backend_has_what_the_layers_ask(name, used, monkeypatch):
     model = empty_model("causal", name)
-    assert choose_layout(model).layout is (Layout.STATES if name in STATES else Layout.SHARED)
+    choice = choose_layout(model)
+    if name in ("gptj", "lfm2") and Version(transformers.__version__) < Version("5.24"):
+        # Their layers did not hand keywords on in 5.17; the versions between were not tried.
+        assert choice.layout is not Layout.SEPARATE or re.search("did not get the row|takes no packed", choice.reason)
+    else:
+        assert choice.layout is (Layout.STATES if name in STATES else Layout.SHARED)
     needs = attention_needs(model, torch.device("cpu"))
     assert used <= {option for option in ("window", "softcap", "sinks") if getattr(needs, option)}
     assert choose_backend("auto", needs) == "sdpa"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from packing_cases import FAMILIES, random_pairs, sequences_of, tiny_model
+from packing_cases import random_pairs, sequences_of, tiny_model
 from transformers import GraniteMoeHybridConfig, MixtralConfig
 
 from amopo_fast.models.architecture import UnsupportedModelError
@@ -13,7 +13,7 @@ from amopo_fast.packing.plan import Layout, build_plan
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.trainer import AMoPOTrainer
 
-FAMILIES |= {"mixtral": MixtralConfig(), "hybrid": GraniteMoeHybridConfig(
+CONFIGS = {"mixtral": MixtralConfig(), "hybrid": GraniteMoeHybridConfig(
     num_hidden_layers=4, layer_types=["mamba", "attention"] * 2, num_local_experts=4, mamba_n_heads=128)}  # fmt: skip
 PAIRS = random_pairs(3, 3, absent=True)
 
@@ -30,8 +30,10 @@ def of_separate_sequences(model):
 @pytest.mark.parametrize("family, layout", [("qwen3_moe", "shared"), ("qwen3_moe", "separate"),
                          ("gpt_oss", "shared"), ("mixtral", "shared"), ("hybrid", "shared")])  # fmt: skip
 def test_of_a_row_equals_that_of_the_separate_sequences(family, layout):
-    model = tiny_model(family)
+    model = tiny_model(family, config=CONFIGS.get(family))
     truth = of_separate_sequences(model)
+    if not isinstance(truth, torch.Tensor):
+        pytest.skip(f"this version of transformers computes no routers' loss of {type(model).__name__}")
     truth.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
