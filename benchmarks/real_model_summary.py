@@ -1,0 +1,1 @@
+def add(path): pass
