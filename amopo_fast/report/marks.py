@@ -62,6 +62,11 @@ def point(axis, x: float, y: float, look: Look) -> None:
               markeredgewidth=1.6)  # fmt: skip
 
 
+def front(axis, points: Points) -> None:
+    """A thin line through points from left to right, behind them."""
+    axis.plot(*_xy(points), color=CONTEXT, linewidth=1.0, zorder=1.6)
+
+
 def intervals(
     axis, xs: Sequence[float], values: Sequence[Interval], look: Look, *, scale: float = 1.0, joined: bool = False,
     upright: bool = True,
