@@ -78,12 +78,13 @@ class Setting:
     tuning_pairs: int  # for the choice of the rate: trained on, and half as many judged
     tuning_steps: int
     asked_pairs: int  # of a fold, judged under another asked level too
+    answer_tokens: int
 
 
 SETTINGS = {
-    "cpu": Setting(120, 3, 14, 4, 1 / 3, (3e-4, 1e-3), 32, 8, 10),
-    "gpu": Setting(330, 5, 80, 8, 1.0, (1e-4, 3e-4, 1e-3), 40, 20, 66),
-    "smoke": Setting(12, 2, 1, 2, 1.0, (1e-3,), 4, 1, 3),
+    "cpu": Setting(120, 3, 14, 4, 1 / 3, (3e-4, 1e-3), 32, 8, 10, 48),
+    "gpu": Setting(330, 5, 80, 8, 1.0, (1e-4, 3e-4, 1e-3), 40, 20, 66, 48),
+    "smoke": Setting(12, 2, 1, 2, 1.0, (1e-3,), 4, 1, 3, 2),
 }
 
 
@@ -289,7 +290,7 @@ class Bench:
             )
             for pair in asked
         ]
-        texts = generate(model, self.tokenizer, prompts, Sampling(max_new_tokens=48, temperature=0))
+        texts = generate(model, self.tokenizer, prompts, Sampling(max_new_tokens=self.setting.answer_tokens, temperature=0))
         return {"answers": dict(zip(QUESTIONS, texts, strict=True))}
 
 
