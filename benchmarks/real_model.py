@@ -290,7 +290,8 @@ class Bench:
             )
             for pair in asked
         ]
-        texts = generate(model, self.tokenizer, prompts, Sampling(max_new_tokens=self.setting.answer_tokens, temperature=0))
+        sampling = Sampling(max_new_tokens=self.setting.answer_tokens, temperature=0)
+        texts = generate(model, self.tokenizer, prompts, sampling)
         return {"answers": dict(zip(QUESTIONS, texts, strict=True))}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -67,7 +68,6 @@ def _draw(runs: Sequence[Run], points: Sequence[tuple[float, float]], metric: st
     for index, (label, (x, y)) in enumerate(zip(told_apart([run.name for run in runs]), points, strict=True)):
         marks.point(axis, x, y, look(index))
         marks.key(axis, label, look(index), marker=True, line=False, fill="none")
-    limits = {"lowest": -1.5, "highest": 101.5} if metric == "accuracy" else {}
-    least = 2.0 if metric == "accuracy" else 0.0
-    marks.fit_x(axis, [x for x, _ in points], least=least, **limits)
-    marks.fit_y(axis, [y for _, y in points], least=least, **limits)
+    least, lowest, highest = (2.0, -1.5, 101.5) if metric == "accuracy" else (0.0, -math.inf, math.inf)
+    marks.fit_x(axis, [x for x, _ in points], least=least, lowest=lowest, highest=highest)
+    marks.fit_y(axis, [y for _, y in points], least=least, lowest=lowest, highest=highest)

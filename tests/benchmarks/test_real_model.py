@@ -88,7 +88,8 @@ def test_folds_that_a_method_lacks_do_not_count():
 
 
 def test_the_question_alone_is_kept():
-    pair = real_model.Pair(0, (real_model.Message("user", "Answer.\n\nQuestion: Who?\n\nPassages:\nOne."),), "a", "b", {})
+    asked = real_model.Message("user", "Answer.\n\nQuestion: Who?\n\nPassages:\nOne.")
+    pair = real_model.Pair(0, (asked,), "a", "b", {})
     assert real_model.question_alone(pair).messages[0].content == "Who?"
     plain = real_model.Pair(0, (real_model.Message("user", "Question: Who?"),), "a", "b", {})
     assert real_model.question_alone(plain) is plain
