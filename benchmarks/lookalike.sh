@@ -18,7 +18,7 @@ if [[ ! -e $folder/built ]]; then
   # ruff and mypy.
   "$folder/bin/python" -m pip install -q torch==2.11.0 triton==3.6.0 transformers==5.17.0 numpy==2.5.2 \
     accelerate==1.15.0 huggingface_hub==1.33.0 safetensors==0.8.0 tokenizers==0.23.2 sentencepiece==0.2.2 \
-    tiktoken==0.14.0 peft protobuf pytest pytest-timeout hypothesis matplotlib pyyaml rich tqdm jinja2 tensorboard \
+    tiktoken==0.14.0 peft protobuf pytest pytest-xdist pytest-timeout hypothesis matplotlib pyyaml rich tqdm jinja2 tensorboard \
     setuptools wheel build pyarrow pandas scipy psutil
   touch "$folder/built"
 fi
