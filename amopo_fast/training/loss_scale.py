@@ -49,7 +49,8 @@ class LossScale:
         if not count or wrong >= FLAT * right:
             return ""
         return (
-            f"beta {self._beta:g} is small for these pairs: l_chosen and l_rejected differ by {typical / self._beta:.2g} "
-            f"nats a token, so with gamma {gamma:g} the loss pushes a pair that is right ({right:.2f}) and one that is "
-            f"wrong ({wrong:.2f}) nearly alike and falls slowly; SimPO's beta is 2 to 10 (docs/recipe.md)"
+            f"beta {self._beta:g} is small for these pairs: l_chosen and l_rejected differ by "
+            f"{typical / self._beta:.2g} nats a token, so with gamma {gamma:g} the loss pushes a pair that is right "
+            f"({right:.2f}) and one that is wrong ({wrong:.2f}) nearly alike and falls slowly; SimPO's beta is 2 to 10 "
+            "(docs/recipe.md)"
         )
