@@ -16,8 +16,8 @@ _METRICS = (("Accuracy", "accuracy", 100.0, ", %"), ("Margin", "margin", 1.0, ""
 
 
 def trade_off_row(runs: Sequence[Run], first: str, second: str) -> Row:
-    """Each run's accuracy, and its margin, in two dimensions: a point a run, and a line over the runs that no other one
-    surpasses in both.
+    """Each run's accuracy, and its margin, in two dimensions: a point a run, and the edge of what some run reaches in
+    both.
 
     The last evaluation counts, of the first set that all runs have; without one, training, as it is smoothed.
 
@@ -43,7 +43,7 @@ def trade_off_row(runs: Sequence[Run], first: str, second: str) -> Row:
         ]
         panels.append(
             Panel(f"{title}, two dimensions", partial(_draw, runs, points, metric), f"{first}{unit}", f"{second}{unit}",
-                  note="A point is a run; the line joins those that no other one surpasses in both.")  # fmt: skip
+                  note="A point is a run. None is beyond the line, whose corners are the runs that no other surpasses.")
         )
     return Row(panels, "Trade-off", f"last {set_name(prefix)}" if prefix else "end of training")
 
@@ -64,10 +64,10 @@ def _last(run: Run, prefix: str, name: str) -> float:
 
 
 def _draw(runs: Sequence[Run], points: Sequence[tuple[float, float]], metric: str, axis) -> None:
-    marks.front(axis, front(points))
     for index, (label, (x, y)) in enumerate(zip(told_apart([run.name for run in runs]), points, strict=True)):
         marks.point(axis, x, y, look(index))
         marks.key(axis, label, look(index), marker=True, line=False, fill="none")
     least, lowest, highest = (2.0, -1.5, 101.5) if metric == "accuracy" else (0.0, -math.inf, math.inf)
     marks.fit_x(axis, [x for x, _ in points], least=least, lowest=lowest, highest=highest)
     marks.fit_y(axis, [y for _, y in points], least=least, lowest=lowest, highest=highest)
+    marks.front(axis, front(points))
