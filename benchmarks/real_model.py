@@ -10,8 +10,9 @@ The second takes about an hour of one core with `--device cpu`.
 question alone is kept, so that a step is cheap, and of the pairs the shortest. They are cut into as many folds as there
 are seeds: a method is trained on the other folds and judged on its own, so every pair is judged once, by a model that
 never saw it. All methods train a LoRA adapter until they have computed the same number of tokens: AMoPO on all
-dimensions, SimPO and DPO on one, whose prompt is AMoPO's no_object, so they make more steps. beta and gamma are those
-of `METHODS` and never tuned; the learning rate of a method is the better of a few on pairs that no result uses.
+dimensions, with one beta and gamma and with the published ones, SimPO and DPO on one, whose prompt is AMoPO's
+no_object, so they make more steps. beta and gamma are those of `METHODS` and never tuned; the learning rate of a method
+is the better of a few on pairs that no result uses.
 
 The JSON is rewritten after every row, with the numbers of every judged pair, and a second call goes on where the first
 one ended. real_model_summary.py makes the accuracies, their intervals and the picture of it.
@@ -59,10 +60,11 @@ DIMENSIONS = ("no_object", "helpfulness", "correctness", "instruction_following"
 METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "AMoPO gaussian": (DIMENSIONS, {"objective": "amopo", "weighting": "gaussian", "beta": 5.0, "gamma": 1.0}),
     "AMoPO uniform": (DIMENSIONS, {"objective": "amopo", "weighting": "uniform", "beta": 5.0, "gamma": 1.0}),
+    "AMoPO published": (DIMENSIONS, {"objective": "amopo", "weighting": "gaussian", "beta": 0.8, "gamma": 2.0}),
     "SimPO": (DIMENSIONS[:1], {"objective": "simpo", "beta": 5.0, "gamma": 1.0}),
     "DPO": (DIMENSIONS[:1], {"objective": "dpo", "beta": 0.1}),
 }
-TUNED = {"AMoPO gaussian": "AMoPO uniform", "DPO": "SimPO"}  # whose rate they take: tuning costs as much as training
+TUNED = {"AMoPO gaussian": "AMoPO uniform", "AMoPO published": "AMoPO uniform", "DPO": "SimPO"}  # whose rate they take: tuning costs as much as training
 QUESTIONS = ("Why is the sky blue?", "Who invented the telephone?", "How do I boil an egg?")
 LOW_LEVEL = 1  # asked for instead of the chosen response's score
 

@@ -3,7 +3,8 @@
     python benchmarks/real_step.py --device cpu --data PAIRS.json --rounds 2 --out real_step.json
 
 Loss and gradients of all weights, float32, layers recomputed in the backward pass as TRL's trainers do by default, of
-the pairs of a file in AMoPO's format whose length is nearest to that of `--quantile`. On a CPU compare `min_cpu_ms`, the least CPU time of interleaved runs (OMP_NUM_THREADS=1).
+the pairs of a file in AMoPO's format whose length is nearest to that of `--quantile`. On a CPU compare `min_cpu_ms`,
+the least CPU time of interleaved runs (OMP_NUM_THREADS=1); what takes longer than 20 s is run once.
 
     K = 4   the reference way (2K padded sequences a pair, logits of all tokens in float32, AMoPO's loss), ours in both
             orders of the prompt; dimension_last has other prompts, so its loss is another

@@ -261,11 +261,12 @@ def real_model_table() -> str:
         names = list(next(iter(methods.values()))["accuracy"])
         table = [
             [method, str(found.get("steps", [""])[0]), *(share(found["accuracy"][name]) for name in names),
-             interval(gained[method]["difference"]["mean"]) if method in gained else "",
-             interval(found["logp_chosen"]["mean"])]
+             *((interval(gained[method]["difference"]["mean"]), share(found["reward_accuracy"]["mean"]))
+               if method in gained else ("", "")), interval(found["logp_chosen"]["mean"])]
             for method, found in methods.items()
         ]  # fmt: skip
-        heading = ["held-out accuracy, %", "steps", *names, "margin gained, nats a token", "l_chosen, nats a token"]
+        heading = ["held-out accuracy, %", "steps", *names, "margin gained, nats a token",
+                   "reward accuracy, %", "l_chosen, nats a token"]
         parts.append(markdown(heading, table))
         for baseline in ("before training", "SimPO"):
             found = summary[f"against {baseline}"]

@@ -104,7 +104,8 @@ def test_it_goes_on_where_it_ended(tmp_path, monkeypatch, capsys):
     arguments = ["real_model.py", "--smoke", "--device", "cpu", "--model", str(tmp_path / "model"),
                  "--pairs", str(tmp_path / "pairs.json"), "--out", str(out)]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.delitem(real_model.METHODS, "AMoPO gaussian")
+    for name in ("AMoPO gaussian", "AMoPO published"):
+        monkeypatch.delitem(real_model.METHODS, name)
     real_model.main()
     first = json.loads(out.read_text())["rows"]
     assert first[-1]["case"] == "summary" and first[-1]["status"] == "ok" and first[-1]["pairs"] == 12
