@@ -64,7 +64,8 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "SimPO": (DIMENSIONS[:1], {"objective": "simpo", "beta": 5.0, "gamma": 1.0}),
     "DPO": (DIMENSIONS[:1], {"objective": "dpo", "beta": 0.1}),
 }
-TUNED = {"AMoPO gaussian": "AMoPO uniform", "AMoPO published": "AMoPO uniform", "DPO": "SimPO"}  # whose rate they take: tuning costs as much as training
+# Whose learning rate they take: tuning costs as much as training.
+TUNED = {"AMoPO gaussian": "AMoPO uniform", "AMoPO published": "AMoPO uniform", "DPO": "SimPO"}
 QUESTIONS = ("Why is the sky blue?", "Who invented the telephone?", "How do I boil an egg?")
 LOW_LEVEL = 1  # asked for instead of the chosen response's score
 
