@@ -6,6 +6,7 @@ import functools
 
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_liger_kernel_available
 
@@ -25,6 +26,8 @@ LIGER_BODY = {
     "cross_entropy": False,
     "fused_linear_cross_entropy": False,
 }
+# torch 2.11's dynamo ends in an assertion of its own on Liger's norms (seen on an H100, with liger-kernel 0.8.5).
+COMPILES_LIGER = TorchVersion(torch.__version__) >= (2, 12)
 
 
 def liger_by_default() -> bool:
@@ -66,6 +69,12 @@ def _compiled_class(layer_class: type[nn.Module], backend: str) -> type[nn.Modul
     return Compiled
 
 
+def _is_ligers(module: nn.Module) -> bool:
+    """Liger replaces classes for new models, and methods of the modules of one that is there."""
+    forwards = module.forward, type(module).forward
+    return any(getattr(forward, "__module__", "").startswith("liger_kernel") for forward in forwards)
+
+
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """Compile the decoder layers of a causal LM after `prepare_model`, in place: once for all layers of a kind and all
     row lengths.
@@ -76,7 +85,8 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
         backend: of torch.compile.
 
     Raises:
-        OptionError: the model trains in the layout separate, whose rows are padded batches.
+        OptionError: the model trains in the layout separate, whose rows are padded batches; or its layers hold Liger's
+            kernels, which this torch cannot compile.
         ValueError: the model has no layers that transformers could checkpoint.
     """
     choice = choice_of(model)
@@ -89,5 +99,10 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no GradientCheckpointingLayer; leave compile_layers out")
+    if not COMPILES_LIGER and any(_is_ligers(module) for module in model.modules()):
+        raise OptionError(
+            f"torch {torch.__version__} cannot compile Liger's kernels: leave compile_layers out, set "
+            "use_liger_kernel=False, or install torch 2.12 or newer", "compile_layers",
+        )  # fmt: skip
     for layer in layers:
         layer.__class__ = _compiled_class(layer.__class__, backend)
