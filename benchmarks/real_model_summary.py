@@ -64,12 +64,12 @@ def right(difference: np.ndarray, gaps: np.ndarray) -> np.ndarray:
 
 def summarise(rows: Rows) -> dict[str, Any]:
     """{"status", "seeds", "pairs", "methods": numbers of each, "against ...": of each method, paired differences}, of
-    the folds that all methods have."""
+    the methods that were run and the folds that all of them have."""
     data = rows[0]
-    methods = [BEFORE, *data["methods"]]
-    found = {method: {row["seed"]: row for row in rows if row["case"] == method} for method in methods}
+    by_method = {name: {row["seed"]: row for row in rows if row["case"] == name} for name in (BEFORE, *data["methods"])}
+    found = {method: each for method, each in by_method.items() if each}
     seeds = sorted(set.intersection(*(set(each) for each in found.values())))
-    if not seeds:
+    if not seeds or len(found) < 2:
         return {"status": "not run: no fold is complete"}
     judged = {method: Judged([each[seed] for seed in seeds]) for method, each in found.items()}
     low = {method: Judged([each[seed] for seed in seeds], "asked_low") for method, each in found.items()}
@@ -104,7 +104,7 @@ def summarise(rows: Rows) -> dict[str, Any]:
                 for name in ("steps", "computed_tokens", "learning_rate", "loss_first", "loss_last")
             }
         result["methods"][method] = own
-    for baseline in (BEFORE, BASELINE):
+    for baseline in (name for name in (BEFORE, BASELINE) if name in judged):
         result[f"against {baseline}"] = {
             method: {
                 "accuracy": by_name(clusters.mean, correct[method] - correct[baseline], names),
@@ -154,8 +154,8 @@ def plot(summary: dict[str, Any], path: Path) -> Path:
               "l_chosen, nats a token", "", height=height),
     ]  # fmt: skip
     foot = (
-        f"{summary['pairs']} held-out pairs, {summary['seeds']} seeds and folds; 95 % intervals over pairs. l: mean "
-        "log-probability of a response's tokens."
+        f"{summary['pairs']} held-out pairs; seeds, each with a fold of its own: {summary['seeds']}. 95 % intervals over "
+        "pairs. l: mean log-probability of a response's tokens."
     )
     return draw([Row(panels)], path, "AMoPO, SimPO and DPO on a real model", foot=foot)
 
@@ -180,11 +180,15 @@ def reading(summary: dict[str, Any]) -> str:
     """Which methods differ from which, in words that the intervals decide."""
     lines = []
     for baseline in (BEFORE, BASELINE):
-        for method, found in summary[f"against {baseline}"].items():
-            better = [name for name, value in found["accuracy"].items() if (value["low"] or 0) > 0]
-            worse = [name for name, value in found["accuracy"].items() if (value["high"] or 0) < 0]
-            said = [f"better in {', '.join(better)}"] * bool(better) + [f"worse in {', '.join(worse)}"] * bool(worse)
-            lines.append(f"{method} against {baseline}: {'; '.join(said) or 'not told apart in any dimension'}")
+        for method, found in summary.get(f"against {baseline}", {}).items():
+            said = []
+            for what, values in found.items():
+                more = [name for name, value in values.items() if (value["low"] or 0) > 0]
+                less = [name for name, value in values.items() if (value["high"] or 0) < 0]
+                said += [f"{what} higher in {', '.join(more)}"] * bool(more)
+                said += [f"{what} lower in {', '.join(less)}"] * bool(less)
+                said += [f"{what} not told apart"] * (not more and not less)
+            lines.append(f"{method} against {baseline}: {'; '.join(said)}")
     return "\n".join(lines)
 
 

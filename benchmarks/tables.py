@@ -261,19 +261,19 @@ def real_model_table() -> str:
         names = list(next(iter(methods.values()))["accuracy"])
         table = [
             [method, str(found.get("steps", [""])[0]), *(share(found["accuracy"][name]) for name in names),
-             *((interval(gained[method]["difference"]["mean"]), share(found["reward_accuracy"]["mean"]))
-               if method in gained else ("", "")), interval(found["logp_chosen"]["mean"])]
+             share(found["reward_accuracy"]["mean"]) if method in gained else "",
+             interval(found["logp_chosen"]["mean"])]
             for method, found in methods.items()
         ]  # fmt: skip
-        heading = ["held-out accuracy, %", "steps", *names, "margin gained, nats a token",
-                   "reward accuracy, %", "l_chosen, nats a token"]
+        heading = ["held-out accuracy, %", "steps", *names, "reward accuracy, %", "l_chosen, nats a token"]
         parts.append(markdown(heading, table))
         for baseline in ("before training", "SimPO"):
-            found = summary[f"against {baseline}"]
-            table = [[method, *(interval(each["accuracy"][name], 100, 1) for name in names)]
-                     for method, each in found.items()]  # fmt: skip
-            parts.append(markdown([f"accuracy against {baseline}, percentage points", *names], table))
-        parts.append(f"{summary['pairs']} held-out pairs, {summary['seeds']} seeds, 95 % intervals. " + caption(report))
+            found = summary.get(f"against {baseline}", {})
+            table = [[method, *(interval(each["accuracy"][name], 100, 1) for name in names),
+                      interval(each["difference"]["mean"], decimals=3)] for method, each in found.items()]  # fmt: skip
+            heading = [f"accuracy against {baseline}, points", *names, "margin, nats a token"]
+            parts.append(markdown(heading, table))
+        parts.append(f"{summary['pairs']} held-out pairs, seeds: {summary['seeds']}, 95 % intervals. " + caption(report))
     return "\n\n".join(parts) or markdown(["method", "held-out accuracy"], [["all", NOT_MEASURED]])
 
 
