@@ -154,8 +154,8 @@ def plot(summary: dict[str, Any], path: Path) -> Path:
               "l_chosen, nats a token", "", height=height),
     ]  # fmt: skip
     foot = (
-        f"{summary['pairs']} held-out pairs; seeds, each with a fold of its own: {summary['seeds']}. 95 % intervals over "
-        "pairs. l: mean log-probability of a response's tokens."
+        f"{summary['pairs']} held-out pairs; seeds, each with a fold of its own: {summary['seeds']}. 95 % intervals "
+        "over pairs. l: mean log-probability of a response's tokens."
     )
     return draw([Row(panels)], path, "AMoPO, SimPO and DPO on a real model", foot=foot)
 

@@ -273,7 +273,8 @@ def real_model_table() -> str:
                       interval(each["difference"]["mean"], decimals=3)] for method, each in found.items()]  # fmt: skip
             heading = [f"accuracy against {baseline}, points", *names, "margin, nats a token"]
             parts.append(markdown(heading, table))
-        parts.append(f"{summary['pairs']} held-out pairs, seeds: {summary['seeds']}, 95 % intervals. " + caption(report))
+        counts = f"{summary['pairs']} held-out pairs, seeds: {summary['seeds']}, 95 % intervals. "
+        parts.append(counts + caption(report))
     return "\n\n".join(parts) or markdown(["method", "held-out accuracy"], [["all", NOT_MEASURED]])
 
 
