@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import real_step  # noqa: E402
 
 
+@pytest.mark.slow  # TRL is imported
 def test_variants_agree_on_equal_tokens(tmp_path, monkeypatch):
     pytest.importorskip("trl", reason="TRL is not installed")
     demo_model(0).save_pretrained(tmp_path / "model")
