@@ -5,8 +5,8 @@
     python benchmarks/tables.py --check                  change nothing; exit status 1 where a block is out of date
 
 A block is what stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is "head A", "head B", "head cpu",
-"sweeps", "floors", or the name of a suite's entry for a plain table of its rows. Without a result the table says
-"not measured".
+"sweeps", "floors", "quality", "real model", or the name of a suite's entry for a plain table of its rows. Without a
+result the table says "not measured".
 """
 
 from __future__ import annotations
@@ -274,6 +274,40 @@ def quality_table() -> str:
     return "\n\n".join(parts) or markdown(["method", "good responses"], [["all", NOT_MEASURED]])
 
 
+def real_model_table() -> str:
+    """Held-out accuracy of every method by dimension, what training did to the margins, and paired differences."""
+    parts = []
+    for report in [*results("real_model", "cuda"), *results("real_model", "cpu")]:
+        summary = report["rows"][-1]
+        if summary["case"] != "summary" or summary["status"] != "ok":
+            continue
+        methods, gained = summary["methods"], summary["against before training"]
+        names = list(next(iter(methods.values()))["accuracy"])
+        table = [
+            [method, str(found.get("steps", [""])[0]), *(share(found["accuracy"][name]) for name in names),
+             share(found["reward_accuracy"]["mean"]) if method in gained else "",
+             interval(found["logp_chosen"]["mean"])]
+            for method, found in methods.items()
+        ]  # fmt: skip
+        heading = ["held-out accuracy, %", "steps", *names, "reward accuracy, %", "l_chosen, nats a token"]
+        parts.append(markdown(heading, table))
+        for baseline in ("before training", "SimPO"):
+            found = summary.get(f"against {baseline}", {})
+            table = [[method, *(interval(each["accuracy"][name], 100, 1) for name in names),
+                      interval(each["difference"]["mean"], decimals=3)] for method, each in found.items()]  # fmt: skip
+            heading = [f"accuracy against {baseline}, points", *names, "margin, nats a token"]
+            parts.append(markdown(heading, table))
+        counts = f"{summary['pairs']} held-out pairs, seeds: {summary['seeds']}, 95 % intervals. "
+        parts.append(counts + caption(report))
+    return "\n\n".join(parts) or markdown(["method", "held-out accuracy"], [["all", NOT_MEASURED]])
+
+
+def interval(value: dict, scale: float = 1, decimals: int = 2) -> str:
+    """With its sign."""
+    value, low, high = (f"{scale * value[name]:+.{decimals}f}" for name in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
 def share(value: dict) -> str:
     low, high = max(value["low"], 0.0), min(value["high"], 1.0)  # Student's t knows nothing of a share's bounds
     return f"{100 * value['value']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
@@ -283,6 +317,8 @@ def block(name: str) -> str:
     match name.split():
         case ["quality"]:
             return quality_table()
+        case ["real", "model"]:
+            return real_model_table()
         case ["head", "cpu"]:
             return head_cpu_table()
         case ["head", case_name]:

@@ -18,7 +18,8 @@ _HEAD = """# Configuration
 `amopo-fast train --config run.yaml --beta 1.0` takes every key below, and every key of
 [transformers.TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments).
 A YAML file holds `key: value` lines; the command line overrides it. A key that does not exist, or a value of the wrong
-type, ends with its name and what to write. `validate`, `show` and `eval` read the data's keys from the same file.
+type, ends with its name and what to write. `train --preset paper` puts the published hyper-parameters over the file's.
+`validate`, `show` and `eval` read the data's keys from the same file.
 
 """
 

@@ -10,6 +10,7 @@ from amopo_fast.cli.numbers import share, whole, whole_or_zero
 from amopo_fast.errors import OptionError
 
 DEFAULT_TOKENS = 8192
+EVERY_ROW = "every row"
 
 
 def add_parser(commands) -> None:
@@ -32,6 +33,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--keep_layers", type=whole_or_zero, default=0, help="checkpoint all but the last N layers")
     parser.add_argument("--offload", action="store_true", help="layer checkpoints in host memory")
     parser.add_argument("--no_liger", action="store_true", help="without liger-kernel's RMSNorm and SwiGLU")
+    parser.add_argument("--objective", default="amopo", help="dpo and ipo score a reference too (default: amopo)")
     parser.add_argument("--efficiency", type=share, help="share of the GPU's dense bfloat16 peak that is reached")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run, takes_rest=False)
@@ -51,11 +53,15 @@ def run(arguments) -> int:
     from amopo_fast.memory import estimate as prediction
     from amopo_fast.memory.advice import OPTIMIZERS
     from amopo_fast.models.loading import model_errors
+    from amopo_fast.training.objectives import OBJECTIVES
 
     name = arguments.model or arguments.model_name_or_path
     if not name or (arguments.model and arguments.model_name_or_path):
         raise OptionError("name one model: amopo-fast estimate MODEL", "model_name_or_path")
     gpu = prediction.parse_gpu(arguments.gpu)
+    if arguments.objective not in OBJECTIVES:
+        raise OptionError(f"objective={arguments.objective!r}; choose one of {', '.join(OBJECTIVES)}", "objective")
+    has_reference = OBJECTIVES[arguments.objective].needs_reference
     with model_errors(name):
         config = load_config(name, arguments.config_overrides)
     row = prediction.Row(
@@ -69,22 +75,31 @@ def run(arguments) -> int:
         "liger": not arguments.no_liger,
     }
     rows = []
-    for name, (setup, flags) in OPTIMIZERS.items():
+    for optimizer, (setup, flags) in OPTIMIZERS.items():
         for gpus in sorted({1, arguments.gpus}):
             if gpus > 1 and not setup.shards:
                 continue
-            setup_here = dataclasses.replace(setup, gpus=gpus, **changes)
+            setup_here = dataclasses.replace(setup, gpus=gpus, reference=has_reference, **changes)
             result = prediction.estimate(config, row, setup_here)
             speed = prediction.tokens_per_second(result, row, gpu, gpus, efficiency)
-            rows.append({"optimizer": name, "gpus": gpus, "flags": flags, "parts": result.parts, "peak": result.peak,
-                         "needed": result.needed, "fits": result.needed <= gpu.memory, "moment": result.moment,
-                         "parameters": result.parameters, "trained": result.trained,
-                         "tokens_per_second": speed})  # fmt: skip
+            rows.append({"optimizer": optimizer, "gpus": gpus, "flags": flags, "parts": result.parts,
+                         "peak": result.peak, "needed": result.needed, "fits": result.needed <= gpu.memory,
+                         "moment": result.moment, "parameters": result.parameters, "trained": result.trained,
+                         "tokens_per_second": speed,
+                         **({"reference": _reference(setup_here, result)} if has_reference else {})})  # fmt: skip
     report = {"model": name, "gpu": dataclasses.asdict(gpu), "row": dataclasses.asdict(row),
               "efficiency": efficiency, "efficiency_source": "given" if arguments.efficiency else "assumed",
-              "reserve": prediction.RESERVE, "setup": changes, "rows": rows}  # fmt: skip
+              "reserve": prediction.RESERVE, "setup": changes, "objective": arguments.objective,
+              "rows": rows}  # fmt: skip
     print(json.dumps(report, indent=1)) if arguments.json else _print(report)
     return 0
+
+
+def _reference(setup, result) -> dict:
+    """When the reference model's log-probs are computed, and their share of the FLOP: of a row's under an adapter, of
+    an epoch's in full training."""
+    when = EVERY_ROW if setup.lora_rank is not None else "once, before the first step"
+    return {"when": when, "share_of_flops": result.forward_flops / result.flops}
 
 
 def _print(report: dict) -> None:
@@ -116,7 +131,7 @@ def _print(report: dict) -> None:
                  parts["working memory"] + parts["head"])  # fmt: skip
         speed = f"{entry['tokens_per_second']:,.0f}" if entry["fits"] and entry["tokens_per_second"] else "-"
         table.add_row(
-            entry["optimizer"], str(entry["gpus"]), *(f"{cell / GIB:.1f}" for cell in cells),
+            entry["optimizer"], str(entry["gpus"]), *(f"{max(cell, 0) / GIB:.1f}" for cell in cells),
             f"{entry['needed'] / GIB:.1f}", speed, style="" if entry["fits"] else "dim",
         )  # fmt: skip
     console.print(table)
@@ -139,6 +154,18 @@ def _print(report: dict) -> None:
             f"tokens/s: FLOP at {report['efficiency']:.0%} of the GPU's dense bfloat16 peak; that share is "
             f"{report['efficiency_source']}, not measured.", soft_wrap=True,
         )  # fmt: skip
+    _print_reference(console, report)
+
+
+def _print_reference(console, report: dict) -> None:
+    found = [row["reference"] for row in report["rows"] if "reference" in row]
+    for when, part in {each["when"]: each["share_of_flops"] for each in found}.items():
+        how = (f"under an adapter {when} is scored once more without it, {part:.0%} of the FLOP, counted in tokens/s"
+               if when == EVERY_ROW else
+               f"in full training all pairs are scored {when}, {part:.0%} of an epoch's FLOP; 8 bytes a pair and "
+               "dimension on disk")  # fmt: skip
+        console.print(f"{report['objective']}'s reference: {how}. It keeps nothing, so the peak is the same.",
+                      soft_wrap=True)  # fmt: skip
 
 
 def _flags(report: dict) -> str:

@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
@@ -56,6 +56,7 @@ def parse_options(
     *,
     ignore: Sequence[str] = (),
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Any, ...]:
     """An instance of each dataclass, from the keys of `--config FILE` and, over them, the command line's options; last
     the namespace of the command's own arguments, with `given`, the names of the options that were set.
@@ -65,6 +66,7 @@ def parse_options(
         ignore: dataclasses, as "module:class", whose keys the YAML file may hold too, so that one file serves several
             commands.
         add_arguments: adds the command's own arguments.
+        presets: values by the name that `--preset` takes; they stand over the file's and under the command line's.
 
     Raises:
         OptionError: an unknown key or option, a value of the wrong type, or one that a dataclass refuses.
@@ -72,13 +74,17 @@ def parse_options(
     parser = _Parser(list(classes), prog=f"amopo-fast {command}", allow_abbrev=False)
     keys = {action.dest for action in parser._actions} - {"help"}
     parser.add_argument("--config", help="YAML file of options; --key value overrides its keys")
+    if presets:
+        parser.add_argument("--preset", choices=presets, help="options by name, over the YAML file's")
     if add_arguments:
         add_arguments(parser)
     types_of = {name: hint for each in classes for name, hint in typing.get_type_hints(each).items()}
     origin: dict[str, str] = {}
     first = _Parser(prog=parser.prog, allow_abbrev=False, add_help=False)
     first.add_argument("--config")
-    config = first.parse_known_args(list(rest))[0].config
+    first.add_argument("--preset", choices=presets)
+    chosen = first.parse_known_args(list(rest))[0]
+    config = chosen.config
     on_command_line = {token[2:].split("=")[0].replace("-", "_") for token in rest if token.startswith("--")}
     if config:
         values = _from_yaml(config, types_of, keys, ignore)
@@ -87,6 +93,9 @@ def parse_options(
                 values = {key: value for key, value in values.items() if key not in pair}
         origin = {key: f"{config}: {key}" for key in values}
         parser.set_defaults(**values)
+    if presets and chosen.preset:
+        origin |= {key: f"preset {chosen.preset}: {key}" for key in presets[chosen.preset]}
+        parser.set_defaults(**presets[chosen.preset])
     namespace, unknown = parser.parse_known_args(list(rest))
     if unknown:
         flag = unknown[0].split("=")[0]

@@ -12,6 +12,8 @@ def add_parser(commands) -> None:
     plot.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a training run")
     plot.add_argument("--output_dir", help="folder for metrics.png, metrics.svg and report.html (default: first run's)")
     plot.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: all")
+    plot.add_argument("--trade_off", nargs=2, metavar="DIMENSION", default=(),
+                      help="of several runs: accuracies and margins in two dimensions against each other")  # fmt: skip
     plot.set_defaults(run=run, takes_rest=False)
 
 
@@ -26,10 +28,10 @@ def run(arguments) -> int:
     for kind in arguments.formats:
         if kind == "html":
             title, lead = describe(runs)
-            body = table(*_summary(runs)) + pictures(run_rows(runs))
+            body = table(*_summary(runs)) + pictures(run_rows(runs, arguments.trade_off))
             path = write(folder / "report.html", page(title, lead, body, reading(runs)))
         else:
-            path = draw_runs(runs, folder / f"metrics.{kind}")
+            path = draw_runs(runs, folder / f"metrics.{kind}", arguments.trade_off)
         print(path)
     return 0
 

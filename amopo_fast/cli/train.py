@@ -115,6 +115,7 @@ def run(arguments) -> int:
 
 def _run(arguments, progress: Progress) -> int:
     from amopo_fast.cli.options import parse_options
+    from amopo_fast.cli.presets import PRESETS
     from amopo_fast.data.config import DataConfig
     from amopo_fast.models.config import ModelConfig
     from amopo_fast.survival.lock import OutputLock
@@ -122,7 +123,7 @@ def _run(arguments, progress: Progress) -> int:
     from amopo_fast.training.objectives import objective_of
 
     data_config, model_config, config, _ = parse_options(
-        "train", (DataConfig, ModelConfig, AMoPOConfig), arguments.rest
+        "train", (DataConfig, ModelConfig, AMoPOConfig), arguments.rest, presets=PRESETS
     )
     if not data_config.train_data:
         raise OptionError("train_data is missing: give --train_data FILE, or train_data in the YAML file", "train_data")

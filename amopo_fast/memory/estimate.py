@@ -97,6 +97,7 @@ class Setup:
     liger: bool = False  # liger-kernel's RMSNorm and SwiGLU
     accumulates: bool = False  # gradients of earlier micro-batches are alive
     gpus: int = 1  # sharded over
+    reference: bool = False  # an adapter's objective scores each row without the adapter too, which keeps nothing
     head_slice: int = HEAD_SLICE
 
     @property
@@ -128,6 +129,7 @@ class Estimate:
     parts: dict[str, int]
     moment: str  # when the peak is
     flops: int
+    forward_flops: int  # of scoring the same pairs without gradient
     parameters: int
     trained: int
 
@@ -322,23 +324,28 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
         "head": dynamic.get("head", 0),
         "working memory": dynamic.get("working memory", 0) + gathered,
     }
-    head_flops = (8 if head_trained else 4) * row.label_tokens * vocabulary * hidden
+    products = row.label_tokens * vocabulary * hidden
+    attention = _attention_flops(text, row)
+    recomputed = (layers - setup.keep_layers) / layers if setup.checkpointing else 0
+    flops = body_flops + (8 if head_trained else 4) * products + int(attention * (1 + 2.5 + recomputed))
+    forward_flops = body.forward_flops + 2 * products + attention
+    if setup.reference and setup.lora_rank is not None:
+        flops += forward_flops
     return Estimate(
-        parts, moment, body_flops + head_flops + _attention_flops(text, row, setup),
+        parts, moment, flops, forward_flops,
         sum(p.numel for p in parameters), sum(p.numel for p in trained),
     )  # fmt: skip
 
 
-def _attention_flops(text: PretrainedConfig, row: Row, setup: Setup) -> int:
-    """Causal: a query sees half of its sequence. Forward 4 per query, key and channel, backward 2.5 times that."""
+def _attention_flops(text: PretrainedConfig, row: Row) -> int:
+    """Of the forward, 4 per query, key and channel; a causal query sees half of its sequence. The backward is 2.5 times
+    that."""
     channels = 0.0  # of a layer, on average
     for layer in (configs := layer_configs(text)):
         heads = getattr(layer, "num_attention_heads", None) or 0
         width = getattr(layer, "head_dim", None) or layer.hidden_size // max(heads, 1)
         channels += heads * width / len(configs)
-    recomputed = (text.num_hidden_layers - setup.keep_layers) / text.num_hidden_layers if setup.checkpointing else 0
-    forward = 4 * row.tokens * (row.sequence_tokens / 2) * channels * text.num_hidden_layers
-    return int(forward * (1 + 2.5 + recomputed))
+    return int(4 * row.tokens * (row.sequence_tokens / 2) * channels * text.num_hidden_layers)
 
 
 def tokens_per_second(prediction: Estimate, row: Row, gpu: Gpu, gpus: int = 1, efficiency: float = EFFICIENCY) -> float:

@@ -86,6 +86,7 @@ class BodyProfile:
     backward: int  # peak of the backward above `kept`
     flops: int  # matmuls of forward, recomputation and backward; attention not counted
     kept_per_layer: int
+    forward_flops: int  # of `flops`, the forward's
 
 
 class _Attention(torch.autograd.Function):
@@ -248,7 +249,7 @@ def profile_body(
     layers = text.num_hidden_layers
     first, period = period_of(text)
 
-    def run(depth: int) -> tuple[int, int, int, int]:
+    def run(depth: int) -> tuple[int, int, int, int, int]:
         changed = copy.deepcopy(config)
         if depth != layers:
             set_layers(changed, depth)
@@ -257,11 +258,11 @@ def profile_body(
 
     low = first + period * max(1, -(-(2 - first) // max(period, 1)))  # two layers at least
     if not period or low + period > layers:  # nothing repeats: all of them
-        kept, forward, backward, flops = run(layers)
-        return BodyProfile(kept, forward - kept, backward - kept, flops, kept // layers)
+        kept, forward, backward, *flops = run(layers)
+        return BodyProfile(kept, forward - kept, backward - kept, flops[0], kept // layers, flops[1])
     one, two = run(low), run(low + period)
-    kept, forward, backward, flops = (a + (layers - low) * (b - a) // period for a, b in zip(one, two, strict=True))
-    return BodyProfile(kept, forward - kept, backward - kept, flops, (two[0] - one[0]) // period)
+    kept, forward, backward, *flops = (a + (layers - low) * (b - a) // period for a, b in zip(one, two, strict=True))
+    return BodyProfile(kept, forward - kept, backward - kept, flops[0], (two[0] - one[0]) // period, flops[1])
 
 
 def llama_of_widths(config: PretrainedConfig) -> LlamaConfig:
@@ -287,8 +288,8 @@ def llama_of_widths(config: PretrainedConfig) -> LlamaConfig:
 
 
 @without_liger()
-def _run(config, shape, kv_tokens, dtype, checkpointing, lora_rank, liger) -> tuple[int, int, int, int]:
-    """(bytes alive after the forward, peak of the forward, peak of the backward, FLOP)"""
+def _run(config, shape, kv_tokens, dtype, checkpointing, lora_rank, liger) -> tuple[int, int, int, int, int]:
+    """(bytes alive after the forward, peak of the forward, peak of the backward, FLOP, FLOP of the forward)"""
     model = meta_model(config, dtype, lora_rank).train()
     base = language_model_of(model)
     options = _use_packed(base, kv_tokens) if kv_tokens is not None else {}
@@ -308,10 +309,10 @@ def _run(config, shape, kv_tokens, dtype, checkpointing, lora_rank, liger) -> tu
         with LiveBytes([*model.parameters(), *model.buffers()]) as live:
             with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
                 hidden = decoder_of(base)(input_ids=ids, use_cache=False, **options).last_hidden_state
-            kept, forward = live.live, live.peak
+            kept, forward, forward_flops = live.live, live.peak, live.flops
             live.peak = kept
             hidden.backward(torch.ones_like(hidden))
-        return kept, forward, live.peak, live.flops
+        return kept, forward, live.peak, live.flops, forward_flops
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:

@@ -18,9 +18,9 @@ def plot_run(run: str | Path, output: str | Path) -> Path:
     return draw_runs(read_runs([run]), output)
 
 
-def draw_runs(runs: Sequence[Run], output: str | Path) -> Path:
-    """The runs' metrics on one sheet. Raises as `run_rows` and `draw`."""
-    return draw(run_rows(runs), output, *describe(runs), f"{reading(runs)} {definitions()}")
+def draw_runs(runs: Sequence[Run], output: str | Path, trade_off: Sequence[str] = ()) -> Path:
+    """The runs' metrics on one sheet; `trade_off` is as in `run_rows`. Raises as `run_rows` and `draw`."""
+    return draw(run_rows(runs, trade_off), output, *describe(runs), f"{reading(runs)} {definitions()}")
 
 
 def draw(rows: Sequence[Row], output: str | Path, title: str, subtitle: str = "", foot: str = "") -> Path:

@@ -62,6 +62,15 @@ def point(axis, x: float, y: float, look: Look) -> None:
               markeredgewidth=1.6)  # fmt: skip
 
 
+def front(axis, points: Points) -> None:
+    """The edge of what points reach or surpass in both values, as steps from the axis' left edge to its lower one; the
+    points rise in x and fall in y, and the axis has its ranges."""
+    left, low = axis.get_xlim()[0], axis.get_ylim()[0]
+    xs = [left, *(x for x, _ in points for _ in "xx")]
+    ys = [*(y for _, y in points for _ in "yy"), low]
+    axis.plot(xs, ys, color=CONTEXT, linewidth=1.0, zorder=1.6, scalex=False, scaley=False)
+
+
 def intervals(
     axis, xs: Sequence[float], values: Sequence[Interval], look: Look, *, scale: float = 1.0, joined: bool = False,
     upright: bool = True,

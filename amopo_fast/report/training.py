@@ -2,7 +2,8 @@
 
 Is it learning: loss. Is it healthy: gradient norm, learning rate. What does it cost: tokens/s, memory. Then for each
 run: in which dimensions (accuracy, margin), what the weighting does (weights around 1/K), and whether the chosen
-responses stay likely. Eight kinds of panels, for one run and for many.
+responses stay likely. Eight kinds of panels, for one run and for many; trade_off.py has what several runs make of two
+dimensions.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from amopo_fast.report.curves import FEWEST_SMOOTHED, Points
 from amopo_fast.report.runs import Run, set_name
 from amopo_fast.report.sheet import LOW_PANEL_HEIGHT, PANEL_HEIGHT, Panel, Row
 from amopo_fast.report.style import DIM, FILLS, Look, look, number, told_apart
+from amopo_fast.report.trade_off import trade_off_row
 
 _MOST_RAW = 3  # runs with their raw values behind their smoothed ones; more would hide each other
 _MOST_THICK = 4  # dimensions, likewise
@@ -65,10 +67,11 @@ def definitions() -> str:
     return " ".join(f"{name.capitalize()}: {NOTES[name][0].lower()}{NOTES[name][1:]}" for name in names)
 
 
-def run_rows(runs: Sequence[Run]) -> list[Row]:
-    """A row of the runs together, and a row of dimensions for each.
+def run_rows(runs: Sequence[Run], trade_off: Sequence[str] = ()) -> list[Row]:
+    """A row of the runs together, with two dimensions in `trade_off` one of the runs by these, and a row of dimensions
+    for each.
 
-    Raises ValueError if there is no metric to draw.
+    Raises ValueError if there is no metric to draw, and as `trade_off_row`.
     """
     if not any(run.points(key) for run in runs for key in run.keys):
         raise ValueError(f"{runs[0].name}: metrics.jsonl has no metric that could be drawn; train a logging step")
@@ -84,6 +87,8 @@ def run_rows(runs: Sequence[Run]) -> list[Row]:
             ]
         )
     ]
+    if trade_off:
+        rows.append(trade_off_row(runs, *trade_off))
     before: list[str] | None = None
     height = PANEL_HEIGHT if len(runs) <= _MOST_HIGH else LOW_PANEL_HEIGHT
     for run in runs:

@@ -39,6 +39,7 @@ from amopo_fast.training.checks import RealLogits, check_data
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.epochs import Description, most_micro_batches, require_one_micro_batch, schedule_of
 from amopo_fast.training.loading import load_for_training
+from amopo_fast.training.loss_scale import LossScale
 from amopo_fast.training.metrics import Meter, evaluation_metrics
 from amopo_fast.training.metrics_file import MetricsFile
 from amopo_fast.training.model_card import write_model_card
@@ -125,6 +126,7 @@ class AMoPOTrainer(Trainer):
             callbacks.append(KeepLayers(args.keep_layers))
         self._save_dtype: torch.dtype | None = None
         self.meter = Meter(dimensions, self.objective.columns)
+        self.loss_scale = LossScale(self.objective)
         self.termination = Termination()
         self.guard = Guard(self, self.termination)
         self.checkpointer = Checkpointer(
@@ -339,6 +341,7 @@ class AMoPOTrainer(Trainer):
         result = self._outcome(model, inputs, self.objective, self.accelerator.num_processes)
         table = torch.where(weight > 0, result.table(), float("nan"))
         self.meter.add(table, inputs["plan"])
+        self.loss_scale.add(table)
         pairs, ranks = weight * inputs["plan"].num_pairs, self.accelerator.num_processes
         loss = result.loss * weight + self.routers.take(pairs, inputs["num_pairs"].to(weight.device) / ranks)
         self.guard.add(loss, table, inputs["plan"].records)
@@ -380,6 +383,9 @@ class AMoPOTrainer(Trainer):
             logs = {**logs, **self.meter.read(lambda tensor: self.accelerator.reduce(tensor, "sum"))}
             logs |= self.routers.read(lambda tensor: self.accelerator.reduce(tensor, "sum"))
             logs["loss_spikes"] = self.guard.read_spikes()
+            line = self.loss_scale.read(lambda tensor: self.accelerator.reduce(tensor, "sum"))
+            if line and self.is_world_process_zero():
+                logger.warning(line)
         if "train_loss" in logs:
             logs = {**logs, "train_loss": self._mean_loss()}
         super().log(logs, start_time)

@@ -46,7 +46,7 @@ def suite(tmp_path, report):
 
 
 def test_without_results_a_table_says_so(tables):
-    for name in ("head A", "head B", "head cpu", "sweeps", "floors", "loss", "quality"):
+    for name in ("head A", "head B", "head cpu", "sweeps", "floors", "loss", "quality", "real model"):
         assert "not measured" in tables.block(name)
 
 

@@ -127,9 +127,9 @@ def test_the_line_through_two_depths_goes_through_a_third():
         profile = profile_body(seven_layers(), tokens=256, kv_tokens=512, dtype=dtype,
                                checkpointing=checkpointing)  # fmt: skip
         seven = seven_layers()
-        kept, forward, backward, flops = _run(seven, (1, 256), 512, dtype, checkpointing, None, False)
-        assert (profile.kept, profile.forward, profile.backward, profile.flops) == (
-            kept, forward - kept, backward - kept, flops)  # fmt: skip
+        kept, forward, backward, *flops = _run(seven, (1, 256), 512, dtype, checkpointing, None, False)
+        assert (profile.kept, profile.forward, profile.backward, profile.flops, profile.forward_flops) == (
+            kept, forward - kept, backward - kept, *flops)  # fmt: skip
 
 
 def test_the_32b_table():
@@ -196,9 +196,30 @@ def test_command(tmp_path, capsys):
     assert main(["estimate", str(tmp_path), "--gpu", "10", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert not any(row["fits"] for row in report["rows"]) and report["efficiency_source"] == "assumed"
+    assert report["model"] == str(tmp_path) and not any("reference" in row for row in report["rows"])
     assert sum(report["rows"][0]["parts"].values()) == report["rows"][0]["peak"]
     assert main(["estimate", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_reference_costs_a_forward_and_no_memory():
+    full, adapter = Setup(), Setup(lora_rank=16)
+    for setup in (full, adapter):
+        plain, own = (estimate(QWEN_32B, STEP, dataclasses.replace(setup, reference=each)) for each in (False, True))
+        # Two FLOP a weight and token, and attention's, which is less.
+        matmuls = 2 * (plain.parameters - 2 * QWEN_32B.vocab_size * QWEN_32B.hidden_size) * STEP.tokens
+        assert matmuls < plain.forward_flops < 1.15 * matmuls, plain.forward_flops / matmuls
+        assert own.peak == plain.peak
+        assert own.flops - plain.flops == (plain.forward_flops if setup is adapter else 0)
+
+
+def test_the_command_says_what_a_reference_costs(tmp_path, capsys):
+    Qwen2Config(**SMALL).save_pretrained(tmp_path)
+    assert main(["estimate", str(tmp_path), "--objective", "dpo", "--tokens", "64"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "under an adapter every row is scored once more without it" in shown and "before the first step" in shown
+    assert main(["estimate", str(tmp_path), "--objective", "kto"]) != 0
+    assert "choose one of amopo" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
