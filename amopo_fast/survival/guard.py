@@ -236,7 +236,7 @@ class Guard(TrainerCallback):
 
 
 def _forget_spikes_after(step: int, path: Path) -> None:
-    """A resumed run finds them again, if they are there. A line that was cut off is left out; a full disk ends no run."""
+    """A resumed run finds them again, if they are there. A line that is cut off goes; a full disk ends no run."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of_spike(line) <= step]
