@@ -83,7 +83,7 @@ def main() -> int:
     chosen = [
         one for cc in arguments.cc or ([90] if arguments.smoke else [80, 90, 100]) for one in shipped(cc)
         if not only or re.search(only, ", ".join(one[:2]))
-    ]  # fmt: skip
+    ][: 1 if arguments.smoke else None]  # fmt: skip
     wrong = 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, context, initializer=use_absent_gpu) as pool:

@@ -35,6 +35,23 @@ def write_text(path: Path, text: str) -> None:
     flush(path.parent)
 
 
+def append(path: Path, content: bytes) -> None:
+    """All of `content` at the end of a file, or nothing. Without a buffer, which would write what is left of it when it
+    is closed.
+
+    Raises:
+        OSError: it could not be written; the file is as it was.
+    """
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            os.truncate(path, size)
+            raise
+
+
 def remove_tree(folder: Path) -> None:
     """Delete a folder; killed half-way it is left under a hidden name, never as half a folder under its own."""
     if folder.is_dir():

@@ -82,12 +82,7 @@ class Guard(TrainerCallback):
         self._losses.clear()
         self.check_weights("before training begins")
         if state.is_world_process_zero:
-            path = Path(args.output_dir) / SPIKES_FILE
-            lines = path.read_text(encoding="utf-8").splitlines() if state.global_step and path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
-            path.unlink(missing_ok=True)
-            if kept:
-                durable.write_text(path, "\n".join(kept) + "\n")
+            _forget_spikes_after(state.global_step, Path(args.output_dir) / SPIKES_FILE)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._micro_batches.clear()
@@ -129,10 +124,13 @@ class Guard(TrainerCallback):
         if state.is_world_process_zero:
             step = state.global_step + 1
             entry = {"step": step, "loss": loss, "median": median, "records": sorted(set(sum(records, [])))}
-            with (Path(args.output_dir) / SPIKES_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-            logger.warning("step %d: the loss %.4g is far above its median %.4g; records in %s", step, loss, median,
-                           SPIKES_FILE)  # fmt: skip
+            path = Path(args.output_dir) / SPIKES_FILE
+            where = f"records in {path}"
+            try:
+                durable.append(path, (json.dumps(entry) + "\n").encode())
+            except OSError as error:
+                where = f"records {entry['records']} ({path} cannot be written: {error.strerror}; free some room)"
+            logger.warning("step %d: the loss %.4g is far above its median %.4g; %s", step, loss, median, where)
 
     def _gathered(self, value) -> list:
         """`value` of every rank."""
@@ -176,17 +174,22 @@ class Guard(TrainerCallback):
         names = named["weights"] or named["gradients"]
         where = f" ({_list(names)})" if names else ""
         raise NumbersError(
-            f"step {step}: {what}{where}. {self._effect(what, over, named['changed_weights'])}. The step's records and "
+            f"step {step}: {what}{where}. {self._effect(what, over, named)}. The step's records and "
             f"statistics are in {path}{problem}; look at them with `amopo-fast show DATA --failed_step {path}`. "
             f"{trainer.checkpointer.where_to_resume()}"
         )
 
-    def _effect(self, what: str, over: bool, changed: list[str]) -> str:
+    def _effect(self, what: str, over: bool, named: dict[str, list[str]]) -> str:
         """What became of the weights, in a sentence."""
+        changed = named["changed_weights"]
         if over:
             done = self.trainer.state.global_step
             return "Nothing was saved" if done else "No step was done"
         if not (what.startswith("the gradient") and self.trainer._steps_in_backward()):
+            done = self.trainer.state.global_step
+            if named["weights"] and done and not self.trainer._steps_in_backward():
+                # Every step looks at them before its update.
+                return f"The weights were finite before the update of step {done}; this step did not change them"
             return "The weights were not changed"
         if applied_in_backward(self.trainer.optimizer) is None:
             return "The weights were changed by it (the optimizer steps in the backward pass)"
@@ -230,6 +233,29 @@ class Guard(TrainerCallback):
     def combine_states(self, states: list[dict], rank: int) -> dict:
         """The losses are means over ranks: the same on each."""
         return states[0]
+
+
+def _forget_spikes_after(step: int, path: Path) -> None:
+    """A resumed run finds them again, if they are there. A line that is cut off goes; a full disk ends no run."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of_spike(line) <= step]
+        if lines and kept:
+            durable.write_text(path, "\n".join(kept) + "\n")
+        elif lines:
+            path.unlink()
+    except OSError as error:
+        logger.warning("%s cannot be written (%s): it may list spikes after step %d twice; free some room", path,
+                       error.strerror, step)  # fmt: skip
+
+
+def _step_of_spike(line: str) -> float:
+    """Infinite where the line says none."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -62,24 +61,13 @@ class MetricsFile(TrainerCallback):
             return
         self._waiting.append(_line({"step": state.global_step, "epoch": state.epoch, **logs}))
         try:
-            self._append("".join(self._waiting).encode())
+            durable.append(self.path, "".join(self._waiting).encode())
         except OSError as error:
             if len(self._waiting) == 1:
                 logger.warning("%s cannot be written (%s): training goes on, and the lines are written when there is "
                                "room; free some", self.path, error.strerror)  # fmt: skip
         else:
             self._waiting = []
-
-    def _append(self, content: bytes) -> None:
-        """All of it or nothing. Without a buffer, which would write what is left of it when it is closed."""
-        with self.path.open("ab", buffering=0) as file:
-            size = file.tell()
-            try:
-                while content:
-                    content = content[file.write(content) :]
-            except OSError:
-                os.truncate(self.path, size)
-                raise
 
 
 def _line(entry: dict) -> str:

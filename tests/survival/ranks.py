@@ -5,6 +5,7 @@ FOLDER/SCENARIO-WORLD.pt.
 """
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -79,7 +80,32 @@ def ddp_saved(folder, world):
     )
     run.args.max_steps = 3
     run.train()
+    if not run.args.process_index:
+        shutil.copytree(folder / "saved", folder / "chain")
     return {}
+
+
+def ddp_goes_on(folder, world):
+    """From the checkpoint that `ddp_saved` left on two ranks to step 6, as a requeued job that is stopped again."""
+    run = small_trainer(
+        folder / "chain", model=small_model(attention_dropout=0.0), **{**SGD, "save_steps": 6, "logging_steps": 4}
+    )
+    run.add_callback(StopAt(6))
+    run.train(resume_from_checkpoint="last")
+    return {"complete": [checkpoint.step for checkpoint in complete_checkpoints(folder / "chain")]}
+
+
+def ddp_ends(folder, world):
+    """The rest of it, on a third number of ranks."""
+    return train(folder / "chain", resume="last", save_strategy="no", logging_steps=4)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
 
 
 def ddp_bad_loss(folder, world):
@@ -265,8 +291,8 @@ def zero3(folder, world):
 
 SCENARIOS = {
     f.__name__: f
-    for f in (ddp, ddp_saved, ddp_resumed, ddp_bad_loss, ddp_sigterm, fsdp, fsdp_tied, fsdp_loaded, head_not_gathered,
-              zero2, zero3)
+    for f in (ddp, ddp_saved, ddp_resumed, ddp_goes_on, ddp_ends, ddp_bad_loss, ddp_sigterm, fsdp, fsdp_tied,
+              fsdp_loaded, head_not_gathered, zero2, zero3)
 }  # fmt: skip
 
 

@@ -13,8 +13,8 @@ ROOT = SCRIPT.parents[2]
 TOLERANCE = 1e-6  # relative, float32
 
 
-SCENARIOS = ["ddp:1,2,4", "ddp_saved:2", "ddp_resumed:1,4", "ddp_bad_loss:2", "ddp_sigterm:2", "fsdp:1,2,4",
-             "fsdp_tied:1,2", "fsdp_loaded:1,2,4", "head_not_gathered:2"]  # fmt: skip
+SCENARIOS = ["ddp:1,2,4", "ddp_saved:2", "ddp_goes_on:3", "ddp_ends:1", "ddp_resumed:1,4", "ddp_bad_loss:2",
+             "ddp_sigterm:2", "fsdp:1,2,4", "fsdp_tied:1,2", "fsdp_loaded:1,2,4", "head_not_gathered:2"]  # fmt: skip
 
 
 def run_groups(folder, scenarios, **variables):
@@ -74,6 +74,14 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_another_number(groups, world):
     margins = [line["margin/first"] for line in alone["log"] if "loss" in line]
     mean = (4 * sum(margins[:3]) + 2 * margins[3]) / 14
     assert lines[0]["margin/first"] == pytest.approx(mean, rel=TOLERANCE)
+
+
+def test_a_run_that_goes_from_two_ranks_to_three_and_to_one_ends_as_the_one_alone(groups):
+    alone, ended = groups("ddp", 1), groups("ddp_ends", 1)
+    assert groups("ddp_goes_on", 3)["complete"][-1] == 6
+    assert ended["records"] == alone["records"][6:] and len(ended["records"]) == 2
+    for name, weight in alone["weights"].items():
+        close(weight, ended["weights"][name])
 
 
 def test_a_bad_loss_on_one_rank_stops_all(groups):

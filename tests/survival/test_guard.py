@@ -1,6 +1,8 @@
 """Numbers that go wrong stop the run before the weights change, and leave what is needed to look at the step."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from small_run import small_pairs, small_trainer
 from transformers import TrainerCallback
 
 from amopo_fast.errors import NumbersError
+from amopo_fast.survival import guard
 from amopo_fast.survival.checkpoints import complete_checkpoints
 
 
@@ -141,6 +144,54 @@ def test_loss_spikes_are_flagged_with_their_records_and_survive_a_resume(tmp_pat
     assert [line["step"] for line in logged if line.get("loss_spikes")] == [23]
     small_trainer(tmp_path, **options()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-25"))
     assert [json.loads(line)["step"] for line in (tmp_path / "spikes.jsonl").read_text().splitlines()] == [23]
+
+
+def test_a_full_disk_costs_a_spike_its_line_and_not_the_run(tmp_path, caplog, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = small_trainer(tmp_path, save_strategy="no", eval_strategy="no", max_steps=1)
+    run.train()
+    monkeypatch.setattr(guard.durable, "append", full)
+    for loss in [1.0] * guard.MIN_STEPS + [50.0]:
+        run.guard._watch(loss, run.args, run.state)
+    said = [record.getMessage() for record in caplog.records if "far above its median" in record.getMessage()]
+    records = sorted(run.guard._micro_batches[0][2].tolist())
+    assert len(said) == 1 and f"{tmp_path / 'spikes.jsonl'} cannot be written: No space left on device; free" in said[0]
+    assert records and all(str(record) in said[0] for record in records)
+    assert run.guard.read_spikes() == 1
+
+
+def test_a_resume_keeps_the_whole_lines_of_spikes_up_to_its_step(tmp_path, caplog, monkeypatch):
+    path = tmp_path / "spikes.jsonl"
+    lines = ['{"step": 3}', '{"step": 9}', "[1]}", '{"loss": 1.0}', '{"step": null}', '{"step": 4}', '{"step": 1']
+    path.write_text("\n".join(lines))
+    guard._forget_spikes_after(4, path)
+    assert path.read_text() == '{"step": 3}\n{"step": 4}\n'
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(guard.durable, "write_text", full)
+    guard._forget_spikes_after(3, path)
+    assert f"{path} cannot be written (No space left on device)" in caplog.text
+    guard._forget_spikes_after(0, path)
+    assert not path.exists()
+
+
+def test_a_step_that_begins_with_bad_weights_names_the_step_that_made_them(tmp_path):
+    """A rate that blows the weights up in step 2, which is not saved: step 3 finds them and did not change them."""
+    run = small_trainer(tmp_path, save_strategy="no", eval_strategy="no")
+
+    class Overflow(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                break_weight(model)
+
+    run.add_callback(Overflow())
+    with pytest.raises(NumbersError, match="^step 3: the loss is not finite .model.layers.1.mlp.up_proj") as caught:
+        run.train()
+    assert "finite before the update of step 2; this step did not change them" in str(caught.value)
 
 
 def test_show_prints_the_failed_step_and_its_records(tmp_path, capsys):
