@@ -36,10 +36,13 @@ WARMUP = 2
 BF16 = {"weight_precision": "bf16_stochastic"}
 RECOMPUTED = {"gradient_checkpointing": True}
 IN_BACKWARD_8, IN_BACKWARD_4 = {**BF16, "optim_in_backward": "adamw_8bit"}, {**BF16, "optim_in_backward": "adamw_4bit"}
+HOST = {"optimizer_states": "host"}
 # (shape, variant, options of AMoPOConfig and lora_r, computed tokens of a micro-batch), most telling first
 ROWS = [
     ("32B", "4-bit, in backward", IN_BACKWARD_4 | RECOMPUTED, 8192),
     ("32B", "8-bit, in backward", IN_BACKWARD_8 | RECOMPUTED, 8192),
+    ("32B", "4-bit on the host", IN_BACKWARD_4 | RECOMPUTED | HOST, 8192),
+    ("32B", "8-bit on the host", IN_BACKWARD_8 | RECOMPUTED | HOST, 8192),
     ("32B", "LoRA", {"use_peft": True, **RECOMPUTED}, 8192),
     ("32B", "QLoRA", {"use_peft": True, "load_in_4bit": True, **RECOMPUTED}, 8192),
     ("32B", "4-bit, in backward, 8 layers kept", IN_BACKWARD_4 | RECOMPUTED | {"keep_layers": 8}, 8192),
@@ -50,6 +53,7 @@ ROWS = [
     ("7B", "plain", {}, 0),
     ("14B", "8-bit, in backward, recomputed", IN_BACKWARD_8 | RECOMPUTED, 8192),
     ("14B", "4-bit, in backward, recomputed", IN_BACKWARD_4 | RECOMPUTED, 16384),
+    ("14B", "8-bit on the host", IN_BACKWARD_8 | RECOMPUTED | HOST, 8192),
     ("14B", "plain", {}, 0),
     ("0.5B", "fp32", {"weight_precision": "fp32"}, 8192),
     ("0.5B", "fp32, in backward", {"weight_precision": "fp32", "optim_in_backward": "adamw"}, 8192),
@@ -57,6 +61,7 @@ ROWS = [
     ("32B", "plain", {}, 0),
 ]  # fmt: skip
 SMOKE_ROWS = [
+    ("smoke", "8-bit on the host", IN_BACKWARD_8 | RECOMPUTED | HOST, 2048),
     ("smoke", "fp32, in backward", {"weight_precision": "fp32", "optim_in_backward": "adamw", **RECOMPUTED}, 2048),
     ("smoke", "plain", {}, 0),
 ]
