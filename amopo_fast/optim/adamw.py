@@ -195,8 +195,9 @@ class AdamW(torch.optim.Optimizer):
         group_index, number = self._place[parameter]
         group = self.param_groups[group_index]
         rounds = self._stochastic_rounding and parameter.dtype == torch.bfloat16
+        beta1, beta2 = group["betas"]
         return Step(
-            float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], count,
+            float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], count,
             rounding_seed(self._seed, count, number) if rounds else None,
         )  # fmt: skip
 

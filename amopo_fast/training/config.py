@@ -159,8 +159,8 @@ class AMoPOConfig(TrainingArguments):
     )  # fmt: skip
     optimizer_states: str = field(
         default="device",
-        metadata={"help": "With optim_in_backward: device, or host: AdamW's states live in pinned host memory and visit "
-                  "the GPU layer by layer during the backward pass; the weights are bit for bit the same."},
+        metadata={"help": "With optim_in_backward: device, or host: AdamW's states live in pinned host memory and "
+                  "visit the GPU layer by layer during the backward pass; the weights are bit for bit the same."},
     )  # fmt: skip
     keep_layers: int = field(
         default=0,

@@ -173,6 +173,7 @@ def observe(folder, monkeypatch, trains=True, **options):
     saved = sorted(path.name for path in folder.glob("checkpoint-*"))
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     inner = {k: str(v) for k, v in vars(optimizer).items() if isinstance(v, (str, bool))} if optimizer else {}
+    inner |= {"on the host": str(getattr(optimizer, "_host", None) is not None)}
     return {
         "output": str(trainer.args.output_dir),
         "rows": rows,
