@@ -262,7 +262,8 @@ def profile_body(
         return BodyProfile(kept, forward - kept, backward - kept, flops, kept // layers)
     one, two = run(low), run(low + period)
     kept, forward, backward, flops = (a + (layers - low) * (b - a) // period for a, b in zip(one, two, strict=True))
-    return BodyProfile(kept, forward - kept, backward - kept, flops, (two[0] - one[0]) // period)
+    # What is alive between the passes is alive at their peaks: where the line falls below, another layer's peak led.
+    return BodyProfile(kept, max(forward - kept, 0), max(backward - kept, 0), flops, (two[0] - one[0]) // period)
 
 
 def llama_of_widths(config: PretrainedConfig) -> LlamaConfig:

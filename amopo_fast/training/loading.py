@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from amopo_fast.memory.estimate import GIB, HEAD_SLICE, Row, Setup, estimate
-from amopo_fast.memory.preflight import longest_micro_batch, require_fit, row_of
+from amopo_fast.memory.estimate import GIB, HEAD_SLICE, Estimate, Row, Setup, estimate
+from amopo_fast.memory.preflight import (
+    free_host_memory,
+    longest_micro_batch,
+    require_fit,
+    require_host_memory,
+    row_of,
+)
 from amopo_fast.memory.profile import meta_model
 from amopo_fast.models.check import choose_layout
 from amopo_fast.models.config import ModelConfig
@@ -56,6 +62,11 @@ def longest_row(pairs: Sequence[PairTokens], args: AMoPOConfig, layout: Layout =
     return row_of(plan), epoch.accumulation > 1
 
 
+def _host_line(prediction: Estimate) -> str:
+    pinned = prediction.host_needed
+    return f", and {pinned / GIB:.1f} GiB of pinned host memory" if pinned else ""
+
+
 def load_for_training(
     config: ModelConfig, args: AMoPOConfig, pairs: Sequence[PairTokens] | None, *, adapter: bool
 ) -> nn.Module:
@@ -89,7 +100,9 @@ def load_for_training(
     )
     if checks and args.memory_check:
         prediction = require_fit(config.model_name_or_path, shape, row, setup(dtype), free)
+        require_host_memory(config.model_name_or_path, prediction, free_host_memory())
         if args.process_index == 0:
             print(f"weights in {str(dtype).removeprefix('torch.')}; about {prediction.needed / GIB:.1f} of "
-                  f"{free / GIB:.1f} GiB free on each GPU will be needed", flush=True)  # fmt: skip
+                  f"{free / GIB:.1f} GiB free on each GPU will be needed"
+                  f"{_host_line(prediction)}", flush=True)  # fmt: skip
     return load_model(config, args, dtype)
