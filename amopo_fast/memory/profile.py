@@ -30,6 +30,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from amopo_fast.models.architecture import decoder_of, language_model_of, layer_configs
 from amopo_fast.models.depth import period_of, set_layers
+from amopo_fast.models.faster_layers import without_liger
 from amopo_fast.models.text_part import auto_class, freeze_beside_text, not_adapted
 from amopo_kernels.head.operators import IMPLEMENTATIONS
 
@@ -288,6 +289,7 @@ def llama_of_widths(config: PretrainedConfig) -> LlamaConfig:
     )
 
 
+@without_liger()
 def _run(config, shape, kv_tokens, dtype, checkpointing, lora_rank, liger) -> tuple[int, int, int, int]:
     """(bytes alive after the forward, peak of the forward, peak of the backward, FLOP)"""
     model = meta_model(config, dtype, lora_rank).train()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
+import sys
+from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_liger_kernel_available
 
@@ -25,6 +31,8 @@ LIGER_BODY = {
     "cross_entropy": False,
     "fused_linear_cross_entropy": False,
 }
+# torch 2.11's dynamo ends in an assertion of its own on Liger's norms (seen on an H100, with liger-kernel 0.8.5).
+COMPILES_LIGER = TorchVersion(torch.__version__) >= (2, 12)
 
 
 def liger_by_default() -> bool:
@@ -48,6 +56,41 @@ def liger_config(given: dict[str, bool] | None) -> dict[str, bool]:
     return {**LIGER_BODY, **given}
 
 
+@contextlib.contextmanager
+def without_liger() -> Iterator[None]:
+    """transformers' models as they are installed, for those that are built and run inside.
+
+    Liger's patch of a model replaces functions and classes of its file, for every later model of the process; what it
+    puts there runs on a GPU's real tensors alone, and takes a fake tensor's address for one.
+    """
+    patched = []
+    for module in [*sys.modules.values()]:
+        if getattr(module, "__name__", "").startswith("transformers.models."):
+            own = {name: value for name, value in vars(module).items() if _from_liger(value)}
+            if own:
+                patched.append((module, own))
+    for module, own in patched:
+        vars(module).update({name: getattr(_as_installed(module.__name__), name) for name in own})
+    try:
+        yield
+    finally:
+        for module, own in patched:
+            vars(module).update(own)
+
+
+@functools.cache
+def _as_installed(name: str) -> ModuleType:
+    """A module executed once more, beside the one that is imported."""
+    spec = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _from_liger(value: object) -> bool:
+    return str(getattr(value, "__module__", "")).startswith("liger_kernel")
+
+
 @functools.cache
 def _compiled_class(layer_class: type[nn.Module], backend: str) -> type[nn.Module]:
     """A subclass whose forward is compiled for packed rows and the class's own for everything else.
@@ -66,6 +109,11 @@ def _compiled_class(layer_class: type[nn.Module], backend: str) -> type[nn.Modul
     return Compiled
 
 
+def _is_ligers(module: nn.Module) -> bool:
+    """Liger replaces classes for new models, and methods of the modules of one that is there."""
+    return _from_liger(module.forward) or _from_liger(type(module).forward)
+
+
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """Compile the decoder layers of a causal LM after `prepare_model`, in place: once for all layers of a kind and all
     row lengths.
@@ -76,7 +124,8 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
         backend: of torch.compile.
 
     Raises:
-        OptionError: the model trains in the layout separate, whose rows are padded batches.
+        OptionError: the model trains in the layout separate, whose rows are padded batches; or its layers hold Liger's
+            kernels, which this torch cannot compile.
         ValueError: the model has no layers that transformers could checkpoint.
     """
     choice = choice_of(model)
@@ -89,5 +138,10 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no GradientCheckpointingLayer; leave compile_layers out")
+    if not COMPILES_LIGER and any(_is_ligers(module) for module in model.modules()):
+        raise OptionError(
+            f"torch {torch.__version__} cannot compile Liger's kernels: leave compile_layers out, set "
+            "use_liger_kernel=False, or install torch 2.12 or newer", "compile_layers",
+        )  # fmt: skip
     for layer in layers:
         layer.__class__ = _compiled_class(layer.__class__, backend)

@@ -1,7 +1,6 @@
 """FSDP2 through Trainer and `accelerate launch` on one GPU: against plain training, and resumed from its shards."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import environment
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,10 +19,8 @@ ROOT = HERE.parents[1]
 
 
 def run(folder, *launcher):
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", HERE)))
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "0"}
     command = [sys.executable, *launcher, str(HERE / "gpu_fsdp.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(HERE, CUDA_VISIBLE_DEVICES="0"), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return json.loads((folder / "result.json").read_text())
 

@@ -26,7 +26,7 @@ def _block() -> tuple[int, int]:
 
 @triton.jit
 def _slice_kernel(
-    products, scoring, epilogue, begin, end, stride,
+    begin, end, products, scoring, epilogue, stride,
     ROWS: tl.constexpr, STRIP: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS
@@ -52,48 +52,60 @@ def strip_columns(device: torch.device, dtype: torch.dtype, narrow: bool) -> int
 
 def row_blocks(problem: Problem) -> int:
     """As score_loop.row_blocks."""
-    return triton.cdiv(problem.rows, _block()[0])
+    return launch.blocks(problem.rows, _block()[0])
 
 
-def score_slice(problem: Problem, begin: int, end: int, strip: int, epilogue: LogSumExp | LogitGradient) -> None:
-    """As score_loop.score_slice, for one slice whose products fit in memory."""
-    products = torch.empty(problem.rows, end - begin, dtype=torch.float32, device=problem.hidden.device)
-    matmul(problem.hidden, problem.weight[begin:end].T, products)
+def scores(problem: Problem, strip: int, epilogue: LogSumExp | LogitGradient, width: int) -> launch.Slices:
+    """As score_loop.scores, for slices of at most `width` columns, whose products fit in memory."""
+    products = torch.empty(problem.rows, width, dtype=torch.float32, device=problem.hidden.device)
     height, _ = _block()
-    _slice_kernel[(triton.cdiv(problem.rows, height), triton.cdiv(end - begin, strip))](
-        products, problem.scoring, epilogue, begin, end, products.stride(0), ROWS=height, STRIP=strip,
+    finish = launch.SliceLaunch(
+        _slice_kernel,
+        lambda columns: (launch.blocks(problem.rows, height), launch.blocks(columns, strip), 1),
+        products, problem.scoring, epilogue, products.stride(0), ROWS=height, STRIP=strip,
         GRADIENT=isinstance(epilogue, LogitGradient), num_warps=4,
     )  # fmt: skip
 
+    def slices(begin: int, end: int) -> None:
+        matmul(problem.hidden, problem.weight[begin:end].T, products[:, : end - begin])
+        finish(begin, end)
 
-def d_weight_slice(
-    problem: Problem, begin: int, end: int, d_logits: Tensor, upstream: Upstream, out: Tensor
-) -> None:
-    """As slice_gradients.d_weight_slice."""
-    d_logits = d_logits[:, : end - begin]
-    if upstream.weight_scale is None:
-        matmul(d_logits.T, upstream.hidden, out[begin:end])
-        return
-    unscaled = torch.empty(end - begin, problem.features, dtype=torch.float32, device=out.device)
-    matmul(d_logits.T, upstream.hidden, unscaled)
-    out[begin:end] = unscaled.mul_(upstream.weight_scale)
+    return slices
+
+
+def d_weight(problem: Problem, d_logits: Tensor, upstream: Upstream, out: Tensor) -> launch.Slices:
+    """As slice_gradients.d_weight."""
+
+    def slices(begin: int, end: int) -> None:
+        of_slice = d_logits[:, : end - begin].T
+        if upstream.weight_scale is None:
+            matmul(of_slice, upstream.hidden, out[begin:end])
+            return
+        unscaled = torch.empty(end - begin, problem.features, dtype=torch.float32, device=out.device)
+        matmul(of_slice, upstream.hidden, unscaled)
+        out[begin:end] = unscaled.mul_(upstream.weight_scale)
+
+    return slices
 
 
 def new_d_hidden(problem: Problem) -> Tensor:
-    """(1, N, H) float32 zeros for `add_d_hidden`."""
+    """(1, N, H) float32 zeros for `d_hidden`."""
     return problem.hidden.new_zeros(1, problem.rows, problem.features, dtype=torch.float32)
 
 
-def add_d_hidden(
-    problem: Problem, begin: int, end: int, d_logits: Tensor, out: Tensor, rescale: Tensor | None = None
-) -> None:
-    """As slice_gradients.add_d_hidden."""
-    d_logits, weight, out = d_logits[:, : end - begin], problem.weight[begin:end], out[0]
-    if rescale is not None:
-        out.mul_(rescale[:, None])
-    if not out.is_cuda:
-        out += d_logits.float() @ weight.float()
-    elif d_logits.dtype == torch.float32:
-        out.addmm_(d_logits, weight)
-    else:
-        torch.addmm(out, d_logits, weight, out_dtype=torch.float32, out=out)
+def d_hidden(problem: Problem, d_logits: Tensor, out: Tensor, rescale: Tensor | None = None) -> launch.Slices:
+    """As slice_gradients.d_hidden."""
+    out = out[0]
+
+    def slices(begin: int, end: int) -> None:
+        of_slice, weight = d_logits[:, : end - begin], problem.weight[begin:end]
+        if rescale is not None:
+            out.mul_(rescale[:, None])
+        if not out.is_cuda:
+            out.add_(of_slice.float() @ weight.float())
+        elif of_slice.dtype == torch.float32:
+            out.addmm_(of_slice, weight)
+        else:
+            torch.addmm(out, of_slice, weight, out_dtype=torch.float32, out=out)
+
+    return slices

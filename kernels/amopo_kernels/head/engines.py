@@ -12,8 +12,8 @@ from . import chunked, score_loop, slice_gradients
 class Engine:
     """Signatures as in the modules of `fused`."""
 
-    scores: ModuleType  # score_slice, strip_columns, row_blocks
-    gradients: ModuleType  # d_weight_slice, new_d_hidden, add_d_hidden
+    scores: ModuleType  # scores, strip_columns, row_blocks
+    gradients: ModuleType  # d_weight, new_d_hidden, d_hidden
     slices_forward: bool  # the forward runs slice by slice, too
 
 

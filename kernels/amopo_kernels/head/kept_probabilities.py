@@ -50,7 +50,7 @@ def _share(rows, r, real, scale, reference):
 
 @triton.jit
 def _cached_gradient_kernel(
-    cache, strip_maximum, scoring, out, begin, cache_stride, ROWS: tl.constexpr, STRIP: tl.constexpr
+    begin, end, cache, strip_maximum, scoring, out, cache_stride, ROWS: tl.constexpr, STRIP: tl.constexpr
 ):
     row = tl.program_id(0) * ROWS
     r = row + tl.arange(0, ROWS)
@@ -73,9 +73,11 @@ def _cached_gradient_kernel(
 
 @triton.jit
 def _raise_kernel(
-    exponentials, strip_maximum, reference, rescale, scoring, strips, stride, limit, headroom,
+    begin, end, exponentials, strip_maximum, reference, rescale, scoring, stride, limit, headroom,
     ROWS: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
+    strips = tl.cdiv(end - begin, STRIP)
+    strip_maximum += (begin // STRIP).to(tl.int64) * scoring.rows
     row = tl.program_id(0) * ROWS
     r = row + tl.arange(0, ROWS)
     rows = scoring.rows
@@ -125,18 +127,18 @@ def _finish_kernel(d_hidden, weight, scoring, rows, reference, features, weight_
 
 def cached_gradient(
     problem: Problem,
-    begin: int,
-    end: int,
     strip: int,
     cache: Tensor,  # (N, C) matmul dtype
     strip_maximum: Tensor,  # (strips of C, N) float32
     out: LogitGradient,
-) -> None:
-    """dS of the columns begin to end, which lie in the cache; with a gradient of the log-probabilities alone."""
+) -> launch.SliceLaunch:
+    """Makes dS of a slice that lies in the cache; with a gradient of the log-probabilities alone."""
     block = _block_rows(strip)
-    _cached_gradient_kernel[(triton.cdiv(problem.rows, block), triton.cdiv(end - begin, strip))](
-        cache, strip_maximum, problem.scoring, out, begin, cache.stride(0), ROWS=block, STRIP=strip, num_warps=4
-    )
+    return launch.SliceLaunch(
+        _cached_gradient_kernel,
+        lambda columns: (launch.blocks(problem.rows, block), launch.blocks(columns, strip), 1),
+        cache, strip_maximum, problem.scoring, out, cache.stride(0), ROWS=block, STRIP=strip, num_warps=4,
+    )  # fmt: skip
 
 
 def _block_rows(strip: int) -> int:
@@ -146,25 +148,24 @@ def _block_rows(strip: int) -> int:
 
 def row_blocks(problem: Problem, strip: int) -> int:
     """How many partial sums of the bias's gradient cached_gradient writes."""
-    return triton.cdiv(problem.rows, _block_rows(strip))
+    return launch.blocks(problem.rows, _block_rows(strip))
 
 
 def raise_reference(
     problem: Problem,
     exponentials: Tensor,  # (N, width) of one slice, changed in place
-    begin: int,
-    end: int,
     statistics: StripStatistics,
     reference: Tensor,  # (N,) float32, a logit, changed in place
     rescale: Tensor,  # (N,) float32, written: what the sum so far must be multiplied by
     limit: float,
     headroom: float,
-) -> None:
-    strip, block = statistics.strip, 32 if launch.INTERPRETED else 16
-    strips = triton.cdiv(end - begin, strip)
-    _raise_kernel[(triton.cdiv(problem.rows, block),)](
-        exponentials, statistics.tables.maximum[begin // strip :], reference, rescale, problem.scoring, strips,
-        exponentials.stride(0), limit, headroom, ROWS=block, STRIP=strip, STRIPS=64, num_warps=4,
+) -> launch.SliceLaunch:
+    block = 32 if launch.INTERPRETED else 16
+    return launch.SliceLaunch(
+        _raise_kernel,
+        lambda _: (launch.blocks(problem.rows, block), 1, 1),
+        exponentials, statistics.tables.maximum, reference, rescale, problem.scoring,
+        exponentials.stride(0), limit, headroom, ROWS=block, STRIP=statistics.strip, STRIPS=64, num_warps=4,
     )  # fmt: skip
 
 

@@ -7,7 +7,9 @@ bytes of bf16 operands per multiply-add from L2: the least that the register fil
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .problem import Problem
 
 INTERPRETED = triton.knobs.runtime.interpret
+Grid = tuple[int, int, int]
+Slices = Callable[[int, int], None]  # does the columns from one to another
 GROUP = 16  # row tiles that are walked together: 2048 rows, 20 MB of bf16 at H = 5120, stay in L2
 
 
@@ -91,9 +95,42 @@ def processors(device: torch.device) -> int:
     return _device(device.index)[1] if device.type == "cuda" else 3
 
 
-def grid(problem: Problem, rows: int, columns: int, tile: Tile) -> tuple[int]:
-    count = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-    return (min(count, processors(problem.hidden.device) * configuration(problem).blocks_per_processor),)
+def grid(configuration: Configuration, device: torch.device, rows: int, columns: int, tile: Tile) -> Grid:
+    """Persistent: a program per tile of rows x columns, but not more than the device runs at a time."""
+    count = blocks(rows, tile.rows) * blocks(columns, tile.columns)
+    return min(count, processors(device) * configuration.blocks_per_processor), 1, 1
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover the size. triton.cdiv takes ten times as long."""
+    return -(-size // block)
+
+
+class SliceLaunch:
+    """The launches of one kernel, `(begin, end, *arguments, constants)`, that differ in the slice of columns alone.
+
+    For every launch Triton looks its compiled kernel up by all arguments, which takes longer than the launch where they
+    are tuples of many. What it compiles in of an integer is whether 16 divides it and whether it is 1; after the first
+    launch of a kind, the kernel is launched directly.
+    """
+
+    def __init__(self, kernel, grid: Callable[[int], Grid], *arguments, **constants):
+        self._kernel, self._grid, self._arguments, self._constants = kernel, grid, arguments, constants
+        self._compiled: dict[tuple[bool, ...], Any] = {}
+
+    def __call__(self, begin: int, end: int) -> None:
+        grid = self._grid(end - begin)
+        kind = begin % 16 == 0, end % 16 == 0, begin == 1, end == 1
+        compiled = self._compiled.get(kind)
+        if compiled is None:
+            self._compiled[kind] = self._kernel[grid](begin, end, *self._arguments, **self._constants)
+        else:
+            compiled[grid](begin, end, *self._arguments, *self._values)
+
+    @functools.cached_property
+    def _values(self) -> list:
+        """Of the constants that are the kernel's arguments, in its order."""
+        return [self._constants[name] for name in self._kernel.arg_names[2 + len(self._arguments) :]]
 
 
 def matmul(configuration: Configuration, tile: Tile, dtype: torch.dtype) -> dict:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from . import launch, slice_gradients
@@ -49,13 +49,14 @@ class Layout:
 
     @property
     def cached_strips(self) -> int:
-        return triton.cdiv(self.cached, self.strip)
+        return launch.blocks(self.cached, self.strip)
 
-    def cached_slices(self) -> Iterator[tuple[int, int]]:
-        return _slices(0, self.cached, self.step)
+    def cached_slices(self, *, at_once: bool = False) -> Iterator[tuple[int, int]]:
+        """With `at_once`, as one."""
+        return _slices(0, self.cached, max(self.vocabulary, 1) if at_once else self.step)
 
     def other_slices(self, *, at_once: bool = False) -> Iterator[tuple[int, int]]:
-        """What is not cached; with `at_once`, as one."""
+        """What is not cached."""
         return _slices(self.cached, self.vocabulary, max(self.vocabulary, 1) if at_once else self.step)
 
 
@@ -64,11 +65,11 @@ def _slices(begin: int, end: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def _padded(columns: int) -> int:
-    return triton.cdiv(columns, BUFFER) * BUFFER
+    return launch.blocks(columns, BUFFER) * BUFFER
 
 
 def slice_columns(hidden: Tensor, dtype: torch.dtype) -> int:
-    """Columns of a slice: a multiple of a tile's, whose tiles fill the grid's waves best.
+    """Columns of a slice: a multiple of BUFFER, whose tiles fill the grid's waves best.
 
     About 4096, or as many as make dS 32 MB in 16 bits, which stay in L2; fewer would read and write dX32 too often, and
     cost launches where there are few rows.
@@ -76,17 +77,24 @@ def slice_columns(hidden: Tensor, dtype: torch.dtype) -> int:
     if launch.INTERPRETED:
         return 128
     tiles, processors = launch.tiles(hidden.device, dtype), launch.processors(hidden.device)
-    rows, features = hidden.shape
-    splits = slice_gradients.splits_of_d_hidden(hidden, tiles.d_hidden)
+    traced = any(isinstance(size, torch.SymInt) for size in hidden.shape)
+    return (_slice_columns.__wrapped__ if traced else _slice_columns)(*hidden.shape, tiles, processors)
 
-    def waves(height: int, width: int, tile: launch.Tile) -> int:
-        return triton.cdiv(triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.columns), processors)
+
+@functools.lru_cache(4096)  # a call asks several times, and numbers of rows recur
+def _slice_columns(rows: int, features: int, tiles: launch.Configuration, processors: int) -> int:
+    scores, d_weight, d_hidden = tiles.scores, tiles.d_weight, tiles.d_hidden
+    blocks = launch.blocks
+    row_tiles, feature_tiles = blocks(rows, scores.rows), blocks(features, d_weight.columns)
+    output_tiles = blocks(rows, d_hidden.rows) * blocks(features, d_hidden.columns)
+    splits = slice_gradients.splits_of_d_hidden(output_tiles, processors)
+    output_waves = blocks(output_tiles * splits, processors)
 
     def time_per_column(columns: int) -> float:
-        scores = waves(rows, columns, tiles.scores) * features
-        d_weight = waves(columns, features, tiles.d_weight) * rows
-        d_hidden = waves(rows * splits, features, tiles.d_hidden) * columns / splits
-        return (scores + d_weight + d_hidden) / columns
+        score_waves = blocks(row_tiles * blocks(columns, scores.columns), processors)
+        weight_waves = blocks(feature_tiles * blocks(columns, d_weight.rows), processors)
+        return (score_waves * features + weight_waves * rows) / columns + output_waves * features / splits
 
-    about = min(max(4096, 2**24 // max(rows, 1) // 256 * 256), 32768)
-    return min(range(about * 3 // 4, about * 3 // 2 + 1, 256), key=time_per_column)
+    about = min(max(4096, 2**24 // max(rows, 1)), 32768) // BUFFER
+    candidates = range(about * 3 // 4, about * 3 // 2 + 1, max(1, about // 64))
+    return min((BUFFER * n for n in candidates), key=time_per_column)

@@ -69,11 +69,13 @@ def finish_log_sum_exp(products, row, column, begin, scoring, out, ROWS: tl.cons
     if out.tables.squares is not None:
         tl.store(out.tables.squares + place, tl.sum(exponentials * exponentials, 1), mask=counts)
     if out.exponentials is not None:
+        first = 0
         if out.reference is not None:
+            first = begin
             reference = tl.load(out.reference + r, mask=r < rows, other=0.0)
             base = tl.where((maximum - reference) * scale > out.limit, maximum, reference)
             exponentials *= tl.exp2((maximum - base) * scale)[:, None]
         if scoring.softcap is not None:
             exponentials *= slope
-        places = out.exponentials + r.to(tl.int64)[:, None] * out.stride + (c - begin)[None, :]
+        places = out.exponentials + r.to(tl.int64)[:, None] * out.stride + (c - first)[None, :]
         tl.store(places, narrow(exponentials, out.exponentials.dtype.element_ty), mask=(r < rows)[:, None])

@@ -13,6 +13,7 @@ Leaving out tiles of negligible gradient ("filtered") was tried and removed: doc
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from . import kept_probabilities
 from .engines import ENGINES, Engine
+from .launch import Slices
 from .layout import Layout
 from .log_sum_exp import LogSumExp
 from .logit_gradient import LogitGradient
@@ -37,14 +39,18 @@ def forward(problem: Problem) -> Forward:
     if options.mode == "frozen":
         return _forward_with_unit_gradient(problem, engine, layout, statistics)
     cache = None
-    if problem.rows:
+    if problem.rows and problem.vocabulary:
+        at_once = not engine.slices_forward
         if layout.cached:
             cache = problem.hidden.new_empty(problem.rows, layout.cache_width)
-        for begin, end in layout.cached_slices():
-            epilogue = LogSumExp.of(statistics, Exponentials(cache[:, begin:]))
-            engine.scores.score_slice(problem, begin, end, layout.strip, epilogue)
-        for begin, end in layout.other_slices(at_once=not engine.slices_forward):
-            engine.scores.score_slice(problem, begin, end, layout.strip, LogSumExp.of(statistics, None))
+            epilogue = LogSumExp.of(statistics, Exponentials(cache))
+            score = engine.scores.scores(problem, layout.strip, epilogue, layout.width)
+            for begin, end in layout.cached_slices(at_once=at_once):
+                score(begin, end)
+            del score  # and the products of a slice that it may hold
+        score = engine.scores.scores(problem, layout.strip, LogSumExp.of(statistics, None), layout.width)
+        for begin, end in layout.other_slices(at_once=at_once):
+            score(begin, end)
     # A view would keep all of it.
     strip_maximum = statistics.tables.maximum[: layout.cached_strips].clone() if layout.cached else None
     return Forward(_merge(problem, statistics), cache=cache, strip_maximum=strip_maximum)
@@ -65,8 +71,8 @@ def _forward_with_unit_gradient(
     problem: Problem, engine: Engine, layout: Layout, statistics: StripStatistics
 ) -> Forward:
     """Also accumulates sum over columns of 2^((z - reference) scale) cap' W without the label's, and makes dX of it."""
-    if not problem.rows:
-        return Forward(_merge(problem, statistics), _no_rows(problem))
+    if not (problem.rows and problem.vocabulary):
+        return Forward(_merge(problem, statistics), _zeros(problem))
     # How far a strip may exceed its row's reference, and how far above 1 the largest one is put, in bits.
     # float16 holds up to 2^16, and small probabilities keep their digits above 2^-14.
     limit, headroom = (15.0, 14.0) if problem.hidden.dtype == torch.float16 else (32.0, 0.0)
@@ -75,12 +81,13 @@ def _forward_with_unit_gradient(
     rescale = torch.empty_like(reference)
     p = problem.hidden.new_empty(problem.rows, layout.width)
     epilogue = LogSumExp.of(statistics, Exponentials(p, reference, limit))
+    score = engine.scores.scores(problem, layout.strip, epilogue, layout.width)
+    raise_reference = kept_probabilities.raise_reference(problem, p, statistics, reference, rescale, limit, headroom)
+    add_to_d_hidden = engine.gradients.d_hidden(problem, p, parts, rescale)
     for begin, end in layout.other_slices():
-        engine.scores.score_slice(problem, begin, end, layout.strip, epilogue)
-        kept_probabilities.raise_reference(
-            problem, p, begin, end, statistics, reference, rescale, limit, headroom
-        )
-        engine.gradients.add_d_hidden(problem, begin, end, p, parts, rescale)
+        score(begin, end)
+        raise_reference(begin, end)
+        add_to_d_hidden(begin, end)
     d_hidden, rows = _sum(parts), _merge(problem, statistics)
     kept_probabilities.finish_unit_gradient(problem, rows, reference, d_hidden)
     return Forward(rows, d_hidden)
@@ -99,11 +106,11 @@ def backward(
 
     Kept exponentials serve the gradient of log-probabilities; with others everything is recomputed.
     """
-    if not problem.rows:
+    if not (problem.rows and problem.vocabulary):
         for gradient in (d_weight, d_bias):
             if gradient is not None:
                 gradient.zero_()
-        return _no_rows(problem) if need_hidden else None
+        return _zeros(problem) if need_hidden else None
     options = problem.options
     engine = ENGINES[options.backend]
     layout = Layout.of(problem.hidden, problem.vocabulary, options)
@@ -114,35 +121,43 @@ def backward(
     strip = engine.scores.strip_columns(problem.hidden.device, options.dtype, not of_logps_alone)
     ds = problem.hidden.new_empty(problem.rows, layout.width)
     parts = engine.gradients.new_d_hidden(problem) if need_hidden else None
-    for begin, end in [*layout.cached_slices(), *layout.other_slices()]:
-        cached = of_logps_alone and end <= layout.cached
-        partial = None
-        if d_bias is not None:
-            of_cache = kept_probabilities.row_blocks(problem, layout.strip)
-            blocks = of_cache if cached else engine.scores.row_blocks(problem)
-            # Not empty: tiles of rows that do not count are skipped.
-            partial = torch.zeros(blocks, layout.width, dtype=torch.float32, device=ds.device)
-        epilogue = LogitGradient.of(forward.rows, upstream, ds, partial)
-        if cached:
-            kept_probabilities.cached_gradient(
-                problem, begin, end, layout.strip, forward.cache, forward.strip_maximum, epilogue
-            )
-        else:
-            engine.scores.score_slice(problem, begin, end, strip, epilogue)
-        if d_weight is not None:
-            engine.gradients.d_weight_slice(problem, begin, end, ds, upstream, d_weight)
-        if need_hidden:
-            engine.gradients.add_d_hidden(problem, begin, end, ds, parts)
-        if d_bias is not None:
-            d_bias[begin:end] = partial.sum(0)[: end - begin]
+    of_slice = []
+    if d_weight is not None:
+        of_slice.append(engine.gradients.d_weight(problem, ds, upstream, d_weight))
+    if need_hidden:
+        of_slice.append(engine.gradients.d_hidden(problem, ds, parts))
+
+    def gradients_of(slices: Iterable[tuple[int, int]], blocks: int, make_ds: Callable[[LogitGradient], Slices]):
+        # Zeros: tiles of rows that do not count are skipped.
+        partial = None if d_bias is None else torch.zeros(blocks, layout.width, dtype=torch.float32, device=ds.device)
+        steps = [make_ds(LogitGradient.of(forward.rows, upstream, ds, partial)), *of_slice]
+        for begin, end in slices:
+            for step in steps:
+                step(begin, end)
+            if d_bias is not None:
+                d_bias[begin:end] = partial.sum(0)[: end - begin]
+
+    def recompute(epilogue: LogitGradient) -> Slices:
+        return engine.scores.scores(problem, strip, epilogue, layout.width)
+
+    def read_cache(epilogue: LogitGradient) -> Slices:
+        return kept_probabilities.cached_gradient(
+            problem, layout.strip, forward.cache, forward.strip_maximum, epilogue
+        )
+
+    if layout.cached:
+        kept = of_logps_alone
+        blocks = kept_probabilities.row_blocks(problem, layout.strip) if kept else engine.scores.row_blocks(problem)
+        gradients_of(layout.cached_slices(), blocks, read_cache if kept else recompute)
+    gradients_of(layout.other_slices(), engine.scores.row_blocks(problem), recompute)
     if not need_hidden:
         return None
     d_hidden = _sum(parts)
     return d_hidden if upstream.hidden_scale is None else d_hidden.mul_(upstream.hidden_scale[:, None])
 
 
-def _no_rows(problem: Problem) -> Tensor:
-    return problem.hidden.new_empty(0, problem.features, dtype=torch.float32)
+def _zeros(problem: Problem) -> Tensor:
+    return problem.hidden.new_zeros(problem.rows, problem.features, dtype=torch.float32)
 
 
 def _sum(parts: Tensor) -> Tensor:

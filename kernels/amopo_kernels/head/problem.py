@@ -133,13 +133,13 @@ class StripStatistics:
 
 @dataclass(frozen=True)
 class Exponentials:
-    """Where the forward keeps label-excluded exponentials 2^((z - base) scale) * cap' of a slice of columns.
+    """Where the forward keeps label-excluded exponentials 2^((z - base) scale) * cap'.
 
-    base is the strip's own maximum; or, if `reference` is given, the row's reference unless the strip exceeds it by
-    more than `limit` bits.
+    Of the vocabulary's first columns, base being the strip's own maximum. Or, if `reference` is given, of one slice,
+    base being the row's reference unless the strip exceeds it by more than `limit` bits.
     """
 
-    out: Tensor  # (N, columns of the slice, padded to strips), matmul dtype
+    out: Tensor  # (N, columns, padded to strips), matmul dtype
     reference: Tensor | None = None  # (N,) float32, a logit
     limit: float = 0.0
 

@@ -33,7 +33,7 @@ def finish_strip(
 
 @triton.jit
 def _score_kernel(
-    hidden, weight, scoring, epilogue, features, begin, end, hidden_stride, weight_stride,
+    begin, end, hidden, weight, scoring, epilogue, features, hidden_stride, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
     GRADIENT: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -61,17 +61,19 @@ def strip_columns(device: torch.device, dtype: torch.dtype, narrow: bool) -> int
 
 def row_blocks(problem: Problem) -> int:
     """How many partial sums of the bias's gradient there are."""
-    return triton.cdiv(problem.rows, launch.configuration(problem).scores.rows)
+    return launch.blocks(problem.rows, launch.configuration(problem).scores.rows)
 
 
-def score_slice(problem: Problem, begin: int, end: int, strip: int, epilogue: LogSumExp | LogitGradient) -> None:
-    """Score the columns begin to end, and finish every strip; begin is a multiple of a tile's columns."""
+def scores(problem: Problem, strip: int, epilogue: LogSumExp | LogitGradient, width: int) -> launch.SliceLaunch:
+    """Scores a slice of at most `width` columns and finishes every strip of it. It begins at a multiple of a tile's."""
     configuration = launch.configuration(problem)
     tile, descriptors = configuration.scores, configuration.descriptors
-    _score_kernel[launch.grid(problem, problem.rows, end - begin, tile)](
+    return launch.SliceLaunch(
+        _score_kernel,
+        lambda columns: launch.grid(configuration, problem.hidden.device, problem.rows, columns, tile),
         launch.source(problem.hidden, (tile.rows, tile.depth), descriptors),
         launch.source(problem.weight, (tile.columns, tile.depth), descriptors),
-        problem.scoring, epilogue, problem.features, begin, end, problem.hidden.stride(0), problem.weight.stride(0),
+        problem.scoring, epilogue, problem.features, problem.hidden.stride(0), problem.weight.stride(0),
         STRIP=strip, GRADIENT=isinstance(epilogue, LogitGradient),
         **launch.matmul(configuration, tile, problem.hidden.dtype),
     )  # fmt: skip

@@ -30,8 +30,8 @@ def _first(rows, count):
 
 @triton.jit
 def _d_weight_kernel(
-    d_logits, hidden, d_weight, scale, count,
-    rows, features, width, begin, end, hidden_stride, d_weight_stride,
+    begin, end, d_logits, hidden, d_weight, scale, count,
+    rows, features, width, hidden_stride, d_weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -60,8 +60,8 @@ def _d_weight_kernel(
 
 @triton.jit
 def _d_hidden_kernel(
-    d_logits, weight, d_hidden, rescale, count, splits,
-    rows, features, width, begin, end, weight_stride,
+    begin, end, d_logits, weight, d_hidden, rescale, count, splits,
+    rows, features, width, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -94,52 +94,55 @@ def _d_hidden_kernel(
             tl.store(places, before + strips[i], mask=inside)
 
 
-def d_weight_slice(
+def d_weight(
     problem: Problem,
-    begin: int,
-    end: int,
-    d_logits: Tensor,  # (N, width), width >= end - begin
+    d_logits: Tensor,  # (N, width), width >= the columns of a slice
     upstream: Upstream,
     out: Tensor,  # (V, H), the gradient
-) -> None:
+) -> launch.SliceLaunch:
+    """Writes a slice's rows of `out`."""
     configuration = launch.configuration(problem)
     tile, descriptors = configuration.d_weight, configuration.descriptors
     hidden = upstream.hidden
-    _d_weight_kernel[launch.grid(problem, end - begin, problem.features, tile)](
+    return launch.SliceLaunch(
+        _d_weight_kernel,
+        lambda columns: launch.grid(configuration, hidden.device, columns, problem.features, tile),
         launch.source(d_logits, (tile.depth, tile.rows), descriptors),
         launch.source(hidden, (tile.depth, tile.columns), descriptors), out, upstream.weight_scale, problem.count,
-        problem.rows, problem.features, d_logits.stride(0), begin, end, hidden.stride(0), out.stride(0),
+        problem.rows, problem.features, d_logits.stride(0), hidden.stride(0), out.stride(0),
         STRIP=min(tile.columns, 64), **launch.matmul(configuration, tile, hidden.dtype),
     )  # fmt: skip
 
 
-def splits_of_d_hidden(hidden: Tensor, tile: launch.Tile) -> int:
-    """How many parts of a slice's columns are summed apart, to fill the grid."""
-    rows, features = hidden.shape
-    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(features, tile.columns)
-    return max(1, launch.processors(hidden.device) // max(tiles, 1))
+def splits_of_d_hidden(tiles: int, processors: int) -> int:
+    """How many parts of a slice's columns are summed apart, to fill the grid: of so many tiles of dX."""
+    return max(1, processors // max(tiles, 1))
 
 
 def new_d_hidden(problem: Problem) -> Tensor:
-    """(splits, N, H) float32 zeros for `add_d_hidden`; their sum is dX32."""
-    splits = splits_of_d_hidden(problem.hidden, launch.configuration(problem).d_hidden)
+    """(splits, N, H) float32 zeros for `d_hidden`; their sum is dX32."""
+    tile = launch.configuration(problem).d_hidden
+    tiles = launch.blocks(problem.rows, tile.rows) * launch.blocks(problem.features, tile.columns)
+    splits = splits_of_d_hidden(tiles, launch.processors(problem.hidden.device))
     return problem.hidden.new_zeros(splits, problem.rows, problem.features, dtype=torch.float32)
 
 
-def add_d_hidden(
+def d_hidden(
     problem: Problem,
-    begin: int,
-    end: int,
-    d_logits: Tensor,  # (N, width), width >= end - begin
+    d_logits: Tensor,  # (N, width), width >= the columns of a slice
     out: Tensor,  # of new_d_hidden
     rescale: Tensor | None = None,  # (N,) float32
-) -> None:
+) -> launch.SliceLaunch:
+    """Adds a slice's part to `out`."""
     configuration = launch.configuration(problem)
     tile, descriptors = configuration.d_hidden, configuration.descriptors
-    _d_hidden_kernel[launch.grid(problem, problem.rows * out.shape[0], problem.features, tile)](
+    rows = problem.rows * out.shape[0]
+    return launch.SliceLaunch(
+        _d_hidden_kernel,
+        lambda _: launch.grid(configuration, out.device, rows, problem.features, tile),
         launch.source(d_logits, (tile.rows, tile.depth), descriptors),
         launch.source(problem.weight, (tile.depth, tile.columns), descriptors), out, rescale, problem.count,
-        out.shape[0], problem.rows, problem.features, d_logits.stride(0), begin, end, problem.weight.stride(0),
+        out.shape[0], problem.rows, problem.features, d_logits.stride(0), problem.weight.stride(0),
         # Rows of no whole 16 numbers are read and written one by one, and need the registers.
         STRIP=min(tile.columns, 32 if problem.features % 16 else 64),
         **launch.matmul(configuration, tile, problem.weight.dtype),

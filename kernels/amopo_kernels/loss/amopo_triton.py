@@ -217,6 +217,7 @@ def _(logp_sum, length, prob_mean, prob_std, noise, prior, normaliser, divisor, 
 
 def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for the five others would be five launches
     ctx.save_for_backward(output[-1])
     ctx.inputs = len(inputs)
 
@@ -224,7 +225,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_loss, *_):
     refuse_double_backward("amopo_loss on CUDA", "amopo_kernels.reference.amopo_loss")
     (gradient,) = ctx.saved_tensors
-    return (grad_loss * gradient, *[None] * (ctx.inputs - 1))
+    return (None if grad_loss is None else grad_loss * gradient, *[None] * (ctx.inputs - 1))
 
 
 _loss_and_gradient.register_autograd(_backward, setup_context=_setup_context)

@@ -66,5 +66,7 @@ def test_within_bounds(N, H, V, backend, logits):
     logps, dx, dw = runs[0]
     wanted_dx, wanted_dw = oracle.gradients(inputs.gradient)
     assert (logps.double() - oracle.logps).abs().max() <= 1e-5 * (1 + oracle.largest_logit)
-    assert (relative(dx[oracle.rows], wanted_dx) <= 1.5 * dx_limit).all()
+    errors = relative(dx[oracle.rows], wanted_dx)
+    worst = (errors / dx_limit).argmax()
+    assert errors[worst] <= 1.5 * dx_limit[worst], (oracle.rows[worst], errors, dx_limit)
     assert (dw[oracle.columns].double() - wanted_dw).norm() / wanted_dw.norm() <= 1.5 * dw_limit

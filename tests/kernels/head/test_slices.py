@@ -1,0 +1,67 @@
+"""How the vocabulary is cut for a GPU, and how the launches of its slices are made, without one."""
+
+import random
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("triton")
+from amopo_kernels.head import launch, layout
+
+CONFIGURATIONS = {**launch.SIXTEEN_BIT, "float32": launch.FLOAT32, "unaligned": launch.UNALIGNED}
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS.values(), ids=map(str, CONFIGURATIONS))
+def test_a_slice_is_whole_tiles_whatever_the_rows(configuration):
+    """A strip of two slices would be written twice: on an H100, with 1000 rows, some lost their largest logit."""
+    for tile in (configuration.scores, configuration.d_weight, configuration.d_hidden):
+        assert layout.BUFFER % tile.columns == 0 and layout.BUFFER % tile.rows == 0
+    chosen = random.Random(0)
+    for rows in [0, 1, 511, 512, 1000, 4096, 10**6, *(chosen.randrange(1, 20000) for _ in range(300))]:
+        features = chosen.choice([8, 64, 896, 1544, 5120])
+        columns = layout._slice_columns(rows, features, configuration, chosen.choice([108, 132, 148]))
+        assert columns % layout.BUFFER == 0 and 3072 <= columns <= 49152
+        assert columns * rows <= max(6144 * rows, 3 * 2**23 + layout.BUFFER * rows)  # dS of 48 MB in 16 bits
+
+
+class _Kernel:
+    """Counts Triton's lookups; its compiled kernels record what they are launched with."""
+
+    arg_names = ("begin", "end", "x", "stride", "ROWS", "FLAG")
+
+    def __init__(self):
+        self.lookups, self.launches = 0, []
+
+    def __getitem__(self, grid):
+        def look_up(*values, **constants):
+            assert constants.pop("num_warps") == 4
+            self.lookups += 1
+            arguments = (*values, *(constants[name] for name in self.arg_names[len(values) :]))
+            self.launches.append((grid, arguments))
+            return compiled
+
+        launches = self.launches
+
+        class compiled:
+            def __class_getitem__(cls, grid):
+                return lambda *arguments: launches.append((grid, arguments))
+
+        return look_up
+
+
+def test_a_kernel_is_looked_up_once_for_slices_that_compile_alike():
+    kernel, x = _Kernel(), object()
+    run = launch.SliceLaunch(kernel, lambda columns: (columns // 16, 1, 1), x, 64, FLAG=True, ROWS=32, num_warps=4)
+    slices = [(0, 256), (256, 512), (512, 768), (768, 777), (1024, 1033), (1, 16), (0, 1)]
+    for begin, end in slices:
+        run(begin, end)
+    assert kernel.lookups == 4  # divisible by 16 or not, and 1
+    assert kernel.launches == [(((end - begin) // 16, 1, 1), (begin, end, x, 64, 32, True)) for begin, end in slices]
+
+
+def test_the_number_of_columns_is_worked_out_once():
+    layout._slice_columns.cache_clear()
+    with mock.patch.object(launch, "blocks", side_effect=launch.blocks) as blocks:
+        first = layout._slice_columns(777, 896, launch.SIXTEEN_BIT[90], 132)
+        worked = blocks.call_count
+        assert layout._slice_columns(777, 896, launch.SIXTEEN_BIT[90], 132) == first and blocks.call_count == worked
