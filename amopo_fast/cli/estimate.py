@@ -69,14 +69,14 @@ def run(arguments) -> int:
         "liger": not arguments.no_liger,
     }
     rows = []
-    for name, (setup, flags) in OPTIMIZERS.items():
+    for optimizer, (setup, flags) in OPTIMIZERS.items():
         for gpus in sorted({1, arguments.gpus}):
             if gpus > 1 and not setup.shards:
                 continue
             setup_here = dataclasses.replace(setup, gpus=gpus, **changes)
             result = prediction.estimate(config, row, setup_here)
             speed = prediction.tokens_per_second(result, row, gpu, gpus, efficiency)
-            rows.append({"optimizer": name, "gpus": gpus, "flags": flags, "parts": result.parts, "peak": result.peak,
+            rows.append({"optimizer": optimizer, "gpus": gpus, "flags": flags, "parts": result.parts, "peak": result.peak,
                          "needed": result.needed, "fits": result.needed <= gpu.memory, "moment": result.moment,
                          "parameters": result.parameters, "trained": result.trained,
                          "tokens_per_second": speed})  # fmt: skip

@@ -232,6 +232,7 @@ def test_command(tmp_path, capsys):
     assert "--optim_in_backward adamw_8bit --gradient_checkpointing true" in shown
     assert main(["estimate", str(tmp_path), "--gpu", "10", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
+    assert report["model"] == str(tmp_path)
     assert not any(row["fits"] for row in report["rows"]) and report["efficiency_source"] == "assumed"
     assert sum(report["rows"][0]["parts"].values()) == report["rows"][0]["peak"]
     assert main(["estimate", str(tmp_path / "nowhere")]) == 1
