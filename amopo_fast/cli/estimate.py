@@ -77,8 +77,8 @@ def run(arguments) -> int:
             result = prediction.estimate(config, row, setup_here)
             speed = prediction.tokens_per_second(result, row, gpu, gpus, efficiency)
             rows.append({"optimizer": optimizer, "gpus": gpus, "flags": flags, "parts": result.parts,
-                         "peak": result.peak, "needed": result.needed, "fits": result.needed <= gpu.memory, "moment": result.moment,
-                         "parameters": result.parameters, "trained": result.trained,
+                         "peak": result.peak, "needed": result.needed, "fits": result.needed <= gpu.memory,
+                         "moment": result.moment, "parameters": result.parameters, "trained": result.trained,
                          "tokens_per_second": speed})  # fmt: skip
     report = {"model": name, "gpu": dataclasses.asdict(gpu), "row": dataclasses.asdict(row),
               "efficiency": efficiency, "efficiency_source": "given" if arguments.efficiency else "assumed",
