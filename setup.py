@@ -39,6 +39,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "transformers>=5.17,<6",
         "accelerate>=1.10",
+        "psutil>=5.9",
         "peft>=0.18",
         "datasets>=4.0",
         "safetensors>=0.5",

@@ -8,6 +8,9 @@ sequences, one pair a step, float32 weights with bfloat16 autocast, full logits,
 before the row is run. On a CPU (--smoke) the bytes of tensors are counted as they are made.
 
     PYTHONPATH=.:kernels python benchmarks/memory.py --out memory.json --model 32B
+    PYTHONPATH=.:kernels python benchmarks/memory.py --out memory.json --model 32B --layers 16 --only "4-bit"
+
+The second shows in a minute whether the backward pass hides the transfers of states in host memory.
 """
 
 from __future__ import annotations
@@ -36,10 +39,13 @@ WARMUP = 2
 BF16 = {"weight_precision": "bf16_stochastic"}
 RECOMPUTED = {"gradient_checkpointing": True}
 IN_BACKWARD_8, IN_BACKWARD_4 = {**BF16, "optim_in_backward": "adamw_8bit"}, {**BF16, "optim_in_backward": "adamw_4bit"}
+HOST = {"optimizer_states": "host"}
 # (shape, variant, options of AMoPOConfig and lora_r, computed tokens of a micro-batch), most telling first
 ROWS = [
     ("32B", "4-bit, in backward", IN_BACKWARD_4 | RECOMPUTED, 8192),
     ("32B", "8-bit, in backward", IN_BACKWARD_8 | RECOMPUTED, 8192),
+    ("32B", "4-bit on the host", IN_BACKWARD_4 | RECOMPUTED | HOST, 8192),
+    ("32B", "8-bit on the host", IN_BACKWARD_8 | RECOMPUTED | HOST, 8192),
     ("32B", "LoRA", {"use_peft": True, **RECOMPUTED}, 8192),
     ("32B", "QLoRA", {"use_peft": True, "load_in_4bit": True, **RECOMPUTED}, 8192),
     ("32B", "4-bit, in backward, 8 layers kept", IN_BACKWARD_4 | RECOMPUTED | {"keep_layers": 8}, 8192),
@@ -50,6 +56,7 @@ ROWS = [
     ("7B", "plain", {}, 0),
     ("14B", "8-bit, in backward, recomputed", IN_BACKWARD_8 | RECOMPUTED, 8192),
     ("14B", "4-bit, in backward, recomputed", IN_BACKWARD_4 | RECOMPUTED, 16384),
+    ("14B", "8-bit on the host", IN_BACKWARD_8 | RECOMPUTED | HOST, 8192),
     ("14B", "plain", {}, 0),
     ("0.5B", "fp32", {"weight_precision": "fp32"}, 8192),
     ("0.5B", "fp32, in backward", {"weight_precision": "fp32", "optim_in_backward": "adamw"}, 8192),
@@ -57,6 +64,7 @@ ROWS = [
     ("32B", "plain", {}, 0),
 ]  # fmt: skip
 SMOKE_ROWS = [
+    ("smoke", "8-bit on the host", IN_BACKWARD_8 | RECOMPUTED | HOST, 2048),
     ("smoke", "fp32, in backward", {"weight_precision": "fp32", "optim_in_backward": "adamw", **RECOMPUTED}, 2048),
     ("smoke", "plain", {}, 0),
 ]
@@ -158,10 +166,14 @@ def train(shape: str, options: dict, budget: int, device: str, steps: int) -> di
             for callback in (PrinterCallback, ProgressCallback):
                 trainer.remove_callback(callback)
             trainer.train()
+            optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+            on_host = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.numel() > 1
+                          and t.device.type == "cpu") if cuda else 0  # fmt: skip
         batches = trainer._batches.epoch.batches[WARMUP : WARMUP + steps]
         used = [i for batch in batches for i in batch.pairs]
         tokens = {kind: int(getattr(sizes, kind)[used].sum()) for kind in ("computed", "padded", "labels")}
-    return {"pairs_per_step": args.pairs_per_step, "longest_tokens": row.tokens, **predicted, **window.row(tokens),
+    return {"pairs_per_step": args.pairs_per_step, "host_bytes": on_host,
+            "longest_tokens": row.tokens, **predicted, **window.row(tokens),
             "prediction_over_peak": predicted["predicted_bytes"] / window.peak}  # fmt: skip
 
 
@@ -185,7 +197,8 @@ def predict(config, row, setup) -> dict:
     from amopo_fast.memory.estimate import estimate
 
     prediction = estimate(config, row, setup)
-    return {"predicted_bytes": prediction.peak, "predicted_parts": prediction.parts, "flop": prediction.flops}
+    return {"predicted_bytes": prediction.peak, "predicted_parts": prediction.parts,
+            "predicted_host_bytes": prediction.host_needed, "flop": prediction.flops}  # fmt: skip
 
 
 def predict_only(shape: str, options: dict, budget: int) -> dict:
@@ -248,8 +261,14 @@ def plain(shape: str, device: str, steps: int) -> dict:
     return {"pairs_per_step": 1, "attention": attention, **window.row(tokens)}
 
 
+def cut(shape: str, layers: int | None) -> None:
+    if layers:
+        SHAPES[shape] = SHAPES[shape] | {"num_hidden_layers": layers}
+
+
 def child(case: dict) -> int:
     """Run one row and write it to `case["out"]`."""
+    cut(case["shape"], case["layers"])
     try:
         if case["variant"] == "plain":
             result = plain(case["shape"], case["device"], case["steps"])
@@ -270,6 +289,7 @@ def main() -> int:
     parser = harness.parser(__doc__.splitlines()[0])
     parser.add_argument("--model", choices=[name for name in SHAPES if name not in ("cpu", "smoke")])
     parser.add_argument("--predict", action="store_true", help="write the predictions alone, for GPUs, and run nothing")
+    parser.add_argument("--layers", type=int, help="of every model, in place of its own number")
     parser.add_argument("--only", default="", help="rows whose variant has this in its name")
     parser.add_argument("--steps", type=int, default=10, help="measured, behind two that warm up")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -281,8 +301,10 @@ def main() -> int:
     for shape, variant, options, tokens in SMOKE_ROWS if arguments.smoke else ROWS:
         if arguments.model and not arguments.smoke and shape != arguments.model or arguments.only not in variant:
             continue
-        head = {"case": f"{shape}, {tokens or 'one pair'}", "shape": shape, "variant": variant, "tokens": tokens}
+        depth = f", {arguments.layers} layers" if arguments.layers else ""
+        head = {"case": f"{shape}{depth}, {tokens or 'one pair'}", "shape": shape, "variant": variant, "tokens": tokens}
         if arguments.predict:
+            cut(shape, arguments.layers)
             if variant != "plain":
                 report.add(**head, status="not run: predicted", **predict_only(shape, options, tokens))
             continue
@@ -290,7 +312,8 @@ def main() -> int:
             report.add(**head, status="not run: no time left")
             continue
         with tempfile.TemporaryDirectory() as folder:
-            case = {"shape": shape, "variant": variant, "options": options, "tokens": tokens, "steps": arguments.steps,
+            case = {"shape": shape, "layers": arguments.layers, "variant": variant,
+                    "options": options, "tokens": tokens, "steps": arguments.steps,
                     "device": arguments.device, "out": str(Path(folder) / "row.json")}  # fmt: skip
             try:
                 done = subprocess.run(

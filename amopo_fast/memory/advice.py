@@ -19,6 +19,12 @@ OPTIMIZERS: dict[str, tuple[Setup, str]] = {
         Setup(states="8bit", in_backward=True), "--weight_precision bf16_stochastic --optim_in_backward adamw_8bit"),
     "4-bit, in backward": (
         Setup(states="4bit", in_backward=True), "--weight_precision bf16_stochastic --optim_in_backward adamw_4bit"),
+    "8-bit on the host": (
+        Setup(states="8bit", in_backward=True, host_states=True),
+        "--weight_precision bf16_stochastic --optim_in_backward adamw_8bit --optimizer_states host"),
+    "4-bit on the host": (
+        Setup(states="4bit", in_backward=True, host_states=True),
+        "--weight_precision bf16_stochastic --optim_in_backward adamw_4bit --optimizer_states host"),
     "LoRA, rank 16": (Setup(lora_rank=16), "--use_peft true"),
     "QLoRA, rank 16": (Setup(lora_rank=16, quantised=True), "--use_peft true --load_in_4bit true"),
 }  # fmt: skip
@@ -45,6 +51,8 @@ def remedies(setup: Setup, row: Row) -> Iterator[tuple[str, Setup, Row]]:
             flags = flags_before
         if setup.states != "4bit" and setup.gpus == 1:
             yield changed("--optim_in_backward adamw_4bit", states="4bit", in_backward=True, accumulates=False)
+        if setup.gpus == 1 and setup.in_backward and not setup.host_states:
+            yield changed("--optimizer_states host", host_states=True)
     if setup.keep_layers:
         yield changed("--keep_layers 0", keep_layers=0)
     if not setup.offload:

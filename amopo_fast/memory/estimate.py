@@ -4,6 +4,7 @@
     activations, FLOP    from a run on fake tensors (profile.py)
     head                 rows, float32 gradient of the rows and one slice of logits, as amopo_kernels allocates them
     gradients            of all parameters, or what waits for its step inside the backward pass
+    states on the host   slots of the largest layer's states on the GPU, all of them in pinned memory
     sharding             FSDP2 by layer: a rank's share, two gathered layers, and the embedding and head whole
 
 The peak is the largest of: end of the forward, the head's backward, the last layer's backward (all activations alive),
@@ -25,6 +26,7 @@ from amopo_fast.errors import OptionError
 from amopo_fast.memory.profile import BodyProfile, llama_of_widths, meta_model, profile_body
 from amopo_fast.models.architecture import decoder_of, language_model_of, layer_configs, positions_of
 from amopo_fast.models.check import choose_layout
+from amopo_fast.optim.host_states import SLOTS, blocks_of, parcel_bytes, slot_bytes
 from amopo_fast.optim.states import moment_bytes
 from amopo_fast.packing.plan import Layout
 
@@ -88,6 +90,7 @@ class Setup:
     states: str = "fp32"  # fp32, 8bit, 4bit; bf16: torch's AdamW over bfloat16 weights
     weights: str = "bf16"  # fp32, bf16
     in_backward: bool = False
+    host_states: bool = False  # states in pinned host memory
     checkpointing: bool = True
     keep_layers: int = 0
     offload: bool = False
@@ -124,9 +127,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on one GPU at the peak, by part; FLOP of one micro-batch."""
+    """Bytes on one GPU at the peak, by part, and of its host's memory; FLOP of one micro-batch."""
 
     parts: dict[str, int]
+    host: dict[str, int]  # pinned
     moment: str  # when the peak is
     flops: int
     forward_flops: int  # of scoring the same pairs without gradient
@@ -143,6 +147,16 @@ class Estimate:
         """What the GPU must have."""
         return self.peak + RESERVE
 
+    @property
+    def host_needed(self) -> int:
+        """Pinned bytes of host memory."""
+        return sum(self.host.values())
+
+    @property
+    def transfer(self) -> int:
+        """Bytes that a step moves from the host to the GPU, and again back."""
+        return self.host.get("optimizer states", 0)
+
 
 @dataclass(frozen=True)
 class _Parameter:
@@ -150,6 +164,7 @@ class _Parameter:
     trained: bool
     place: str  # layer, head (embedding too where tied), embedding, other
     linear: bool  # would be quantised
+    block: int | None  # of the parameters whose states travel together, where it is trained
 
 
 class _Shape:
@@ -173,6 +188,7 @@ def _parameters_of(shape: _Shape, lora_rank: int | None) -> tuple[_Parameter, ..
     in_text = {id(parameter) for parameter in decoder_of(base).parameters()}
     head, embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head}
+    block_of = {id(parameter): number for number, block in enumerate(blocks_of(model)) for parameter in block}
     result = []
     for name, parameter in model.named_parameters():
         place = "other"
@@ -182,7 +198,8 @@ def _parameters_of(shape: _Shape, lora_rank: int | None) -> tuple[_Parameter, ..
             place = "embedding"
         elif id(parameter) in in_text and (".layers." in name or ".h." in name):
             place = "layer"
-        result.append(_Parameter(parameter.numel(), parameter.requires_grad, place, id(parameter) in linear))
+        result.append(_Parameter(parameter.numel(), parameter.requires_grad, place, id(parameter) in linear,
+                                 block_of.get(id(parameter))))  # fmt: skip
     return tuple(result)
 
 
@@ -258,6 +275,13 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     per_gradient = gradient_bytes(setup)
     all_gradients = per_gradient * sum(p.numel for p in trained)
     states = sum(4 * p.numel if setup.states == "bf16" else moment_bytes(p.numel, setup.states) for p in trained)
+    host = {}
+    if setup.host_states:
+        blocks: dict[int | None, list[int]] = {}
+        for p in trained:
+            blocks.setdefault(p.block, []).append(p.numel)
+        host["optimizer states"] = sum(parcel_bytes(block, setup.states) for block in blocks.values())
+        states = SLOTS * slot_bytes(list(blocks.values()), setup.states)
     in_layers = sum(p.numel for p in parameters if p.place == "layer")
     layers = text.num_hidden_layers
     gathered = 0
@@ -332,7 +356,7 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     if setup.reference and setup.lora_rank is not None:
         flops += forward_flops
     return Estimate(
-        parts, moment, flops, forward_flops,
+        parts, host, moment, flops, forward_flops,
         sum(p.numel for p in parameters), sum(p.numel for p in trained),
     )  # fmt: skip
 

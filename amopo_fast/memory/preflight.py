@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import psutil
 from transformers import PretrainedConfig
 
 from amopo_fast.errors import OptionError
@@ -13,6 +16,31 @@ from amopo_fast.packing.schedule import Epoch, MicroBatch, PairSizes
 
 class DoesNotFit(OptionError):
     """The run needs more memory than the GPU has; the message names both and a change that fits."""
+
+
+def free_host_memory() -> int:
+    """Bytes that this process can still take: what the machine has available, or less where a container is limited."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:  # no cgroup of version 2
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))
+
+
+def require_host_memory(name: str, prediction: Estimate, free: int) -> None:
+    """Refuse to pin more of the host's memory than is free, before anything is loaded.
+
+    Raises:
+        DoesNotFit
+    """
+    if prediction.host_needed > free:
+        parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in prediction.host.items())
+        raise DoesNotFit(
+            f"{name}: this run pins {prediction.host_needed / GIB:.1f} GiB of host memory ({parts}), and "
+            f"{free / GIB:.1f} GiB are free there; use --optim_in_backward adamw_4bit, raise the container's limit, or "
+            "leave --optimizer_states host out; --memory_check false skips this check"
+        )
 
 
 def row_of(plan: Plan) -> Row:

@@ -262,7 +262,9 @@ def profile_body(
         return BodyProfile(kept, forward - kept, backward - kept, flops[0], kept // layers, flops[1])
     one, two = run(low), run(low + period)
     kept, forward, backward, *flops = (a + (layers - low) * (b - a) // period for a, b in zip(one, two, strict=True))
-    return BodyProfile(kept, forward - kept, backward - kept, flops[0], (two[0] - one[0]) // period, flops[1])
+    # What is alive between the passes is alive at their peaks: where the line falls below, another layer's peak led.
+    forward, backward = max(forward - kept, 0), max(backward - kept, 0)
+    return BodyProfile(kept, forward, backward, flops[0], (two[0] - one[0]) // period, flops[1])
 
 
 def llama_of_widths(config: PretrainedConfig) -> LlamaConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw as torch_adamw
 from torch.utils.weak import WeakIdKeyDictionary
 
 from amopo_fast.optim import update_triton
+from amopo_fast.optim.host_states import HostStates
 from amopo_fast.optim.states import MOMENTS, moments_of, new_state
 from amopo_fast.optim.update import Step, rounding_seed, update_
 
@@ -39,14 +40,16 @@ class AdamW(torch.optim.Optimizer):
         stochastic_rounding: of bfloat16 parameters. False rounds to nearest.
         in_backward: step in the backward pass.
         max_grad_norm: clip gradients to this norm, 0: never.
+        host_blocks: keep the states of these parameters in host memory, each block's together (`blocks_of`), and bring
+            them to the device for the update (host_states.py): bit for bit the same. With in_backward only.
         clipping: which norm, with in_backward (an ordinary step leaves clipping to the caller):
             "previous_norm": the global norm of the previous step (it is part of the state), because this step's is
             known only at its end; the first step clips per tensor. "per_tensor": each tensor's own norm.
         seed: of the stochastic rounding.
 
     Raises:
-        ValueError: sharded (DTensor) or non-contiguous parameters, unknown options.
-        RuntimeError: a second backward pass before `step()`, with in_backward.
+        ValueError: sharded (DTensor) or non-contiguous parameters, unknown options, host_blocks without in_backward.
+        RuntimeError: a second backward pass before `step()`, with in_backward; host memory that cannot be had.
     """
 
     def __init__(
@@ -63,12 +66,21 @@ class AdamW(torch.optim.Optimizer):
         max_grad_norm: float = 0.0,
         clipping: str = "previous_norm",
         seed: int = 0,
+        host_blocks: Sequence[Sequence[Tensor]] = (),
     ):
         if states not in ("fp32", "8bit", "4bit"):
             raise ValueError(f"states={states!r}; choose one of fp32, 8bit, 4bit")
         if clipping not in CLIPPING:
             raise ValueError(f"clipping={clipping!r}; choose one of {', '.join(CLIPPING)}")
+        if host_blocks and not in_backward:
+            raise ValueError("host_blocks need in_backward: elsewhere parameters are not stepped layer by layer")
+        for parameter in (parameter for block in host_blocks for parameter in block):
+            self._check(parameter)
+            if parameter.dtype == torch.float64:
+                raise ValueError("states in host memory are float32 at most; train in float32 or bfloat16")
         self._states = states
+        self._host = HostStates(host_blocks, states) if host_blocks else None
+        self._begun = False  # whether some state is not zero
         self._stochastic_rounding = stochastic_rounding
         self.in_backward = in_backward
         self._max_grad_norm = max_grad_norm
@@ -109,10 +121,11 @@ class AdamW(torch.optim.Optimizer):
         return self._states == "fp32" and parameter.dtype != torch.bfloat16
 
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        if self._fused(parameter):
-            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            return {"step": step, **new_state(parameter, "fp32", parameter.dtype)}
-        return {"step": torch.zeros(()), **new_state(parameter, self._states)}
+        fused = self._fused(parameter)
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
+        if self._host is not None and parameter in self._host:
+            return {"step": step, **self._host.state_of(parameter)}
+        return {"step": step, **new_state(parameter, self._states, parameter.dtype if fused else torch.float32)}
 
     def _register(self, parameter: Tensor) -> None:
         if parameter in _hooks:
@@ -156,31 +169,48 @@ class AdamW(torch.optim.Optimizer):
         return (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
 
     def _update(self, parameter: Tensor, grad: Tensor, grad_scale: Tensor | None) -> None:
-        group_index, number = self._place[parameter]
-        group = self.param_groups[group_index]
+        self._begun = True
         state = self.state[parameter]
-        beta1, beta2 = group["betas"]
+        if self._host is None or parameter not in self._host:
+            pieces: Iterable = [(0, parameter.numel(), state)]
+        else:
+            pieces = self._host.visit(parameter)
+        flat, grad = parameter.detach().view(-1), grad.reshape(-1)
         if self._fused(parameter):
-            skip = None
             if grad_scale is not None:
                 grad.mul_(grad_scale)
-                skip = grad_scale.isnan().float()
-            moments = [[state[name].view_as(parameter)] for name in MOMENTS]
-            torch_adamw(
-                [parameter], [grad], *moments, [], [state["step"]], fused=True, amsgrad=False, beta1=beta1,
-                beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-                found_inf=skip,
-            )  # fmt: skip
+            before = None if self._host is None else state["step"].clone()
+            for begin, end, moments in pieces:
+                if begin:  # torch counts every call
+                    state["step"].copy_(before)
+                self._update_fused(parameter, flat[begin:end], grad[begin:end], moments, grad_scale)
             return
         state["step"] += 1
-        count = int(state["step"])
+        step = self._step_of(parameter, int(state["step"]))
+        update = update_triton.update_ if update_triton.eligible(parameter, state) else update_
+        for begin, end, moments in pieces:
+            update(flat[begin:end], grad[begin:end], *moments_of(moments), step, grad_scale, begin)
+
+    def _step_of(self, parameter: Tensor, count: int) -> Step:
+        group_index, number = self._place[parameter]
+        group = self.param_groups[group_index]
         rounds = self._stochastic_rounding and parameter.dtype == torch.bfloat16
-        step = Step(
+        beta1, beta2 = group["betas"]
+        return Step(
             float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], count,
             rounding_seed(self._seed, count, number) if rounds else None,
         )  # fmt: skip
-        update = update_triton.update_ if update_triton.eligible(parameter, state) else update_
-        update(parameter.detach().view(-1), grad.reshape(-1), *moments_of(state), step, grad_scale)
+
+    def _update_fused(
+        self, parameter: Tensor, flat: Tensor, grad: Tensor, moments: dict[str, Tensor], grad_scale: Tensor | None
+    ) -> None:
+        group = self.param_groups[self._place[parameter][0]]
+        beta1, beta2 = group["betas"]
+        torch_adamw(
+            [flat], [grad], *([moments[name]] for name in MOMENTS), [], [self.state[parameter]["step"]], fused=True,
+            amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+            eps=group["eps"], maximize=False, found_inf=None if grad_scale is None else grad_scale.isnan().float(),
+        )  # fmt: skip
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -191,6 +221,8 @@ class AdamW(torch.optim.Optimizer):
             self._previous_norm = self.grad_norm()
             self._square_sum = None
             self._applied.clear()
+            if self._host is not None:
+                self._host.end_step()
             return None
         loss = None
         if closure is not None:
@@ -213,8 +245,14 @@ class AdamW(torch.optim.Optimizer):
     # ----- state -----
 
     def state_dict(self) -> dict:
-        """torch's, plain tensors only, with `previous_norm`: the norm by which the next step clips."""
-        return {**super().state_dict(), "previous_norm": self._previous_norm}
+        """torch's, plain tensors only, with `previous_norm`: the norm by which the next step clips.
+
+        Without states before the first update, as torch's own: accelerate moves what it finds there to the device.
+        """
+        if self._host is not None:
+            self._host.settle()
+        whole = super().state_dict()
+        return {**whole, "state": whole["state"] if self._begun else {}, "previous_norm": self._previous_norm}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
@@ -223,13 +261,23 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             ValueError: the saved states are of another kind or of other parameters.
         """
+        if self._host is not None:
+            self._host.settle()
         own = self.state
         super().load_state_dict({**state_dict, "state": {}})
         self.state = own
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
-            saved, state = state_dict["state"][number], own[parameter]
+        if state_dict["state"] or self._begun:
+            self._copy_states(dict(zip(parameters, map(state_dict["state"].get, numbers), strict=True)))
+        norm = state_dict.get("previous_norm")
+        self._previous_norm = None if norm is None else norm.to(parameters[0].device)
+
+    def _copy_states(self, saved_states: dict[Tensor, dict[str, Tensor] | None]) -> None:
+        for parameter, saved in saved_states.items():
+            state = self.state[parameter]
+            if saved is None:  # of a run that had not begun
+                saved = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
             shapes = [{name: tuple(t.shape) for name, t in entries.items()} for entries in (saved, state)]
             if shapes[0] != shapes[1]:
                 raise ValueError(
@@ -239,5 +287,4 @@ class AdamW(torch.optim.Optimizer):
             for name, tensor in saved.items():
                 if tensor.data_ptr() != state[name].data_ptr() or tensor.device != state[name].device:
                     state[name].copy_(tensor)
-        norm = state_dict.get("previous_norm")
-        self._previous_norm = None if norm is None else norm.to(parameters[0].device)
+        self._begun = True

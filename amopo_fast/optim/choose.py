@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from amopo_fast.optim.adamw import AdamW
+from amopo_fast.optim.host_states import blocks_of
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def choose_optimizer(args: TrainingArguments, model: nn.Module, micro_batches: i
             "in_backward": True,
             "max_grad_norm": args.max_grad_norm,
             "clipping": args.clip_in_backward,
+            "host_blocks": blocks_of(model) if args.optimizer_states == "host" else (),
         }
     name = str(getattr(args.optim, "value", args.optim))
     if sharded and name in LOW_BIT:

@@ -28,13 +28,23 @@ def storage(numel: int, states: str) -> str:
     return states
 
 
-def moment_bytes(numel: int, states: str) -> int:
-    """Bytes of both moments of a tensor of `numel` elements."""
+def layout_of(
+    numel: int, states: str, values_dtype: torch.dtype = torch.float32
+) -> dict[str, tuple[int, torch.dtype]]:
+    """Name -> (elements, dtype) of the tensors that hold the moments of a tensor of `numel` elements."""
     kind = storage(numel, states)
     if kind == "fp32":
-        return 8 * numel
-    codes = numel if kind == "8bit" else numel // 2
-    return 2 * (codes + 4 * (numel // BLOCK_SIZE[kind]))
+        return dict.fromkeys(MOMENTS, (numel, values_dtype))
+    layout = {}
+    for name in MOMENTS:
+        layout[f"{name}_codes"] = (numel if kind == "8bit" else numel // 2, torch.uint8)
+        layout[f"{name}_scale"] = (numel // BLOCK_SIZE[kind], torch.float32)
+    return layout
+
+
+def moment_bytes(numel: int, states: str) -> int:
+    """Bytes of both moments of a tensor of `numel` elements."""
+    return sum(count * dtype.itemsize for count, dtype in layout_of(numel, states).values())
 
 
 @functools.cache
@@ -125,16 +135,8 @@ def _nearest(values: Tensor, ascending: Tensor) -> Tensor:
 
 def new_state(parameter: Tensor, states: str, values_dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Zeroed moments of a parameter as the plain tensors of an optimizer's state, on its device."""
-    numel, device = parameter.numel(), parameter.device
-    kind = storage(numel, states)
-    if kind == "fp32":
-        return {name: torch.zeros(numel, dtype=values_dtype, device=device) for name in MOMENTS}
-    state = {}
-    for name in MOMENTS:
-        packed = numel if kind == "8bit" else numel // 2
-        state[f"{name}_codes"] = torch.zeros(packed, dtype=torch.uint8, device=device)
-        state[f"{name}_scale"] = torch.zeros(numel // BLOCK_SIZE[kind], dtype=torch.float32, device=device)
-    return state
+    layout = layout_of(parameter.numel(), states, values_dtype)
+    return {name: torch.zeros(count, dtype=dtype, device=parameter.device) for name, (count, dtype) in layout.items()}
 
 
 def moments_of(state: dict[str, Tensor]) -> tuple[Moment, ...]:

@@ -6,7 +6,8 @@
 The update uses the moments before they are quantised. Stochastic rounding adds 16 random bits below a bfloat16 and
 drops them: a number between two bfloat16 goes to the upper one with the probability of its distance from the lower.
 At learning rates of 1e-7 to 1e-5 an update is far below half a bfloat16 step, and rounding to nearest would lose
-every one of them. The random bits are a function of (seed, step, parameter), so no other random state is touched.
+every one of them. The random bits are a function of (seed, step, parameter, piece), so no other random state is touched
+and a parameter may be updated in pieces of whole PIECEs, in any order.
 Infinities and NaN stay what they are: a carry out of a NaN's bits would make a finite number of it.
 """
 
@@ -67,13 +68,12 @@ def update_(
     exp_avg_sq: Moment,
     step: Step,
     grad_scale: Tensor | None = None,  # () float32; NaN: leave everything as it is
+    first: int = 0,  # of the elements given, in the whole parameter; a multiple of PIECE
 ) -> None:
     """Update parameter and moments in place."""
     if grad_scale is not None and bool(grad_scale.isnan()):
         return
-    generator = None
-    if step.seed is not None:
-        generator = torch.Generator(parameter.device).manual_seed(step.seed)
+    generator = None if step.seed is None else torch.Generator(parameter.device)
     for begin in range(0, parameter.numel(), PIECE):
         end = min(begin + PIECE, parameter.numel())
         p = parameter[begin:end]
@@ -89,4 +89,6 @@ def update_(
         v.write(v32)
         denominator = v32.sqrt() / step.bias_correction2_sqrt + step.eps
         p32 = p32 - step.lr * (m32 / step.bias_correction1) / denominator
-        p.copy_(p32 if generator is None else round_stochastically(p32, generator))
+        if generator is not None:
+            p32 = round_stochastically(p32, generator.manual_seed(step.seed + (first + begin) // PIECE))
+        p.copy_(p32)

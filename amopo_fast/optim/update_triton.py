@@ -94,7 +94,7 @@ if triton is not None:
         words = tl.join(tl.join(a, b), tl.join(c, d)).to(tl.int32, bitcast=True)
         return tl.reshape(tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF), (ROWS, BLOCK))
 
-    @triton.jit(do_not_specialize=["seed"])
+    @triton.jit(do_not_specialize=["seed", "first_row"])
     def _adamw_kernel(
         p_ptr,  # (numel,) float32 or bfloat16
         g_ptr,  # (numel,)
@@ -103,6 +103,7 @@ if triton is not None:
         grad_scale_ptr,  # () float32
         numel,
         seed,
+        first_row,  # quantisation blocks of the parameter before p
         lr, lr_decay, weight1, weight2, correction1, correction2_sqrt, eps,
         ROWS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
         HAS_GRAD_SCALE: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -127,7 +128,7 @@ if triton is not None:
         _encode(v, v_ptr, v_scale_ptr, v_map_ptr, row, inside, ROWS, BLOCK, BITS)
         p -= lr * (m / correction1) / (tl.sqrt(v) / correction2_sqrt + eps)
         if STOCHASTIC:
-            bits = p.to(tl.int32, bitcast=True) + _noise(seed, row, ROWS, BLOCK)
+            bits = p.to(tl.int32, bitcast=True) + _noise(seed, first_row + row, ROWS, BLOCK)
             # CUDA's NaN is 0x7fffffff: noise would carry it over the sign bit and leave -0
             p = tl.where(p == p, (bits & -65536).to(tl.float32, bitcast=True), float("nan"))
         tl.store(p_ptr + at, p.to(p_ptr.dtype.element_ty), mask=inside)
@@ -147,6 +148,7 @@ def update_(
     exp_avg_sq: Moment,
     step: Step,
     grad_scale: Tensor | None = None,  # () float32; NaN: leave everything as it is
+    first: int = 0,  # of the elements given, in the whole parameter; a multiple of TILE
 ) -> None:
     """Update parameter and moments in place; update.update_ but for the random bits drawn."""
     options = launch_options(exp_avg.states)
@@ -163,6 +165,7 @@ def update_(
             grad if grad_scale is None else grad_scale,
             parameter.numel(),
             step.seed or 0,
+            first // options["BLOCK"],
             step.lr,
             step.lr * step.weight_decay,
             1 - step.beta1,

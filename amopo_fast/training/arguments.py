@@ -87,6 +87,7 @@ NEEDS = (
     Needs("keep_layers", "gradient_checkpointing"),
     Needs("liger_kernel_config", "use_liger_kernel"),
     Needs("clip_in_backward", "optim_in_backward"),
+    Needs("optimizer_states", "optim_in_backward"),
     Needs("tau", "weighting", ("worst_first",)),
     Needs("optim_target_modules", "optim", _LOW_RANK),
     Needs("fsdp_config", "fsdp"),

@@ -38,6 +38,7 @@ CHOICES = {
     "weight_precision": WEIGHT_PRECISIONS,
     "optim_in_backward": (None, *IN_BACKWARD),
     "clip_in_backward": CLIPPING,
+    "optimizer_states": ("device", "host"),
     "kernel_backend": KERNEL_BACKENDS,
     "on_changed_option": (None, "keep", "use"),
     "attention_backend": ("auto", *ATTENTION_BACKENDS),
@@ -155,6 +156,11 @@ class AMoPOConfig(TrainingArguments):
         default="previous_norm",
         metadata={"help": "With optim_in_backward, clip by the previous_norm (global, of the step before) or "
                   "per_tensor; this step's global norm is not known in time."},
+    )  # fmt: skip
+    optimizer_states: str = field(
+        default="device",
+        metadata={"help": "With optim_in_backward: device, or host: AdamW's states live in pinned host memory and "
+                  "visit the GPU layer by layer during the backward pass; the weights are bit for bit the same."},
     )  # fmt: skip
     keep_layers: int = field(
         default=0,

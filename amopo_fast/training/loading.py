@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from amopo_fast.memory.estimate import GIB, HEAD_SLICE, Row, Setup, estimate
-from amopo_fast.memory.preflight import longest_micro_batch, require_fit, row_of
+from amopo_fast.memory.estimate import GIB, HEAD_SLICE, Estimate, Row, Setup, estimate
+from amopo_fast.memory.preflight import (
+    free_host_memory,
+    longest_micro_batch,
+    require_fit,
+    require_host_memory,
+    row_of,
+)
 from amopo_fast.memory.profile import meta_model
 from amopo_fast.models.check import choose_layout
 from amopo_fast.models.config import ModelConfig
@@ -43,7 +49,8 @@ def setup_of(
         head_slice = SLICE_COLUMNS if args.device.type == "cpu" else SLICE_COLUMNS_ON_A_GPU
     return Setup(
         states=states, weights=weights, in_backward=bool(args.optim_in_backward), checkpointing=checkpointing,
-        keep_layers=args.keep_layers, offload=bool(options.get("offload")), lora_rank=lora_rank, quantised=quantised,
+        host_states=args.optimizer_states == "host", keep_layers=args.keep_layers,
+        offload=bool(options.get("offload")), lora_rank=lora_rank, quantised=quantised,
         nested=nested, accumulates=accumulates, gpus=args.world_size if args.fsdp else 1,
         liger=bool(args.use_liger_kernel), head_slice=head_slice,
     )  # fmt: skip
@@ -55,6 +62,11 @@ def longest_row(pairs: Sequence[PairTokens], args: AMoPOConfig, layout: Layout =
     epoch = schedule_of(args, sizes).epoch(0)
     plan = build_plan([pairs[i] for i in longest_micro_batch(epoch, sizes).pairs], layout)
     return row_of(plan), epoch.accumulation > 1
+
+
+def _host_line(prediction: Estimate) -> str:
+    pinned = prediction.host_needed
+    return f", and {pinned / GIB:.1f} GiB of pinned host memory" if pinned else ""
 
 
 def load_for_training(
@@ -90,7 +102,9 @@ def load_for_training(
     )
     if checks and args.memory_check:
         prediction = require_fit(config.model_name_or_path, shape, row, setup(dtype), free)
+        require_host_memory(config.model_name_or_path, prediction, free_host_memory())
         if args.process_index == 0:
             print(f"weights in {str(dtype).removeprefix('torch.')}; about {prediction.needed / GIB:.1f} of "
-                  f"{free / GIB:.1f} GiB free on each GPU will be needed", flush=True)  # fmt: skip
+                  f"{free / GIB:.1f} GiB free on each GPU will be needed"
+                  f"{_host_line(prediction)}", flush=True)  # fmt: skip
     return load_model(config, args, dtype)

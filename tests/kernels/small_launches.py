@@ -67,7 +67,7 @@ def _adamw(cc: int, kind: str) -> Launch:
     return Launch(
         "amopo_fast.optim.update_triton:_adamw_kernel",
         {"p_ptr": torch.bfloat16, "g_ptr": torch.bfloat16, **moments, "grad_scale_ptr": torch.float32,
-         "numel": 5120 * 5120, "seed": 2**62 + 1, **scalars, **update_triton.launch_options(kind),
+         "numel": 5120 * 5120, "seed": 2**62 + 1, "first_row": 0, **scalars, **update_triton.launch_options(kind),
          "HAS_GRAD_SCALE": True, "STOCHASTIC": True},
         cc=cc, num_warps=update_triton.NUM_WARPS,
     )  # fmt: skip

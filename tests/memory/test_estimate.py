@@ -27,17 +27,21 @@ from transformers import (
 from amopo_fast.cli import main
 from amopo_fast.memory.advice import OPTIMIZERS, first_remedy
 from amopo_fast.memory.estimate import GIB, GPUS, Row, Setup, estimate, parameters_of, parse_gpu, tokens_per_second
+from amopo_fast.memory.preflight import DoesNotFit, require_host_memory
 from amopo_fast.memory.profile import LiveBytes, profile_body
 from amopo_fast.models.check import prepare_model
 from amopo_fast.models.depth import set_layers
 from amopo_fast.models.scoring import score
 from amopo_fast.optim import AdamW
+from amopo_fast.optim.host_states import blocks_of
 from amopo_fast.packing.plan import build_plan
 from amopo_fast.prompts.tokens import PairTokens
 
 SMALL = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2)  # fmt: skip
 QWEN_32B = Qwen2Config(vocab_size=152064, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64,
+                       num_attention_heads=40, num_key_value_heads=8, tie_word_embeddings=False)  # fmt: skip
+QWEN_14B = Qwen2Config(vocab_size=152064, hidden_size=5120, intermediate_size=13824, num_hidden_layers=48,
                        num_attention_heads=40, num_key_value_heads=8, tie_word_embeddings=False)  # fmt: skip
 STEP = Row(tokens=8192, label_tokens=4096, kv_tokens=16384)
 
@@ -174,8 +178,41 @@ def test_remedies_name_the_least_change_that_fits():
     assert "--optim_in_backward adamw_8bit" in flags and "--gradient_checkpointing true" in flags
     assert prediction.needed < GPUS["h200"].memory
     flags, _ = first_remedy(QWEN_32B, STEP, Setup(weights="fp32"), GPUS["h100"].memory)
+    assert flags.endswith("--optim_in_backward adamw_4bit --optimizer_states host")
+    flags, _ = first_remedy(QWEN_32B, STEP, Setup(weights="fp32"), GPUS["a100-40"].memory)
     assert flags.startswith("--use_peft true")
     assert first_remedy(QWEN_32B, STEP, Setup(weights="fp32"), 8 * GIB) is None
+
+
+def test_states_on_the_host_leave_slots_on_the_gpu_and_are_counted_there():
+    resident, host = (
+        estimate(QWEN_32B, STEP, Setup(states="4bit", in_backward=True, host_states=on_host)) for on_host in (0, 1)
+    )
+    states = resident.parts["optimizer states"]
+    assert host.host_needed == host.transfer == pytest.approx(states, rel=1e-3) and resident.host_needed == 0
+    layer = sum(p.numel for p in parameters_of(QWEN_32B) if p.place == "layer") / QWEN_32B.num_hidden_layers
+    slots = host.parts["optimizer states"]
+    assert slots == pytest.approx(3 * 1.0625 * layer, rel=1e-3)
+    assert resident.peak - host.peak == states - slots and host.needed < GPUS["h100"].memory
+    with pytest.raises(DoesNotFit, match=r"pins 32.4 GiB of host memory .* 16.0 GiB are free there"):
+        require_host_memory("qwen", host, 16 * GIB)
+    require_host_memory("qwen", host, host.host_needed)
+
+
+def test_slots_and_host_buffers_are_those_that_an_optimizer_makes():
+    config = Qwen2Config(vocab_size=2048, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    prediction = estimate(config, Row(64, 32, 64), Setup(states="8bit", in_backward=True, host_states=True))
+    host = AdamW(model.parameters(), states="8bit", in_backward=True, host_blocks=blocks_of(model))._host
+    assert prediction.parts["optimizer states"] == sum(slot.memory.nbytes for slot in host._vacant)
+    assert prediction.host_needed == pytest.approx(host.nbytes, rel=0.02)
+
+
+def test_no_part_is_negative():
+    """14B in float32 without checkpointing: in two layers gradients lead the peak, in 48 the activations do."""
+    parts = estimate(QWEN_14B, Row(512, 256, 1024), Setup(weights="fp32", checkpointing=False)).parts
+    assert min(parts.values()) >= 0 and parts["weights"] > 0
 
 
 def test_gpus_by_name_and_by_size():
@@ -195,6 +232,7 @@ def test_command(tmp_path, capsys):
     assert "--optim_in_backward adamw_8bit --gradient_checkpointing true" in shown
     assert main(["estimate", str(tmp_path), "--gpu", "10", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
+    assert report["model"] == str(tmp_path)
     assert not any(row["fits"] for row in report["rows"]) and report["efficiency_source"] == "assumed"
     assert report["model"] == str(tmp_path) and not any("reference" in row for row in report["rows"])
     assert sum(report["rows"][0]["parts"].values()) == report["rows"][0]["peak"]

@@ -1,11 +1,14 @@
 """What only a GPU shows: the optimizer's kernel, its memory, hooks on the autograd thread, the estimate's accuracy."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from amopo_fast.optim import AdamW, update_triton
+from amopo_fast.optim.host_states import blocks_of
 from amopo_fast.optim.states import moments_of, new_state
 from amopo_fast.optim.update import Step, update_
 from amopo_fast.prompts.tokens import PairTokens
@@ -83,6 +86,47 @@ def test_step_in_backward_equals_fused_adamw_bit_for_bit(tied):
     assert all(torch.equal(a, b) for a, b in zip(ordinary.parameters(), inside.parameters(), strict=True))
 
 
+class Tower(torch.nn.Module):
+    """Layers of 16 MiB between an embedding and a head that travel in pieces."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Linear(256, 2048, dtype=torch.bfloat16)
+        layers = (torch.nn.Sequential(torch.nn.Linear(2048, 2048), torch.nn.Linear(2048, 2048)) for _ in range(8))
+        self.layers = torch.nn.ModuleList(layers).bfloat16()
+        self.head = torch.nn.Linear(2048, 16384, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        x = self.embedding(x)
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit", "4bit"])
+def test_states_in_host_memory_equal_those_on_the_device_bit_for_bit(states):
+    torch.manual_seed(0)
+    models = [Tower().cuda()]
+    models.append(copy.deepcopy(models[0]))
+    before = torch.cuda.memory_allocated()
+    host = AdamW(models[1].parameters(), lr=1e-2, states=states, in_backward=True, host_blocks=blocks_of(models[1]))
+    room = sum(len(slot.memory) for slot in host._host._vacant)
+    assert torch.cuda.memory_allocated() - before < room + MIB
+    device = AdamW(models[0].parameters(), lr=1e-2, states=states, in_backward=True)
+    for step in range(6):
+        x = torch.randn(64, 256, generator=torch.Generator().manual_seed(step)).bfloat16().cuda()
+        for model, optimizer in zip(models, (device, host), strict=True):
+            model(x).float().square().mean().backward()
+            optimizer.step()
+    saved = [optimizer.state_dict()["state"] for optimizer in (device, host)]
+    for number, state in saved[0].items():
+        for name, tensor in state.items():
+            other = saved[1][number][name]
+            assert torch.equal(tensor.cpu(), other.cpu())
+            assert name == "step" or other.device.type == "cpu" and other.is_pinned()
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -90,6 +134,7 @@ def test_step_in_backward_equals_fused_adamw_bit_for_bit(tied):
         {"weight_precision": "fp32", "gradient_checkpointing": True},
         {"optim_in_backward": "adamw_8bit", "gradient_checkpointing": True},
         {"optim_in_backward": "adamw_4bit"},
+        {"optim_in_backward": "adamw_8bit", "gradient_checkpointing": True, "optimizer_states": "host"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )

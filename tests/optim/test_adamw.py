@@ -105,7 +105,9 @@ def test_resumes_bit_for_bit(states, dtype):
 
 def test_a_checkpoint_of_other_states_is_refused():
     model = language_model()
-    saved = AdamW(groups(model), states="4bit").state_dict()
+    optimizer = AdamW(groups(model), states="4bit")
+    train(model, optimizer, 1)
+    saved = optimizer.state_dict()
     with pytest.raises(ValueError, match="resume with the optimizer and the model of the checkpoint"):
         AdamW(groups(model), states="8bit").load_state_dict(saved)
 

@@ -135,6 +135,22 @@ def test_pieces_and_whole_agree(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("update", [update_, update_triton.update_])
+def test_pieces_of_a_parameter_in_any_order_are_the_whole(update, monkeypatch):
+    monkeypatch.setattr("amopo_fast.optim.update.PIECE", 4096)
+    torch.manual_seed(0)
+    whole = torch.randn(3 * 4096).bfloat16()
+    parts, states = whole.clone(), [new_state(whole, "8bit") for _ in range(2)]
+    for count, g in enumerate(gradients(3 * 4096), 1):
+        step = hyper(count, seed=rounding_seed(1, count, 0))
+        update(whole, g, *moments_of(states[0]), step)
+        for first in (8192, 0, 4096):
+            moments = [moment.slice(first, first + 4096) for moment in moments_of(states[1])]
+            update(parts[first : first + 4096], g[first : first + 4096], *moments, step, first=first)
+    assert torch.equal(whole, parts)
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
 @pytest.mark.parametrize("kernel", [False, True])
 def test_rounding_is_unbiased_between_neighbours_and_repeats(kernel):
     value, numel = 1.0 + 2**-8 * 0.3, 1 << 14  # 0.15 of the way to the next bfloat16, 1 + 2^-7

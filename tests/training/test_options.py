@@ -92,6 +92,7 @@ ACTS = {
     "weight_precision": ("bf16_stochastic", "dtype", {}),
     "optim_in_backward": ("adamw_8bit", "optimizer", {"pairs_per_step": 1}),
     "clip_in_backward": ("per_tensor", "optimizer", {"pairs_per_step": 1, "optim_in_backward": "adamw"}),
+    "optimizer_states": ("host", "optimizer", {"pairs_per_step": 1, "optim_in_backward": "adamw"}),
 }  # fmt: skip
 if not hasattr(AMoPOConfig, "activation_checkpointing"):  # transformers < 5.24 has gradient_checkpointing alone
     for name in ("activation_checkpointing", "activation_checkpointing_kwargs"):
@@ -172,6 +173,7 @@ def observe(folder, monkeypatch, trains=True, **options):
     saved = sorted(path.name for path in folder.glob("checkpoint-*"))
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     inner = {k: str(v) for k, v in vars(optimizer).items() if isinstance(v, (str, bool))} if optimizer else {}
+    inner |= {"on the host": str(getattr(optimizer, "_host", None) is not None)}
     return {
         "output": str(trainer.args.output_dir),
         "rows": rows,
@@ -253,7 +255,7 @@ NEEDED = {  # (option, value, other options) without which it has no effect
     "hub_private_repo": True, "hub_model_id": "a/b", "hub_always_push": True, "hub_revision": "a",
     "gradient_checkpointing_kwargs": {"use_reentrant": False}, "keep_layers": 1,
     "activation_checkpointing_kwargs": {"use_reentrant": False}, "liger_kernel_config": {"rope": False},
-    "tau": 2.0, "clip_in_backward": "per_tensor",
+    "tau": 2.0, "clip_in_backward": "per_tensor", "optimizer_states": "host",
     "optim_target_modules": ["q_proj"], "fsdp_config": {"min_num_params": 1},
     "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2,
     "dataloader_multiprocessing_context": "fork",
