@@ -35,11 +35,12 @@ When a run or an evaluation begins, a few tokens go through the real model's own
 with those that are trained: softcap, temperature, bias, multipliers and a padded vocabulary, under DDP, FSDP2 and
 DeepSpeed too. What differs is named. `compile_layers` is for shared layouts and refused in separate ones.
 
-Doge is exact up to `keep_window_size` tokens, Llama 4 in a shared row up to `attention_chunk_size`; longer sequences are
-refused by length. Refused are encoders, models whose attention is not causal, and what a reason names
+Doge is exact up to `keep_window_size` tokens, Llama 4 in a shared row up to `attention_chunk_size`; longer sequences
+are refused by length. Refused are encoders, models whose attention is not causal, and what a reason names
 (tests/models/test_refusals.py shows each on the model itself). Encoders that can be decoders are tried with
-`is_decoder: true`. *Tokens* are those that the trial's pairs compute, of the separate sequences' tokens (padding counts;
-of real data a run's line says it); *error* is the largest relative one of log-probs and gradients; *seconds* are CPU time of the check. Rows are of {versions}.
+`is_decoder: true`. *Tokens* are those that the trial's pairs compute, of the separate sequences' tokens (padding
+counts; of real data a run's line says it); *error* is the largest relative one of log-probs and gradients; *seconds*
+are CPU time of the check. Rows are of {versions}.
 
 """
 
