@@ -20,6 +20,7 @@ from pathlib import Path
 from floors import PATHS
 from harness import ROOT
 from head import CASES as HEAD_CASES
+from table_plots import plot_optimizers, plot_sweeps
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
@@ -336,67 +337,6 @@ def fill(text: str) -> str:
     return BLOCK.sub(lambda match: f"{match[1]}{block(match['name'])}\n{match[3]}", text)
 
 
-# ----- plots -----
-
-
-def plot_sweeps() -> None:
-    """Rate by axis, one line per variant; every variant is credited with the exact path's 8 N V H FLOP."""
-    reports = results("head_sweeps", "cuda")
-    if not reports:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in reports[0]["rows"] if "median_ms" in row]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
-    for axis, name in zip(axes, "NHV", strict=True):
-        lines: dict[str, list[tuple[int, float]]] = {}
-        for row in rows:
-            if row["case"].startswith(f"{name}="):
-                tflops = 8 * row["N"] * row["H"] * row["V"] / row["median_ms"] / 1e9
-                lines.setdefault(row["variant"], []).append((row[name], tflops))
-        for variant, points in lines.items():
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=variant)
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel({"N": "label rows N", "H": "hidden size H", "V": "vocabulary V"}[name])
-    axes[0].set_ylabel("8 N V H FLOP / time, TFLOP/s")
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(PLOTTED, dpi=150)
-
-
-def plot_optimizers() -> None:
-    """Loss, and what it is above the float32 run of the same seed: mean and range over seeds, means of 20 steps."""
-    reports = results("optimizers", "cuda") + results("optimizers", "cpu")
-    if not reports:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    rows = [row for row in reports[0]["rows"] if row["status"] == "ok"]
-    figure, (loss_axis, above_axis) = plt.subplots(1, 2, figsize=(11, 3.8))
-    smooth = np.ones(20) / 20
-    full = np.array([np.convolve(each, smooth, "valid") for each in rows[0]["losses"]])
-    for number, row in enumerate(rows):
-        losses = np.array([np.convolve(each, smooth, "valid") for each in row["losses"]])
-        steps = np.arange(losses.shape[1]) + len(smooth)
-        for axis, values in ((loss_axis, losses), (above_axis, losses - full)):
-            axis.plot(steps, values.mean(0), color=f"C{number}", label=row["variant"], linewidth=1.2)
-            axis.fill_between(steps, values.min(0), values.max(0), color=f"C{number}", alpha=0.15, linewidth=0)
-    loss_axis.set_ylabel("loss")
-    above_axis.set_ylabel("loss above float32, same seed")
-    for axis in (loss_axis, above_axis):
-        axis.set_xlabel("optimizer step")
-    above_axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(PLOTTED_OPTIMIZERS, dpi=150)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--add", type=Path, action="append", default=[])
@@ -411,8 +351,12 @@ def main() -> int:
             page.write_text(fill(page.read_text()))
         print(f"{'out of date' if arguments.check else 'wrote'}: {page.relative_to(ROOT)}")
     if not arguments.check:
-        plot_sweeps()
-        plot_optimizers()
+        for plot, path, reports in (
+            (plot_sweeps, PLOTTED, results("head_sweeps", "cuda")),
+            (plot_optimizers, PLOTTED_OPTIMIZERS, results("optimizers", "cuda") + results("optimizers", "cpu")),
+        ):
+            if reports:
+                plot(reports, path)
     return 1 if arguments.check and stale else 0
 
 

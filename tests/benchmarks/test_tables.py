@@ -99,7 +99,9 @@ def test_sweeps_are_tabled_and_plotted(tables, tmp_path, monkeypatch):
     ]  # fmt: skip
     tables.add(suite(tmp_path, {**REPORT, "benchmark": "head_sweeps", "rows": rows}))
     assert "| forward+backward, ms | N=1024 | N=4096 | H=1024 |" in tables.block("sweeps")
-    tables.plot_sweeps()
+    monkeypatch.setattr("sys.argv", ["tables.py"])
+    monkeypatch.setattr(tables, "PAGES", [])
+    tables.main()
     assert plot.stat().st_size > 10_000
 
 
