@@ -1,7 +1,7 @@
 """The GPU tests and benchmarks in order of value, each within its seconds.
 
-    python benchmarks/gpu_suite.py --plan first --out DIR        kernels and step: 7.5 minutes
-    python benchmarks/gpu_suite.py --plan second --out DIR       memory, training, attention, tuning: 5 minutes
+    python benchmarks/gpu_suite.py --plan first --out DIR        tests, memory, tuning: 7.5 minutes
+    python benchmarks/gpu_suite.py --plan second --out DIR       head, step, attention: 6 minutes
     python benchmarks/gpu_suite.py --plan rest --minutes 90 --out DIR [--only NAME ...] [--smoke]
 
 Every entry is a process of its own with a budget: one that fails, hangs or runs over costs its own result alone, and
@@ -43,7 +43,7 @@ class Entry:
 # before its budget does, so that what failed is told.
 GPU_TESTS = "python -m pytest -n 6 --timeout 60 --session-timeout 75 -m gpu tests"
 # On a GPU the kernels' tests without its marker run on it as well, instead of in the interpreter.
-KERNEL_TESTS = "python -m pytest -n 14 --timeout 40 --session-timeout 45 tests/kernels"
+KERNEL_TESTS = "python -m pytest -n 14 --timeout 40 --session-timeout 70 tests/kernels"
 SANITIZER = "compute-sanitizer --error-exitcode 1 --target-processes all"
 SMALL_TESTS = "tests/kernels/head/test_triton_head_edges.py tests/kernels/rows"
 NCU = "ncu --clock-control none --launch-count 4 --set basic"
@@ -51,22 +51,23 @@ PLANS = {
     "first": [
         Entry("machine", "python benchmarks/machine.py", 30),
         Entry("gpu_tests", GPU_TESTS, 95),
+        Entry("kernel_tests", KERNEL_TESTS, 90, smoke=False),
+        Entry("host_states", "python benchmarks/memory.py --model 32B --layers 16 --only 4-bit --steps 4", 75),
+        Entry("head_tuning", "python benchmarks/head_tuning.py --rounds 3", 50),
+        Entry("loss", "python benchmarks/loss.py --rounds 4", 30),
+        Entry("optimizer_update", "python benchmarks/optimizer_update.py", 20),
+        Entry("ncu", f"{NCU} python benchmarks/head.py --case B --variant 'ours, fused' --mode forward+backward", 30),
+        Entry("memcheck", f"{SANITIZER} --tool memcheck python -m pytest -x {SMALL_TESTS}", 30),
+    ],
+    "second": [
         Entry("head_B", "python benchmarks/head.py --case B --few_peers --rounds 3", 45),
         Entry("head_A", "python benchmarks/head.py --case A --few_peers --rounds 3", 55),
         Entry("head_C", "python benchmarks/head.py --case C --few_peers --rounds 3", 50),
         Entry("step_2_layers", "python benchmarks/step.py --model 7B --layers 2 --pairs 4 --quick", 45),
         Entry("step", "python benchmarks/step.py --model 7B --pairs 2 --quick --only reference --only unpadded "
               "--only side-shared --only 'fused head'", 60),
-        Entry("kernel_tests", KERNEL_TESTS, 60, smoke=False),
-    ],
-    "second": [
-        Entry("memory_14B", "python benchmarks/memory.py --model 14B --only 'in backward' --steps 3", 60),
-        Entry("optimizer_update", "python benchmarks/optimizer_update.py", 20),
+        Entry("memory_14B", "python benchmarks/memory.py --model 14B --only 'in backward' --steps 3", 80),
         Entry("attention", "python benchmarks/attention.py", 25),
-        Entry("loss", "python benchmarks/loss.py --rounds 4", 20),
-        Entry("head_tuning", "python benchmarks/head_tuning.py --rounds 3", 50),
-        Entry("memcheck", f"{SANITIZER} --tool memcheck python -m pytest -x {SMALL_TESTS}", 30),
-        Entry("ncu", f"{NCU} python benchmarks/head.py --case B --variant 'ours, fused' --mode forward+backward", 30),
     ],
     "rest": [
         Entry("gpu_tests", "python -m pytest -n 6 -m gpu tests", 300),
@@ -86,7 +87,7 @@ PLANS = {
         Entry("quality", "python benchmarks/quality.py", 800),
     ],
 }  # fmt: skip
-MINUTES = {"first": 7.5, "second": 5, "rest": 60}
+MINUTES = {"first": 7.5, "second": 6, "rest": 60}
 SMOKE_PATIENCE = 3  # with tiny shapes imports are all there is, and a machine without a GPU may be slow
 MINIMUM_SECONDS = 10  # what an entry is begun for
 START_SECONDS = 8  # of an entry, for its imports; a benchmark begins no measurement in its last ones

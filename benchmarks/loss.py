@@ -65,12 +65,13 @@ def graph_of(variant, inputs):
     return replay
 
 
-def variants(K: int, device: str, inputs) -> dict[str, harness.Variant]:
+def variants(K: int, device: str, inputs, compiled: bool) -> dict[str, harness.Variant]:
+    if compiled:  # of plain torch, which takes a minute
+        return {"compiled torch": functools.partial(step, torch.compile(amopo._torch_loss, fullgraph=True), K)}
     result = {"torch": functools.partial(step, amopo._torch_loss, K)}
     if device == "cuda":
         from amopo_kernels.loss import amopo_triton
 
-        result["compiled torch"] = functools.partial(step, torch.compile(amopo._torch_loss, fullgraph=True), K)
         result["triton"] = functools.partial(step, amopo_triton.amopo_loss, K)
         result["torch, CUDA graph"] = graph_of(result["torch"], inputs[0])
         result["triton, CUDA graph"] = graph_of(result["triton"], inputs[0])
@@ -93,11 +94,12 @@ def main() -> None:
     report = harness.Report("loss", arguments)
     deadline = harness.Deadline(arguments.minutes)
     device = arguments.device
-    for P in (2,) if arguments.smoke else (1, 8, 64, 1024):
+    sizes = (2,) if arguments.smoke else (1, 8, 64, 1024)
+    for P, compiled in [(P, compiled) for compiled in (False, True)[: 1 + (device == "cuda")] for P in sizes]:
         K = 4
         inputs = [random_stats(P, K, device, seed) for seed in range(4)]
         timed = {}
-        for name, variant in variants(K, device, inputs).items():
+        for name, variant in variants(K, device, inputs, compiled).items():
             error = check(variant, K, inputs[0])
             row = {"case": f"P={P}", "P": P, "K": K, "variant": name, "mode": "forward+backward", "error": error}
             if not error <= TOLERANCE:  # NaN too

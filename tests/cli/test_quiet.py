@@ -40,7 +40,7 @@ def outputs(folder, *commands):
 
 def test_a_command_says_what_matters(folder):
     pytest.importorskip("jsonschema")  # eval reads the run's recipe
-    train = "train --model_name_or_path model --train_data pairs.jsonl --use_cpu true --pairs_per_step 4"
+    train = "train --model_name_or_path model --train_data pairs.jsonl --use_cpu true --pairs_per_step 4 --beta 4"
     full = f"{train} --gradient_checkpointing true --output_dir run"
     trained, resumed, evaluated, adapted, merged = outputs(
         folder,
