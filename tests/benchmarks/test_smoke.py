@@ -25,7 +25,7 @@ def run(tmp_path, *command):
 # Those that import little or change no global state run here, the others in a process of their own.
 HERE = ["loss.py", "plan.py", "optimizer_update.py", "attention.py", "tokens.py"]
 APART = ["machine.py", "head.py --case B --mode forward+backward", "step.py --quick", "optimizers.py",
-         "memory.py --steps 3 --only 4-bit", "startup.py", "head_cpu.py",
+         "memory.py --model 32B --steps 3 --only host", "startup.py", "head_cpu.py",
          pytest.param("shared_logps.py", marks=pytest.mark.slow)]  # fmt: skip
 
 
