@@ -8,35 +8,16 @@ bound by the host, which launches its kernels.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 
 import torch
 
 import harness
-from head import CASES, Mode, modes, problems, runner
-from head_variants import ours
+from head import CASES, modes, problems, runner
 
-BACKENDS = ("fused", "chunked")
-
-
-def replay(run: harness.Variant, inputs) -> harness.Variant:
-    """`run` of these inputs, captured; whatever inputs it is called with."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run(inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run(inputs)
-
-    def replayed(_):
-        graph.replay()
-        return kept
-
-    return replayed
+TIMED = ("ours, fused", "ours, chunked")
 
 
 def host_ms(run: harness.Variant, inputs, rounds: int) -> float:
@@ -61,24 +42,22 @@ def main() -> None:
         if not cuda:
             report.add(case=case.name, variant="all", status="not run: needs a CUDA device")
             continue
-        inputs, _ = problems(case, arguments.device)
+        (given, *_), _ = problems(case, arguments.device)
+        frozen = dataclasses.replace(given, weight=given.weight.detach())
         for mode in modes(case)[:3]:
+            inputs = frozen if mode.frozen else given
             runs, rows = {}, {}
-            for backend in BACKENDS:
+            for variant in mode.variants(arguments.device):
+                if not variant.name.startswith(TIMED):
+                    continue
                 if deadline.over():
                     return
-                options = {"logits_cache_bytes": int(2.1 * case.N * case.V)} if mode.name == "cached" else {}
-                run = runner(ours(backend, **options)(), Mode(mode.name, mode.variants, frozen=mode.frozen))
-                given = inputs[0]
-                if mode.frozen:
-                    given = given.__class__(**{**vars(given), "weight": given.weight.detach()})
-                run(given)
-                name = f"ours, {backend}" + (", cached" if mode.name == "cached" else "")
-                rows[name] = {"host_ms": host_ms(run, given, 7)}
-                runs[name] = run
-                rows[f"{name}, graph"] = {}
-                runs[f"{name}, graph"] = replay(run, given)
-            times = harness.measure(runs, [given], device=arguments.device, rounds=min(arguments.rounds, 7))
+                run = runner(variant.build(), mode)
+                run(inputs)
+                graph = f"{variant.name}, graph"
+                rows |= {variant.name: {"host_ms": host_ms(run, inputs, 7)}, graph: {}}
+                runs |= {variant.name: run, graph: harness.graph_of(run, inputs)}
+            times = harness.measure(runs, [inputs], device=arguments.device, rounds=min(arguments.rounds, 7))
             for name, found in rows.items():
                 report.add(case=case.name, mode=mode.name, variant=name, status="ok", **found, **times[name])
 

@@ -46,25 +46,6 @@ def step(function, K: int, inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return result.loss, torch.autograd.grad(result.loss, stats.logp_sum)[0]
 
 
-def graph_of(variant, inputs):
-    """The variant replayed as a CUDA graph over one input set."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            variant(inputs)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = variant(inputs)
-
-    def replay(_):
-        graph.replay()
-        return outputs
-
-    return replay
-
-
 def variants(K: int, device: str, inputs, compiled: bool) -> dict[str, harness.Variant]:
     if compiled:  # of plain torch, which takes a minute
         return {"compiled torch": functools.partial(step, torch.compile(amopo._torch_loss, fullgraph=True), K)}
@@ -73,8 +54,8 @@ def variants(K: int, device: str, inputs, compiled: bool) -> dict[str, harness.V
         from amopo_kernels.loss import amopo_triton
 
         result["triton"] = functools.partial(step, amopo_triton.amopo_loss, K)
-        result["torch, CUDA graph"] = graph_of(result["torch"], inputs[0])
-        result["triton, CUDA graph"] = graph_of(result["triton"], inputs[0])
+        result["torch, CUDA graph"] = harness.graph_of(result["torch"], inputs[0])
+        result["triton, CUDA graph"] = harness.graph_of(result["triton"], inputs[0])
     return result
 
 

@@ -26,7 +26,7 @@ from amopo_fast.packing.plan import Layout, build_plan
 from amopo_fast.packing.schedule import PairSizes
 from amopo_fast.prompts.tokens import PairTokens
 from amopo_fast.training.epochs import schedule_of
-from amopo_kernels.head.torch_slices import SLICE_COLUMNS, SLICE_COLUMNS_ON_A_GPU
+from amopo_kernels.head.torch_slices import slice_columns
 
 if TYPE_CHECKING:
     from amopo_fast.training.config import AMoPOConfig
@@ -44,15 +44,13 @@ def setup_of(
         states = "bf16"  # torch keeps its states in the weights' dtype
     checkpointing = bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
     options = args.gradient_checkpointing_kwargs or {}
-    head_slice = HEAD_SLICE
-    if args.device.type == "cpu" or args.kernel_backend == "torch":
-        head_slice = SLICE_COLUMNS if args.device.type == "cpu" else SLICE_COLUMNS_ON_A_GPU
+    on_torch = args.kernel_backend == "torch" or args.device.type == "cpu"
     return Setup(
         states=states, weights=weights, in_backward=bool(args.optim_in_backward), checkpointing=checkpointing,
         host_states=args.optimizer_states == "host", keep_layers=args.keep_layers,
         offload=bool(options.get("offload")), lora_rank=lora_rank, quantised=quantised,
         nested=nested, accumulates=accumulates, gpus=args.world_size if args.fsdp else 1,
-        liger=bool(args.use_liger_kernel), head_slice=head_slice,
+        liger=bool(args.use_liger_kernel), head_slice=slice_columns(args.device) if on_torch else HEAD_SLICE,
     )  # fmt: skip
 
 

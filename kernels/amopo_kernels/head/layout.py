@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,17 +50,17 @@ class Layout:
     def cached_strips(self) -> int:
         return launch.blocks(self.cached, self.strip)
 
-    def cached_slices(self, *, at_once: bool = False) -> Iterator[tuple[int, int]]:
+    def cached_slices(self, *, at_once: bool = False) -> list[tuple[int, int]]:
         """With `at_once`, as one."""
         return _slices(0, self.cached, max(self.vocabulary, 1) if at_once else self.step)
 
-    def other_slices(self, *, at_once: bool = False) -> Iterator[tuple[int, int]]:
+    def other_slices(self, *, at_once: bool = False) -> list[tuple[int, int]]:
         """What is not cached."""
         return _slices(self.cached, self.vocabulary, max(self.vocabulary, 1) if at_once else self.step)
 
 
-def _slices(begin: int, end: int, step: int) -> Iterator[tuple[int, int]]:
-    return ((first, min(first + step, end)) for first in range(begin, end, step))
+def _slices(begin: int, end: int, step: int) -> list[tuple[int, int]]:
+    return [(first, min(first + step, end)) for first in range(begin, end, step)]
 
 
 def _padded(columns: int) -> int:

@@ -13,7 +13,7 @@ Leaving out tiles of negligible gradient ("filtered") was tried and removed: doc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -29,6 +29,8 @@ from .merge_strips import merge_strips
 from .problem import Exponentials, Forward, Gradients, Problem, RowStatistics, StripStatistics, Upstream
 from .vocabulary_shard import gather_strips
 
+Slicing = list[tuple[int, int]]  # (first column, the one behind the last) of every slice
+
 
 def forward(problem: Problem) -> Forward:
     """Statistics of every row, and what the options' mode keeps for the backward."""
@@ -38,19 +40,17 @@ def forward(problem: Problem) -> Forward:
     statistics = StripStatistics.empty(problem, layout.strip)
     if options.mode == "frozen":
         return _forward_with_unit_gradient(problem, engine, layout, statistics)
-    cache = None
-    if problem.rows and problem.vocabulary:
-        at_once = not engine.slices_forward
-        if layout.cached:
-            cache = problem.hidden.new_empty(problem.rows, layout.cache_width)
-            epilogue = LogSumExp.of(statistics, Exponentials(cache))
-            score = engine.scores.scores(problem, layout.strip, epilogue, layout.width)
-            for begin, end in layout.cached_slices(at_once=at_once):
+    cache = problem.hidden.new_empty(problem.rows, layout.cache_width) if layout.cached else None
+
+    def score_all(slices: Slicing, kept: Exponentials | None) -> None:
+        if problem.rows and slices:
+            score = engine.scores.scores(problem, layout.strip, LogSumExp.of(statistics, kept), layout.width)
+            for begin, end in slices:
                 score(begin, end)
-            del score  # and the products of a slice that it may hold
-        score = engine.scores.scores(problem, layout.strip, LogSumExp.of(statistics, None), layout.width)
-        for begin, end in layout.other_slices(at_once=at_once):
-            score(begin, end)
+
+    at_once = not engine.slices_forward
+    score_all(layout.cached_slices(at_once=at_once), Exponentials(cache))
+    score_all(layout.other_slices(at_once=at_once), None)
     # A view would keep all of it.
     strip_maximum = statistics.tables.maximum[: layout.cached_strips].clone() if layout.cached else None
     return Forward(_merge(problem, statistics), cache=cache, strip_maximum=strip_maximum)
@@ -127,7 +127,9 @@ def backward(
     if need_hidden:
         of_slice.append(engine.gradients.d_hidden(problem, ds, parts))
 
-    def gradients_of(slices: Iterable[tuple[int, int]], blocks: int, make_ds: Callable[[LogitGradient], Slices]):
+    def gradients_of(slices: Slicing, blocks: int, make_ds: Callable[[LogitGradient], Slices]) -> None:
+        if not slices:
+            return
         # Zeros: tiles of rows that do not count are skipped.
         partial = None if d_bias is None else torch.zeros(blocks, layout.width, dtype=torch.float32, device=ds.device)
         steps = [make_ds(LogitGradient.of(forward.rows, upstream, ds, partial)), *of_slice]
@@ -145,11 +147,11 @@ def backward(
             problem, layout.strip, forward.cache, forward.strip_maximum, epilogue
         )
 
-    if layout.cached:
-        kept = of_logps_alone
-        blocks = kept_probabilities.row_blocks(problem, layout.strip) if kept else engine.scores.row_blocks(problem)
-        gradients_of(layout.cached_slices(), blocks, read_cache if kept else recompute)
-    gradients_of(layout.other_slices(), engine.scores.row_blocks(problem), recompute)
+    cached, recomputed = layout.cached_slices(), layout.other_slices()
+    if not of_logps_alone:
+        cached, recomputed = [], cached + recomputed
+    gradients_of(cached, kept_probabilities.row_blocks(problem, layout.strip), read_cache)
+    gradients_of(recomputed, engine.scores.row_blocks(problem), recompute)
     if not need_hidden:
         return None
     d_hidden = _sum(parts)

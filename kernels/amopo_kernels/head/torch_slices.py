@@ -57,8 +57,13 @@ def _mm_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
         out.copy_(_mm(a, b))
 
 
+def slice_columns(device: torch.device) -> int:
+    """Columns of logits that are alive at a time."""
+    return SLICE_COLUMNS_ON_A_GPU if device.type == "cuda" else SLICE_COLUMNS
+
+
 def _slices(problem: Problem) -> Iterator[tuple[int, int]]:
-    step = SLICE_COLUMNS_ON_A_GPU if problem.hidden.is_cuda else SLICE_COLUMNS
+    step = slice_columns(problem.hidden.device)
     return ((begin, min(begin + step, problem.vocabulary)) for begin in range(0, problem.vocabulary, step))
 
 
