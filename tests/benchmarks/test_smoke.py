@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from children import child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(tmp_path, *command):
-    paths = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": paths, "TORCHDYNAMO_DISABLE": "1"}  # compiling takes longer than the rest
+    environment = child_environment(TORCHDYNAMO_DISABLE="1")  # compiling takes longer than the rest
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

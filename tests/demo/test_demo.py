@@ -1,20 +1,18 @@
 """The demo is honest: nothing but the preferences can be learned from its data, and the model does learn them."""
 
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from children import child_environment
 
 from amopo_fast.data.pairs import read_pairs
 from amopo_fast.demo import generate
 from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE, TRAIN_FILE
 
-ROOT = Path(__file__).parents[2]
 # Trains the demo for some steps and prints its mean held-out accuracy before and after.
 RUN = """
 import sys, torch
@@ -99,7 +97,7 @@ def test_the_classifier_finds_a_word_that_gives_the_side_away(splits):
 
 @pytest.mark.parametrize(("steps", "least"), [(160, 0.65), pytest.param(-1, 0.85, marks=pytest.mark.slow)])
 def test_preferences_are_learned_and_shuffled_ones_are_not(tmp_path, steps, least):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    environment = child_environment(OMP_NUM_THREADS="1")
     runs = {
         labels: subprocess.Popen(
             [sys.executable, "-c", RUN, str(tmp_path / labels), labels, str(steps)],

@@ -1,24 +1,22 @@
 """Two processes train a multimodal class, a hybrid and a mixture of experts as one does; sharded models are checked."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from children import child_environment
 from kinds_of_models import KINDS
 
 SCRIPT = Path(__file__).with_name("ranks_of_kinds.py")
-ROOT = SCRIPT.parents[2]
 SCENARIOS = ["ddp-multimodal:1,2", *(f"fsdp-{kind}:1,2" for kind in KINDS), "real_logits:2"]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinds")
-    path = os.pathsep.join(filter(None, [*map(str, (ROOT, ROOT / "kernels")), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = child_environment(OMP_NUM_THREADS="1")
     command = [sys.executable, str(SCRIPT), str(folder), *SCENARIOS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]

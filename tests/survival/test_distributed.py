@@ -1,12 +1,12 @@
 """Two and four processes (gloo) against one: loss, gradients, metrics, the plan; sharded weights and checkpoints."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from children import child_environment
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 ROOT = SCRIPT.parents[2]
@@ -18,9 +18,7 @@ SCENARIOS = ["ddp:1,2,4", "ddp_saved:2", "ddp_goes_on:3", "ddp_ends:1", "ddp_res
 
 
 def run_groups(folder, scenarios, **variables):
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
-    path = os.pathsep.join([path, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
+    environment = child_environment(**{"OMP_NUM_THREADS": "1", **variables})
     command = [sys.executable, str(SCRIPT), str(folder), *scenarios]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -192,7 +190,7 @@ def test_launchers_on_a_machine_without_gpus(tmp_path):
     demo_model(0).save_pretrained(tmp_path / "model")
     demo_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "pairs.jsonl").write_text("\n".join(HELDOUT_FILE.read_text().splitlines()[:8]))
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    environment = child_environment(OMP_NUM_THREADS="1")
     train = ["-m", "amopo_fast.cli", "train", "--model_name_or_path", "model", "--train_data", "pairs.jsonl",
              "--output_dir", "run", "--pairs_per_step", "4", "--max_steps", "2"]  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import environment
+from children import child_environment
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +20,8 @@ ROOT = HERE.parents[1]
 
 def run(folder, *launcher):
     command = [sys.executable, *launcher, str(HERE / "gpu_fsdp.py"), str(folder)]
-    done = subprocess.run(command, env=environment(HERE, CUDA_VISIBLE_DEVICES="0"), capture_output=True, text=True)
+    environment = child_environment(HERE, CUDA_VISIBLE_DEVICES="0")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return json.loads((folder / "result.json").read_text())
 

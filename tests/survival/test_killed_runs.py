@@ -6,14 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from children import child_environment
+
 SCRIPT = Path(__file__).with_name("kill_runs.py")
-ROOT = SCRIPT.parents[2]
 
 
 def test_killed_runs_end_as_the_uninterrupted_one():
     """Three here; AMOPO_KILLED_RUNS=20 for as many as the project claims (about a minute and a half)."""
     runs = int(os.environ.get("AMOPO_KILLED_RUNS", "3"))
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    environment = child_environment(OMP_NUM_THREADS="1")
     command = [sys.executable, str(SCRIPT), "--runs", str(runs), "--while_saving", str(max(1, runs // 4))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import environment
+from children import child_environment
 
 SCRIPT = Path(__file__).with_name("kill_runs.py")
 
@@ -15,6 +15,6 @@ SCRIPT = Path(__file__).with_name("kill_runs.py")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_killed_runs_end_as_the_uninterrupted_one():
     command = [sys.executable, str(SCRIPT), "--device", "cuda", "--runs", "1", "--while_saving", "1"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].endswith("0 different")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from children import child_environment
 
 from amopo_fast.cli import main
 from amopo_fast.demo.data import DIMENSIONS, TRAIN_FILE
@@ -21,7 +22,6 @@ from amopo_fast.models.loading import load_model
 from amopo_fast.survival.safety import redact, unreadable, write_arguments
 from amopo_fast.training.config import AMoPOConfig
 
-ROOT = Path(__file__).parents[2]
 SECRET, HUB_TOKEN, OTHER = "hf_environmentsecret1234", "hf_argumentsecret5678", "wandbsecret0123456789"
 
 
@@ -45,10 +45,7 @@ class Evil:
 
 def test_secrets_reach_neither_files_nor_the_terminal(model_folder, tmp_path):
     output = tmp_path / "run"
-    environment = {
-        **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1",
-        "HF_TOKEN": SECRET, "WANDB_API_KEY": OTHER, "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
+    environment = child_environment(OMP_NUM_THREADS="1", HF_TOKEN=SECRET, WANDB_API_KEY=OTHER, HF_HUB_OFFLINE="1")
     command = [sys.executable, "-m", "amopo_fast.cli", "train", "--model_name_or_path", str(model_folder),
                "--train_data", str(TRAIN_FILE), "--dimensions", *DIMENSIONS, "--output_dir", str(output),
                "--use_cpu", "true", "--max_steps", "2", "--save_steps", "1", "--pairs_per_step", "1",

@@ -1,24 +1,21 @@
 """`amopo-fast train` as a process: SIGTERM, exit code 3, and the way back."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from children import child_environment
 
 from amopo_fast.demo.data import DIMENSIONS, TRAIN_FILE
 from amopo_fast.demo.model import demo_model
 from amopo_fast.demo.tokenizer import demo_tokenizer
 
-ROOT = Path(__file__).parents[2]
-
 
 def test_sigterm_ends_with_3_and_the_run_goes_on(tmp_path):
     demo_model(0).save_pretrained(tmp_path / "model")
     demo_tokenizer().save_pretrained(tmp_path / "model")
-    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = child_environment(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     command = [sys.executable, "-m", "amopo_fast.cli", "train", "--model_name_or_path", str(tmp_path / "model"),
                "--train_data", str(TRAIN_FILE), "--dimensions", *DIMENSIONS, "--output_dir", str(tmp_path / "run"),
                "--use_cpu", "true", "--save_steps", "1000", "--pairs_per_step", "2", "--report_to", "none"]  # fmt: skip
