@@ -131,7 +131,7 @@ def _print(report: dict) -> None:
                  parts["working memory"] + parts["head"])  # fmt: skip
         speed = f"{entry['tokens_per_second']:,.0f}" if entry["fits"] and entry["tokens_per_second"] else "-"
         table.add_row(
-            entry["optimizer"], str(entry["gpus"]), *(f"{max(cell, 0) / GIB:.1f}" for cell in cells),
+            entry["optimizer"], str(entry["gpus"]), *(f"{cell / GIB:.1f}" for cell in cells),
             f"{entry['needed'] / GIB:.1f}", speed, style="" if entry["fits"] else "dim",
         )  # fmt: skip
     console.print(table)
