@@ -17,7 +17,9 @@ import torch
 import transformers
 
 import harness
-from amopo_fast.memory.estimate import GIB, Row, Setup, estimate, parameters_of
+from amopo_fast.memory.estimate import Row, Setup, estimate
+from amopo_fast.memory.gpus import GIB
+from amopo_fast.memory.parameters import parameters_of
 from amopo_fast.memory.profile import meta_model
 from amopo_fast.models.architecture import UnsupportedModelError, language_model_of
 from amopo_fast.models.check import Trial, check_pairs, choose_layout
