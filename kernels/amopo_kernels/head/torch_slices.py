@@ -6,7 +6,7 @@ with scores s = cap(X W^T + b) / temperature. Forward: per slice of columns the 
 exponentials relative to it, without the label, and the label's logit; a few operations on (slices, N) tables end it.
 Backward, vocabulary outermost: recompute the slice's logits, turn them into dS in place, write dW[slice] once and add
 dS W[slice] to dX. One slice of logits (N x 1024, float32; x 8192 on a GPU) is alive at a time. 8 N V H FLOP in all, no
-atomics.
+atomics; 6 where the forward may keep its exponentials in the memory of dW (`kept_scores`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .kept_scores import KeptScores
 from .problem import LOWEST, Forward, Gradients, Problem, RowStatistics, Tables, Upstream
 from .vocabulary_shard import gather_strips
 
@@ -67,8 +68,9 @@ def _slices(problem: Problem) -> Iterator[tuple[int, int]]:
     return ((begin, min(begin + step, problem.vocabulary)) for begin in range(0, problem.vocabulary, step))
 
 
-def _logits(problem: Problem, x: Tensor, begin: int, end: int) -> Tensor:
-    z = _mm(x, _operand(problem.weight[begin:end], problem.options.dtype).T)
+def _logits(problem: Problem, x: Tensor, begin: int, end: int, out: Tensor | None = None) -> Tensor:
+    w = _operand(problem.weight[begin:end], problem.options.dtype)
+    z = _mm(x, w.T) if out is None else torch.mm(x, w.T, out=out)
     if problem.bias is not None:
         z += problem.bias[begin:end].to(z.dtype)
     if problem.options.softcap is not None:
@@ -89,8 +91,8 @@ def _replace_(z: Tensor, inside: Tensor, column: Tensor, value: Tensor | float) 
 
 def _exponentials_(scores: Tensor) -> Tensor:
     """In place, of scores of at most 0. What is no normal number is 0: exp takes 13 times longer where it makes one."""
-    lowest, smallest = (-708.0, 3.4e-308) if scores.dtype == torch.float64 else (-87.3, 1.23e-38)
-    return torch.nn.functional.threshold_(scores.clamp_(min=lowest).exp_(), smallest, 0.0)
+    lowest = -708.0 if scores.dtype == torch.float64 else -87.3
+    return torch.nn.functional.threshold_(scores, lowest, float("-inf")).exp_()
 
 
 def _cap_slope(capped: Tensor, softcap: float | None) -> Tensor | None:
@@ -114,8 +116,9 @@ def forward(problem: Problem) -> Forward:
     label_logit = torch.full((problem.rows,), float("nan"), dtype=result, device=x.device)  # outside the vocabulary
     maximum = torch.full_like(label_logit, LOWEST)[:, None]
     expected = torch.zeros(x.shape, dtype=result, device=x.device) if options.mode == "frozen" else None
+    kept = KeptScores.empty(problem.weight, problem.rows) if options.keep_scores else None
     for i, (begin, end) in enumerate(slices):
-        z = _logits(problem, x, begin, end)
+        z = _logits(problem, x, begin, end, None if kept is None else kept.slice(begin, end))
         cap_slope = None if expected is None else _cap_slope(z, options.softcap)
         inside, column = _label_column(problem.labels, begin, end)
         label_logit = torch.where(inside, z.gather(1, column), label_logit[:, None]).squeeze(1)
@@ -130,7 +133,7 @@ def forward(problem: Problem) -> Forward:
         tables.maximum[i] = maximum.squeeze(1)
         tables.total[i] = exponentials.sum(1)
         if tables.weighted is not None:
-            tables.weighted[i] = scores.clamp_(min=LOWEST).mul_(exponentials).sum(1)
+            tables.weighted[i] = torch.linalg.vecdot(scores.clamp_(min=LOWEST), exponentials)
         if tables.squares is not None:
             tables.squares[i] = exponentials.square().sum(1)
         if expected is not None:
@@ -139,9 +142,12 @@ def forward(problem: Problem) -> Forward:
             w = _operand(problem.weight[begin:end], options.dtype)
             _mm_into(expected, exponentials.to(x.dtype), w, add=True)
         del z, scores, exponentials, cap_slope  # or two slices would be alive when the next is made
+    strip_maximum = tables.maximum.T
     if options.group:
         tables, label_logit = gather_strips(problem, tables, label_logit, problem.inverse_temperature, torch.exp)
     rows = merge(tables, label_logit, problem.labels_of_all_ranks, problem.inverse_temperature)
+    if kept is not None:
+        return Forward(rows, cache=kept.memory, strip_maximum=strip_maximum)
     if expected is None:
         return Forward(rows)
     share = _scale_((maximum - rows.maximum[:, None]), problem.inverse_temperature).sub_(rows.log_sum[:, None]).exp_()
@@ -212,11 +218,21 @@ def backward(
     x = _operand(problem.hidden, problem.options.dtype)
     d_hidden = torch.zeros(x.shape, dtype=rows.logps.dtype, device=x.device) if need_hidden else None
     native = d_weight is not None and _native_bfloat16(problem, d_weight)
-    for begin, end in _slices(problem):
-        z = _logits(problem, x, begin, end)
-        cap_slope = _cap_slope(z, problem.options.softcap)
-        scores = _scale_(z.sub_(rows.maximum[:, None]), problem.inverse_temperature)
-        ds = _logit_gradient_(scores, rows, upstream)
+    kept = None if forward.cache is None else KeptScores(forward.cache, problem.rows, problem.features)
+    for i, (begin, end) in enumerate(_slices(problem)):
+        cap_slope = None
+        scores = None if kept is None else kept.slice(begin, end)
+        if scores is None:
+            scores = _logits(problem, x, begin, end)
+            cap_slope = _cap_slope(scores, problem.options.softcap)
+            scores = _scale_(scores.sub_(rows.maximum[:, None]), problem.inverse_temperature)
+            ds = _logit_gradient_(scores, rows, upstream)
+        else:
+            raised = _scale_(forward.strip_maximum[:, i] - rows.maximum, problem.inverse_temperature)[:, None]
+            if rows.entropy is not None:
+                ds = _logit_gradient_(scores + raised, rows, upstream)
+            else:
+                ds = scores * (raised - rows.log_sum[:, None]).exp_().mul_(upstream.probability[:, None]).neg_()
         _replace_(ds, *_label_column(problem.labels, begin, end), at_label)
         if upstream.mean is not None:
             ds.addr_(upstream.mean, _shares(problem, begin, end, ds))
@@ -229,7 +245,7 @@ def backward(
             _mm_into(d_weight[begin:end], (ds.bfloat16() if native else ds).T, problem.hidden if native else x)
         if need_hidden:
             _mm_into(d_hidden, ds, _operand(problem.weight[begin:end], problem.options.dtype), add=True)
-        del z, scores, ds, cap_slope
+        del scores, ds, cap_slope
     return d_hidden
 
 
