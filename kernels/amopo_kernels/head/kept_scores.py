@@ -1,11 +1,10 @@
 """What the `torch` backend keeps of its forward on a CPU: scores, or their exponentials, in the memory of the gradient.
 
-    slice of columns begin to end    kept: (N, end - begin) at begin max(N, H)    dW[slice]: (end - begin, H) at begin H
+    token v, row n of X: number v max(N, H) + n            dW[v]: H numbers from v H on
 
-dW has V H numbers and all exponentials N V. The backward reads a slice and writes its dW, in the order of the
-vocabulary; what it writes ends where the next slice begins, or before, so nothing is overwritten that is yet to be
-read. With N <= H all of the vocabulary is kept and no logit is computed twice; else the first slices, a share H / N.
-No memory is needed beyond that of the gradient, but from the forward on.
+The backward writes dW[v] in the order of the vocabulary, after it has read what is kept of v; that ends where what is
+kept of the next token begins, or before. With N <= H all of the vocabulary is kept and no logit is computed twice; else
+its first part, a share H / N. No memory is needed beyond that of the gradient, but from the forward on.
 
 One more number behind dW says whether it was written: a second backward of the same graph computes the logits again.
 It travels with what it is about through hooks that save tensors elsewhere.
@@ -21,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class KeptScores:
-    memory: Tensor  # (V H + 1,) of weight's dtype
+    memory: Tensor  # (V H + 1,) of the weight's dtype
     rows: int  # N
     features: int  # H
 
@@ -32,10 +31,12 @@ class KeptScores:
         return KeptScores(memory, rows, weight.shape[1])
 
     def slice(self, begin: int, end: int) -> Tensor | None:
-        """(N, end - begin), or None where it does not fit."""
-        first = begin * max(self.rows, self.features)
-        last = first + self.rows * (end - begin)
-        return None if last >= len(self.memory) else self.memory[first:last].view(self.rows, end - begin)
+        """(N, end - begin), of which the first dimension is contiguous; None where it does not fit."""
+        stride = max(self.rows, self.features)
+        last = (end - 1) * stride + self.rows
+        if last >= len(self.memory):
+            return None
+        return self.memory[begin * stride : last].as_strided((self.rows, end - begin), (1, stride))
 
 
 def are_spent(memory: Tensor) -> bool:

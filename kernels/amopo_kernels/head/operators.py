@@ -149,7 +149,7 @@ def _fake_forward(*arguments):
     if options.keep_scores:
         from .torch_slices import slice_columns
 
-        cache = _empty(hidden, inputs.weight.numel() + 1, dtype=result)
+        cache = _empty(hidden, inputs.weight.numel() + 1, dtype=options.dtype)
         strip_maximum = _empty(hidden, N, -(-inputs.weight.shape[0] // slice_columns(hidden.device)), dtype=result)
     return Outputs(
         logps=per_row(), entropy=per_row("entropy"), lse=per_row("lse"), mean_logit=per_row("mean_logit"),

@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from head_cases import exact_gradients, problem, relative_error
+from head_cases import exact_gradients, once_rounded, problem, relative_error
 from torch.autograd.graph import saved_tensors_hooks
 
 from amopo_kernels import linear_logps
@@ -86,3 +86,24 @@ def test_a_frozen_weight_and_no_gradient_keep_nothing():
         with saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
             linear_logps(*tensors, labels)
         assert not any(x.numel() > weight.numel() for x in saved)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 products")
+@pytest.mark.parametrize("rows, features", [(40, 64), (130, 64)])
+@pytest.mark.parametrize("scale, common", [(1.5, 0.0), (12, 0.0), (1.5, 4.0)], ids=["flat", "sharp", "common mean"])
+def test_bfloat16_is_rounded_little_more_than_once(rows, features, scale, common):
+    """With a direction that all tokens have in common the parts of dX are large and their sum is small."""
+    hidden, weight, labels, _ = problem(rows, features, VOCABULARY, torch.bfloat16, scale=scale, device="cpu")
+    with torch.no_grad():
+        weight += common / features**0.5
+    upstream = torch.randn(rows, generator=torch.Generator().manual_seed(1))
+    logps = linear_logps(hidden, weight, labels)
+    with mock.patch.object(torch_slices, "_logits", wraps=torch_slices._logits) as computed:
+        logps.backward(upstream)
+    assert computed.call_count == (0 if rows <= features else 2)
+    expected, exact = exact_gradients(hidden, weight, labels, upstream)
+    largest = (hidden.double() @ weight.double().T).abs().max()
+    assert (logps.double() - expected).abs().max() <= 1e-5 * (1 + largest)
+    once = once_rounded(hidden, weight, labels, upstream)
+    for found, rounded, wanted in zip((hidden.grad, weight.grad), once, exact, strict=False):
+        assert relative_error(found, wanted) <= 1.5 * relative_error(rounded, wanted)
