@@ -43,7 +43,8 @@ def test_func_grad_is_the_gradient(backend, frozen):
     found = torch.func.grad(loss, tuple(range(len(wanted))))(hidden, weight, bias)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     _, pull = torch.func.vjp(loss, hidden, weight, bias)
-    assert torch.equal(pull(torch.ones((), device=DEVICE))[0], expected[0])
+    # With a gradient of weight the torch backend keeps scores, which gives other last digits.
+    torch.testing.assert_close(pull(torch.ones((), device=DEVICE))[0], expected[0], rtol=1e-5, atol=1e-6)
 
 
 @each_backend
@@ -166,7 +167,8 @@ def test_the_torch_backend_compiles_without_graph_breaks():
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     gradients = [torch.autograd.grad(f(hidden, weight, bias), (hidden, weight, bias)) for f in (compiled, step)]
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for found, expected in zip(*gradients, strict=True):  # of scores that are kept, which compiled code does not do
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         assert torch.equal(compiled(hidden, weight, bias), step(hidden, weight, bias))
 
