@@ -6,8 +6,8 @@ The backward writes dW[v] in the order of the vocabulary, after it has read what
 kept of the next token begins, or before. With N <= H all of the vocabulary is kept and no logit is computed twice; else
 its first part, a share H / N. No memory is needed beyond that of the gradient, but from the forward on.
 
-One more number behind dW says whether it was written: a second backward of the same graph computes the logits again.
-It travels with what it is about through hooks that save tensors elsewhere.
+One more number behind dW says whether it was written: a second backward of the same graph fills new memory. It travels
+with what it is about through hooks that save tensors elsewhere.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ def are_spent(memory: Tensor) -> bool:
     return bool(memory[-1])
 
 
-def become_gradient(memory: Tensor, weight: Tensor) -> Tensor:
-    """An empty dW in the memory, which counts as spent from here on."""
-    # Not a view: autograd would take what the backward writes for a change of what it saved.
-    memory = torch.empty(0, dtype=memory.dtype).set_(
-        memory.untyped_storage(), memory.storage_offset(), memory.shape, memory.stride()
-    )
-    memory[-1] = 1
-    return torch.empty(0, dtype=memory.dtype).set_(memory.untyped_storage(), memory.storage_offset(), weight.shape)
+def become_gradient(memory: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(the memory, dW, which is yet to be written in it); it counts as spent from here on.
+
+    Not views of what was given: autograd would take what the backward writes for a change of what it saved.
+    """
+    first, memory = memory.storage_offset(), memory.untyped_storage()
+    length = weight.numel() + 1
+    whole = torch.empty(0, dtype=weight.dtype).set_(memory, first, (length,))
+    whole[-1] = 1
+    return whole, torch.empty(0, dtype=weight.dtype).set_(memory, first, weight.shape)

@@ -175,18 +175,18 @@ def _backward(*arguments):
     if kept is not None:
         gradients, rows = Gradients(*map(kept.take, gradients)), RowStatistics(*map(kept.take, rows))
         strip_maximum = kept.take(strip_maximum) if options.keep_scores else strip_maximum
-    if options.backend == "torch" and (not options.keep_scores or kept_scores.are_spent(cache)):
-        cache = None
-    if not needed[1]:
-        d_weight = None
-    elif options.keep_scores and cache is not None:
-        d_weight = kept_scores.become_gradient(cache, weight)
-    else:
-        d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    problem, implementation = _problem(inputs, options, kept), _implementation(options.backend)
     d_bias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device) if needed[2] else None
     with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
-        d_hidden = _implementation(options.backend).backward(
-            _problem(inputs, options, kept), Forward(rows, cache=cache, strip_maximum=strip_maximum),
+        if options.keep_scores and kept_scores.are_spent(cache):
+            cache = implementation.keep_again(problem, strip_maximum)
+        d_weight = None
+        if needed[1] and options.keep_scores:
+            cache, d_weight = kept_scores.become_gradient(cache, weight)
+        elif needed[1]:
+            d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        d_hidden = implementation.backward(
+            problem, Forward(rows, cache=cache, strip_maximum=strip_maximum),
             gradients, need_hidden=needed[0], d_weight=d_weight, d_bias=d_bias,
         )  # fmt: skip
     if d_hidden is not None:

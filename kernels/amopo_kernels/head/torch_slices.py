@@ -168,6 +168,19 @@ def forward(problem: Problem) -> Forward:
     return Forward(rows, _unit_d_hidden(problem, rows, label_logit, expected.mul_(share)))
 
 
+def keep_again(problem: Problem, strip_maximum: Tensor) -> Tensor:
+    """The memory with what `forward` kept in it, to the bit."""
+    x = _operand(problem.hidden, problem.options.dtype)
+    kept = KeptScores.empty(problem.weight, problem.rows)
+    for i, (begin, end) in enumerate(_slices(problem)):
+        keep = kept.slice(begin, end)
+        if keep is not None:
+            z = _logits(problem, x, begin, end, by_token=True).sub_(strip_maximum[:, i, None])
+            scores = _scale_(z, problem.inverse_temperature)
+            keep.copy_(scores if problem.options.wants("entropy") else _exponentials_(scores))
+    return kept.memory
+
+
 def _unit_d_hidden(problem: Problem, rows: RowStatistics, label_logit: Tensor, expected: Tensor) -> Tensor:
     """(1 - p_y) cap'_y W[y] - expected, the sum of p_v cap'_v W[v] over the others."""
     at_label = rows.miss
@@ -232,7 +245,7 @@ def backward(
     x = _operand(problem.hidden, problem.options.dtype)
     d_hidden = torch.zeros(x.shape, dtype=rows.logps.dtype, device=x.device) if need_hidden else None
     native = d_weight is not None and _native_bfloat16(problem, d_weight)
-    kept = None if forward.cache is None else KeptScores(forward.cache, problem.rows, problem.features)
+    kept = None if not problem.options.keep_scores else KeptScores(forward.cache, problem.rows, problem.features)
 
     def logit_gradient(i: int, begin: int, end: int) -> Tensor:
         """(N, end - begin) of dS, and its part of d_bias."""
@@ -244,7 +257,7 @@ def backward(
             scores = _scale_(scores.sub_(rows.maximum[:, None]), problem.inverse_temperature)
             ds = _logit_gradient_(scores, rows, upstream)
         else:
-            raised = _scale_(forward.strip_maximum[:, i] - rows.maximum, problem.inverse_temperature)[:, None]
+            raised = _scale_((forward.strip_maximum[:, i] - rows.maximum)[:, None], problem.inverse_temperature)
             if rows.entropy is not None:
                 ds = _logit_gradient_(scores + raised, rows, upstream)
             else:
