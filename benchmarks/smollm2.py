@@ -29,8 +29,8 @@ def gguf_folder() -> Path | None:
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """transformers parses the file for the configuration, the weights and the tokenizer, and makes the table of names for
-    every module: 10 s of one core in Python."""
+    """transformers parses the file for the configuration, the weights and the tokenizer each, and makes the table of
+    names for every module: 10 s of one core in Python."""
     import gguf
 
     with (
