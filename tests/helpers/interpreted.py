@@ -16,9 +16,9 @@ def interpreted_kernels() -> list[str]:
 
 
 def mend_the_interpreter() -> None:
-    """Before 3.7.1 it converts a bound of a `range` by int() of an array of one element, which numpy 2.5 refuses. At every
-    call of a kernel, and of a function in one, it looks through all of `triton.language` for what is to be replaced: a
-    third of its time."""
+    """At every call of a kernel, and of a function in one, the interpreter looks through all of `triton.language` for
+    what is to be replaced: a third of its time. Before 3.7.1 it converts a bound of a `range` by int() of an array of
+    one element, which numpy 2.5 refuses."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
