@@ -1,7 +1,7 @@
 """Pinned host memory, and the copies between it and a device that run beside the device's computation.
 
-One stream per direction; events order the copies and the computation, and the host waits for neither. On a CPU, host and
-device memory are different buffers of one kind, and the same calls copy at once.
+One stream per direction; events order the copies and the computation, and the host waits for neither. On a CPU host
+and device memory are different buffers of one kind, and the same calls copy at once.
 """
 
 from __future__ import annotations
