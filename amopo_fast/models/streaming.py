@@ -167,8 +167,7 @@ class StreamedWeights:
         if layer.slot is None:
             raise RuntimeError(
                 f"weights=host: a part of {layer.name} is called without the layer, whose weights are not on the "
-                "device. In a backward pass: something differentiates more of a layer than its output; leave weights=host "
-                "out"
+                "device. In a backward pass: more of it than its output is differentiated; leave weights=host out"
             )
 
     def _on_gradient(self, layer: _Layer) -> None:
