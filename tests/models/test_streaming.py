@@ -6,6 +6,7 @@ On a CPU host memory and slots are different buffers, so a stale read or a lost 
 import pytest
 import torch
 from packing_cases import FAMILIES
+from torch.utils.checkpoint import checkpoint
 from transformers import FalconH1Config, Gemma3Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -92,6 +93,21 @@ def test_equals_a_resident_model_bit_for_bit(family, dtype, host, states):
     assert not torch.equal(first, streamed.get_input_embeddings().weight)
     with torch.no_grad():
         assert torch.equal(loss_of(resident.eval(), 9), loss_of(streamed.eval(), 9))
+
+
+def test_goes_with_checkpoints_of_layers_in_host_memory():
+    """As transformers' `offload` does it, which without a GPU cannot pin."""
+
+    def offloaded(function, *args):
+        with torch.autograd.graph.save_on_cpu():
+            return checkpoint(function, *args, use_reentrant=False)
+
+    models = [made("qwen2"), made("qwen2")]
+    for layer in models[1].model.layers:
+        layer._gradient_checkpointing_func = offloaded
+    stream_weights(models[1], CPU)
+    assert train(models[0], optimizer_of(models[0]), 2) == train(models[1], optimizer_of(models[1]), 2)
+    assert weights_equal(*models)
 
 
 def test_what_layers_share_stays_on_the_device():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from small_run import small_model, small_trainer
+from small_run import V, small_model, small_trainer
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from amopo_fast.errors import NumbersError, OptionError
 from amopo_fast.models.config import ModelConfig
@@ -59,6 +60,27 @@ def test_a_run_and_its_resume_are_those_of_the_device(tmp_path, precision):
         resumed = run_of(folder, dtype, **kind, gradient_checkpointing=True, **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / saved_on / "checkpoint-2"))
         assert same(expected, what_ended(folder)), number
+
+
+def mixture():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 16,
+             "num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}  # fmt: skip
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{"router_aux_loss_coef": 0.01}, {"compile_layers": True}, {"objective": "dpo"}, {"layout": "separate"}]
+)
+def test_options_that_use_layers_otherwise_go_with_it(tmp_path, options):
+    ends = []
+    for kind in ({**DEVICE, "gradient_checkpointing": True}, HOST):
+        model = mixture() if "router_aux_loss_coef" in options else small_model(num_hidden_layers=4)
+        run = small_trainer(tmp_path / str(len(ends)), model=model, save_strategy="no", **kind, **options)
+        run.train()
+        ends.append({name: value.clone() for name, value in run.model.state_dict().items()})
+    assert same(*ends)
 
 
 def test_a_weight_that_is_not_finite_ends_the_run(tmp_path):
