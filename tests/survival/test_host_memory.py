@@ -65,7 +65,7 @@ def test_a_run_and_its_resume_are_those_of_the_device(tmp_path, precision):
 def mixture():
     torch.manual_seed(0)
     sizes = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 16,
-             "num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}  # fmt: skip
+             "num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
 
 
