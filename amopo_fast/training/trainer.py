@@ -38,7 +38,7 @@ from amopo_fast.training.arguments import check_best_metric
 from amopo_fast.training.checks import RealLogits, check_data
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.epochs import Description, most_micro_batches, require_one_micro_batch, schedule_of
-from amopo_fast.training.loading import load_for_training
+from amopo_fast.training.loading import load_for_training, streamed_weights
 from amopo_fast.training.loss_scale import LossScale
 from amopo_fast.training.metrics import Meter, evaluation_metrics
 from amopo_fast.training.metrics_file import MetricsFile
@@ -105,6 +105,7 @@ class AMoPOTrainer(Trainer):
             processing_class = prepare_serving(recipe, model, processing_class)
         prepare_model(model, args.layout)
         choice = choice_of(model)
+        self.streamed = streamed_weights(model, args)
         self.routers = RouterLoss(args.router_aux_loss_coef, model)
         if args.compile_layers:
             compile_layers(model)
