@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
 import harness
-from memory import SHAPES
-from timeline_plot import Panel, draw
-from timeline_simulation import TO_GPU, TO_HOST, Parcel, Timeline, Work, simulate
-
-from amopo_fast.memory.estimate import GIB, GPUS, Estimate, Gpu, Row, Setup, estimate, parameters_of
+from amopo_fast.memory.estimate import GPUS, Estimate, Gpu, Row, Setup, estimate, parameters_of
 from amopo_fast.optim.host_states import SLOTS, parcel_bytes, slot_bytes
 from amopo_fast.optim.update import PIECE
+from memory import SHAPES
+from timeline_plot import Panel, draw
+from timeline_simulation import TO_GPU, TO_HOST, Parcel, Work, simulate
 
 RESULTS = harness.ROOT / "benchmarks" / "results"
 PICTURE = RESULTS / "timeline.png"

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from timeline_simulation import COMPUTE, TO_GPU, TO_HOST, Operation, Timeline, Work
-
 from amopo_fast.report.style import DIM, GRID, INK, LOOKS, styled
+from timeline_simulation import COMPUTE, TO_GPU, TO_HOST, Operation, Timeline, Work
 
 COLORS = {
     "forward": LOOKS[5].color,

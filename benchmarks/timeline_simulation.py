@@ -2,8 +2,8 @@
 
 Copies and computation are issued in the order of the host's program, with the slots and events of optim/host_states.py
 and models/streaming.py, to streams that keep this order. An operation begins when its stream, the events that it waits
-for and its link are free; a link carries one copy at a time, both links go at once. The host is never late, but it waits
-for the loss before the backward pass and for the step at its end, as survival/guard.py does.
+for and its link are free; a link carries one copy at a time, and both links go at once. The host is never late, but it
+waits for the loss before the backward pass and for the step at its end, as survival/guard.py does.
 
 A layer's states have to be there when its gradients begin, where the program needs them at the first gradient: a few
 milliseconds of caution in each layer.
