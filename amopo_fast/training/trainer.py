@@ -99,8 +99,7 @@ class AMoPOTrainer(Trainer):
         rate = args.settle_learning_rate(adapter=hasattr(model, "peft_config"))
         prepare_saving(model)
         self.objective = objective_of(args, dimensions)
-        base = weights_digest(model)
-        self.recipe = recipe
+        base, self.recipe = weights_digest(model), recipe
         if recipe is not None:
             self.recipe = describe_run(recipe, model, base, processing_class, self.objective)
             processing_class = prepare_serving(recipe, model, processing_class)
@@ -120,8 +119,8 @@ class AMoPOTrainer(Trainer):
             self._batches = PlannedBatches(schedule.epoch)
             args.gradient_accumulation_steps = self._batches.epoch.accumulation
             kept = self.head_cache.choose(model, train_dataset, self._batches.epoch)
-            lines = [schedule.describe(), rate, choice.describe(sizes.share), kept]
-            callbacks.insert(0, Description("\n".join(filter(None, lines))))
+            lines = filter(None, [schedule.describe(), rate, choice.describe(sizes.share), kept])
+            callbacks.insert(0, Description("\n".join(lines)))
             if kwargs.get("optimizers", (None, None))[0] is None:
                 micro_batches = most_micro_batches(args, schedule) if args.optim_in_backward else 1
                 kwargs.setdefault("optimizer_cls_and_kwargs", choose_optimizer(args, model, micro_batches))
