@@ -96,7 +96,7 @@ class Guard(TrainerCallback):
         if trainer.accelerator.scaler is not None:
             norm = torch.zeros_like(norm)  # fp16: the loss scaler skips a step whose gradients overflowed
         trained = (parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
-        flag = torch.tensor(float(bool(self.termination.requested)), device=args.device)
+        flag = torch.full((), float(bool(self.termination.requested)), device=args.device)  # no copy from the host
         numbers = torch.stack([self._total_loss(), norm, _largest(trained, args.device), flag])
         loss, norm, largest, stop = trainer.accelerator.reduce(numbers, "sum").tolist()
         self._stop = stop > 0
