@@ -209,6 +209,15 @@ def test_slots_are_those_of_a_layer_and_large_parameters_travel_in_pieces():
     ]
 
 
+def test_states_are_made_for_the_device_that_is_named():
+    """Of weights that lie in host memory between their updates."""
+    weight, meta = nn.Parameter(torch.zeros(64, 64)), torch.device("meta")
+    for blocks in ((), [[weight]]):
+        optimizer = AdamW([weight], states="8bit", in_backward=True, host_blocks=blocks, device=meta)
+        assert optimizer.state[weight]["exp_avg_codes"].is_meta == (not blocks)
+    assert all(slot.memory.is_meta for slot in optimizer._host._vacant)
+
+
 def test_what_cannot_work_is_refused():
     weight = nn.Parameter(torch.zeros(4))
     with pytest.raises(ValueError, match="host_blocks need in_backward"):
