@@ -177,7 +177,7 @@ def try_names(args: Any, changed: dict[str, Any]) -> None:
         raise OptionError("fp16 needs a GPU; leave it out", "fp16")
     _try("kernel_backend", lambda: choose_backend(args.kernel_backend, torch.empty(0, 1, device=device), torch.float32))
     is_torch = args.kernel_backend == "torch" or (args.kernel_backend == "auto" and device.type == "cpu")
-    if args.logits_cache_gib and is_torch:
+    if args.logits_cache_bytes and is_torch:
         raise OptionError(f"logits_cache_gib={args.logits_cache_gib} is not for kernel_backend torch, which runs on "
                           f"{device.type}; leave it out", "logits_cache_gib")  # fmt: skip
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None

@@ -18,13 +18,14 @@ from amopo_fast.memory.preflight import (
 )
 from amopo_fast.memory.profile import meta_model
 from amopo_fast.models.check import choose_layout
+from amopo_fast.models.choice import choice_of
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.loading import load_model, load_shape
 from amopo_fast.models.precision import weights_dtype
 from amopo_fast.models.streaming import StreamedWeights, host_bytes, memory_for, stream_weights, streamed_of
 from amopo_fast.optim.choose import IN_BACKWARD, STATES_OF_OPTIM
 from amopo_fast.packing.plan import Layout, build_plan
-from amopo_fast.packing.schedule import PairSizes
+from amopo_fast.packing.schedule import Epoch, PairSizes
 from amopo_fast.prompts.tokens import PairTokens
 from amopo_fast.training.epochs import schedule_of
 from amopo_fast.training.host_memory import refuse_in_host_memory
@@ -52,7 +53,9 @@ def setup_of(
         host_states=args.optimizer_states == "host", keep_layers=args.keep_layers,
         offload=bool(options.get("offload")), lora_rank=lora_rank, quantised=quantised,
         nested=nested, accumulates=accumulates, gpus=args.world_size if args.fsdp else 1,
-        liger=bool(args.use_liger_kernel), head_slice=slice_columns(args.device) if on_torch else HEAD_SLICE,
+        liger=bool(args.use_liger_kernel),
+        head_cache=args.logits_cache_bytes or 0,
+        head_slice=slice_columns(args.device) if on_torch else HEAD_SLICE,
     )  # fmt: skip
 
 
@@ -62,6 +65,20 @@ def longest_row(pairs: Sequence[PairTokens], args: AMoPOConfig, layout: Layout =
     epoch = schedule_of(args, sizes).epoch(0)
     plan = build_plan([pairs[i] for i in longest_micro_batch(epoch, sizes).pairs], layout)
     return row_of(plan), epoch.accumulation > 1
+
+
+def run_of(args: AMoPOConfig, model: nn.Module, pairs: Sequence[PairTokens], epoch: Epoch) -> tuple[Row, Setup]:
+    """(the epoch's longest micro-batch, the estimate's view of the run) of a loaded model, after `prepare_model`."""
+    layout = choice_of(model).layout
+    batch = longest_micro_batch(epoch, PairSizes.of(pairs, layout))
+    adapters = getattr(model, "peft_config", None)
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and (adapters or p.requires_grad)}
+    setup = setup_of(
+        args, torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32,
+        lora_rank=next(iter(adapters.values())).r if adapters else None,
+        quantised=getattr(model, "is_loaded_in_4bit", False), nested=False, accumulates=epoch.accumulation > 1,
+    )  # fmt: skip
+    return row_of(build_plan([pairs[i] for i in batch.pairs], layout)), setup
 
 
 def _host_line(prediction: Estimate) -> str:

@@ -38,6 +38,7 @@ from amopo_fast.training.arguments import check_best_metric
 from amopo_fast.training.checks import RealLogits, check_data
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.epochs import Description, most_micro_batches, require_one_micro_batch, schedule_of
+from amopo_fast.training.head_cache import HeadCache
 from amopo_fast.training.loading import load_for_training, streamed_weights
 from amopo_fast.training.loss_scale import LossScale
 from amopo_fast.training.metrics import Meter, evaluation_metrics
@@ -98,15 +99,14 @@ class AMoPOTrainer(Trainer):
         rate = args.settle_learning_rate(adapter=hasattr(model, "peft_config"))
         prepare_saving(model)
         self.objective = objective_of(args, dimensions)
-        base = weights_digest(model)
-        self.recipe = recipe
+        base, self.recipe = weights_digest(model), recipe
         if recipe is not None:
             self.recipe = describe_run(recipe, model, base, processing_class, self.objective)
             processing_class = prepare_serving(recipe, model, processing_class)
         prepare_model(model, args.layout)
         choice = choice_of(model)
         self.streamed = streamed_weights(model, args)
-        self.routers = RouterLoss(args.router_aux_loss_coef, model)
+        self.routers, self.head_cache = RouterLoss(args.router_aux_loss_coef, model), HeadCache(args)
         if args.compile_layers:
             compile_layers(model)
         evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset or ()}
@@ -118,8 +118,9 @@ class AMoPOTrainer(Trainer):
             schedule = schedule_of(args, sizes)
             self._batches = PlannedBatches(schedule.epoch)
             args.gradient_accumulation_steps = self._batches.epoch.accumulation
-            lines = [schedule.describe(), rate, choice.describe(sizes.share)]
-            callbacks.insert(0, Description("\n".join(filter(None, lines))))
+            kept = self.head_cache.choose(model, train_dataset, self._batches.epoch)
+            lines = filter(None, [schedule.describe(), rate, choice.describe(sizes.share), kept])
+            callbacks.insert(0, Description("\n".join(lines)))
             if kwargs.get("optimizers", (None, None))[0] is None:
                 micro_batches = most_micro_batches(args, schedule) if args.optim_in_backward else 1
                 kwargs.setdefault("optimizer_cls_and_kwargs", choose_optimizer(args, model, micro_batches))
@@ -131,7 +132,8 @@ class AMoPOTrainer(Trainer):
         self.termination = Termination()
         self.guard = Guard(self, self.termination)
         self.checkpointer = Checkpointer(
-            self, {"meter": self.meter, "guard": self.guard, "routers": self.routers}, self.guard.stop_requested,
+            self, {name: getattr(self, name) for name in ("meter", "guard", "routers", "head_cache")},
+            self.guard.stop_requested,
             options=lambda: options_of(args, model), keep_options=lambda values: keep_options(self, values),
         )  # fmt: skip
         super().__init__(
@@ -322,7 +324,7 @@ class AMoPOTrainer(Trainer):
                 attention_backend=self.args.attention_backend,
                 router_losses=self.routers.receiver(),
                 backend=self.args.kernel_backend,
-                logits_cache_bytes=int(self.args.logits_cache_gib * 2**30),
+                logits_cache_bytes=self.head_cache.bytes,
             )
 
     def _outcome(self, model: nn.Module, inputs: dict, objective: Objective, ranks: int) -> Outcome:
