@@ -102,6 +102,7 @@ class Setup:
     gpus: int = 1  # sharded over
     reference: bool = False  # an adapter's objective scores each row without the adapter too, which keeps nothing
     head_slice: int = HEAD_SLICE
+    head_cache: int = 0  # bytes, at most, of probabilities that a trained head keeps from its forward to its backward
 
     @property
     def shards(self) -> bool:
@@ -260,6 +261,11 @@ def body_of(config: PretrainedConfig, row: Row, setup: Setup, checkpointing: boo
     return _body(_Shape(config), row, dtype, checkpointing, setup.lora_rank, setup.liger)
 
 
+def cache_bytes(config: PretrainedConfig, row: Row) -> int:
+    """Of all probabilities of a row's labels, in bfloat16."""
+    return 2 * row.label_tokens * config.get_text_config().vocab_size
+
+
 def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     """Predict the peak on one GPU (each of `setup.gpus`).
 
@@ -315,6 +321,7 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     tied = not any(p.place == "embedding" for p in parameters)
     head_gradient = (setup.weight_bytes if gpus == 1 else 2) * vocabulary * hidden if head_trained else 0
     head_working = row.label_tokens * min(setup.head_slice, vocabulary) * HEAD_SLICE_BYTES + rows * (2 + 2 + 4)
+    head_working += min(setup.head_cache, cache_bytes(config, row)) if head_trained else 0
 
     if setup.in_backward:
         # the profile holds the layers' gradients until they are stepped; a tied head's waits for the embedding's

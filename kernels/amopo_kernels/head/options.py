@@ -102,7 +102,8 @@ def choose_options(
     keep_scores &= not torch.compiler.is_compiling()  # it takes no output for the memory of an input
     return Options(
         softcap, number, ignore_index, ",".join(outputs), dtype, backend, mode, cache_bytes,
-        check_labels=read, read_rows=read or on_cpu and backend == "torch",
+        # Whose kept rows would be as many as labels say, which nothing that is traced can know.
+        check_labels=read, read_rows=mode != "cached" and (read or on_cpu and backend == "torch"),
         group=shard.group, first=shard.first, vocabulary=shard.vocabulary, keep_scores=keep_scores,
     )  # fmt: skip
 
