@@ -39,6 +39,7 @@ CHOICES = {
     "optim_in_backward": (None, *IN_BACKWARD),
     "clip_in_backward": CLIPPING,
     "optimizer_states": ("device", "host"),
+    "weights": ("device", "host"),
     "kernel_backend": KERNEL_BACKENDS,
     "on_changed_option": (None, "keep", "use"),
     "attention_backend": ("auto", *ATTENTION_BACKENDS),
@@ -164,6 +165,12 @@ class AMoPOConfig(TrainingArguments):
         metadata={"help": "With optim_in_backward: device, or host: AdamW's states live in pinned host memory and "
                   "visit the GPU layer by layer during the backward pass; the weights are bit for bit the same."},
     )  # fmt: skip
+    weights: str = field(
+        default="device",
+        metadata={"help": "With optim_in_backward: device, or host: the decoder layers' weights live in pinned host "
+                  "memory and visit two slots on the GPU as they compute; the weights are bit for bit the same. "
+                  "Switches gradient_checkpointing on."},
+    )  # fmt: skip
     keep_layers: int = field(
         default=0,
         metadata={"help": "With gradient_checkpointing: the last N layers keep their activations instead of "
@@ -214,6 +221,9 @@ class AMoPOConfig(TrainingArguments):
             self.use_liger_kernel = not self.use_cpu and liger_by_default()
         if self.fp16 and self.bf16:
             raise OptionError("fp16 and bf16 are both true: choose one of them", "fp16")
+        if self.weights == "host" and not getattr(self, "activation_checkpointing", self.gradient_checkpointing):
+            self.gradient_checkpointing = True
+            logger.warning("weights=host: gradient checkpointing is switched on: layers are recomputed in the backward")
         for name in ("checkpointing", "checkpointing_kwargs"):  # transformers < 5.24 has the former name alone
             old, new = f"gradient_{name}", f"activation_{name}"
             if getattr(self, new, False) is None and getattr(self, old) is not None:
@@ -276,6 +286,10 @@ class AMoPOConfig(TrainingArguments):
             raise OptionError(f"max_steps={self.max_steps} must be positive; -1 trains num_train_epochs", "max_steps")
         if self.max_steps < 0 and not self.num_train_epochs > 0:
             raise OptionError(f"num_train_epochs={self.num_train_epochs} must be positive", "num_train_epochs")
+
+        if self.warmup_steps >= 1 and self.warmup_steps % 1:
+            raise OptionError(f"warmup_steps={self.warmup_steps} must be a whole number of steps, or a share of all "
+                              "steps below 1", "warmup_steps")  # fmt: skip
 
     @property
     def logits_cache_bytes(self) -> int | None:

@@ -22,11 +22,13 @@ from amopo_fast.models.choice import choice_of
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.loading import load_model, load_shape
 from amopo_fast.models.precision import weights_dtype
+from amopo_fast.models.streaming import StreamedWeights, host_bytes, memory_for, stream_weights, streamed_of
 from amopo_fast.optim.choose import IN_BACKWARD, STATES_OF_OPTIM
 from amopo_fast.packing.plan import Layout, build_plan
 from amopo_fast.packing.schedule import Epoch, PairSizes
 from amopo_fast.prompts.tokens import PairTokens
 from amopo_fast.training.epochs import schedule_of
+from amopo_fast.training.host_memory import refuse_in_host_memory
 from amopo_kernels.head.torch_slices import slice_columns
 
 if TYPE_CHECKING:
@@ -87,15 +89,17 @@ def _host_line(prediction: Estimate) -> str:
 def load_for_training(
     config: ModelConfig, args: AMoPOConfig, pairs: Sequence[PairTokens] | None, *, adapter: bool
 ) -> nn.Module:
-    """Choose the weights' precision, check that the run fits, and load the model on its device.
+    """Choose the weights' precision, check that the run fits, and load the model on its device, or with `weights` host
+    into pinned host memory, which is taken first.
 
     Args:
         pairs: the training data; without it, or off CUDA, nothing is checked and "auto" is float32.
         adapter: whether an adapter will be trained over it.
 
     Raises:
-        DoesNotFit: the run needs more memory than is free.
+        DoesNotFit: the run needs more memory than is free. RuntimeError: host memory that cannot be had.
     """
+    refuse_in_host_memory(args, adapter=adapter)
     shape = load_shape(config)
     checks = args.device.type == "cuda" and bool(pairs) and args.deepspeed is None
     row, accumulates = None, False
@@ -122,4 +126,17 @@ def load_for_training(
             print(f"weights in {str(dtype).removeprefix('torch.')}; about {prediction.needed / GIB:.1f} of "
                   f"{free / GIB:.1f} GiB free on each GPU will be needed"
                   f"{_host_line(prediction)}", flush=True)  # fmt: skip
-    return load_model(config, args, dtype)
+    if args.weights != "host":
+        return load_model(config, args, dtype)
+    memory = memory_for(host_bytes(meta_model(shape, dtype)), args.device)
+    model = load_model(config, args, dtype)  # in the file's own dtype it is the file, mapped: there is no second copy
+    stream_weights(model, args.device, memory)
+    return model
+
+
+def streamed_weights(model: nn.Module, args: AMoPOConfig) -> StreamedWeights | None:
+    """What moves the weights of a trainer's model, with `weights` host. Raises as `stream_weights`."""
+    refuse_in_host_memory(args, adapter=hasattr(model, "peft_config"))
+    if args.weights != "host":
+        return None
+    return streamed_of(model) or stream_weights(model, args.device)

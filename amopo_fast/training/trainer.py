@@ -40,7 +40,7 @@ from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.epochs import Description, most_micro_batches, require_one_micro_batch, schedule_of
 from amopo_fast.training.head_cache import HeadCache
 from amopo_fast.training.inputs import MovesWithoutWaiting
-from amopo_fast.training.loading import load_for_training
+from amopo_fast.training.loading import load_for_training, streamed_weights
 from amopo_fast.training.loss_scale import LossScale
 from amopo_fast.training.metrics import Meter, evaluation_metrics
 from amopo_fast.training.metrics_file import MetricsFile
@@ -100,13 +100,13 @@ class AMoPOTrainer(MovesWithoutWaiting, Trainer):
         rate = args.settle_learning_rate(adapter=hasattr(model, "peft_config"))
         prepare_saving(model)
         self.objective = objective_of(args, dimensions)
-        base = weights_digest(model)
-        self.recipe = recipe
+        base, self.recipe = weights_digest(model), recipe
         if recipe is not None:
             self.recipe = describe_run(recipe, model, base, processing_class, self.objective)
             processing_class = prepare_serving(recipe, model, processing_class)
         prepare_model(model, args.layout)
         choice = choice_of(model)
+        self.streamed = streamed_weights(model, args)
         self.routers, self.head_cache = RouterLoss(args.router_aux_loss_coef, model), HeadCache(args)
         if args.compile_layers:
             compile_layers(model)
@@ -120,8 +120,8 @@ class AMoPOTrainer(MovesWithoutWaiting, Trainer):
             self._batches = PlannedBatches(schedule.epoch)
             args.gradient_accumulation_steps = self._batches.epoch.accumulation
             kept = self.head_cache.choose(model, train_dataset, self._batches.epoch)
-            lines = [schedule.describe(), rate, choice.describe(sizes.share), kept]
-            callbacks.insert(0, Description("\n".join(filter(None, lines))))
+            lines = filter(None, [schedule.describe(), rate, choice.describe(sizes.share), kept])
+            callbacks.insert(0, Description("\n".join(lines)))
             if kwargs.get("optimizers", (None, None))[0] is None:
                 micro_batches = most_micro_batches(args, schedule) if args.optim_in_backward else 1
                 kwargs.setdefault("optimizer_cls_and_kwargs", choose_optimizer(args, model, micro_batches))

@@ -177,7 +177,7 @@ def test_a_broken_yaml_file_is_named(tmp_path, capsys, text, message):
 COMMANDS = [  # a mistake of usage, but where what is named is not there
     (["train", "--learning-rat", "1"], "did you mean '--learning-rate'?"),
     (["train", "--beta"], "argument --beta: expected one argument"),
-    (["train", "--beta", "x"], "argument --beta: invalid float value: 'x'"),
+    (["train", "--beta", "x"], "argument --beta: write a finite number, found 'x'"),
     (["train", "--config", "none.yaml"], "none.yaml: No such file"),
     (["train", "extra"], "unknown option extra"),
     (["train", "--prompt_order", "x"], "invalid choice: 'x'"),
