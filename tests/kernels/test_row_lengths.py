@@ -1,5 +1,5 @@
-"""A row's length is compiled into no kernel: twenty lengths make at most the two variants that Triton has of a number, by
-whether 16 divides it, where it stands in a tuple, and one elsewhere. Else a run would compile at every new length."""
+"""A row's length is compiled into no kernel, else a run would compile at every new one: twenty lengths make at most the
+two variants that Triton has of a number in a tuple, by whether 16 divides it, and one where it is an argument alone."""
 
 import os
 import subprocess
