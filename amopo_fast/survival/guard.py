@@ -99,7 +99,7 @@ class Guard(TrainerCallback):
         norm = torch.as_tensor(norm, dtype=torch.float32, device=args.device).detach()
         if trainer.accelerator.scaler is not None:
             norm = torch.zeros_like(norm)  # fp16: the loss scaler skips a step whose gradients overflowed
-        flag = torch.tensor(float(bool(self.termination.requested)), device=args.device)
+        flag = torch.full((), float(bool(self.termination.requested)), device=args.device)  # no copy from the host
         numbers = torch.stack([self._total_loss(), norm, _largest(self._trained(), args.device), flag])
         loss, norm, largest, stop = trainer.accelerator.reduce(numbers, "sum").tolist()
         self._stop = stop > 0

@@ -286,7 +286,6 @@ class AMoPOConfig(TrainingArguments):
             raise OptionError(f"max_steps={self.max_steps} must be positive; -1 trains num_train_epochs", "max_steps")
         if self.max_steps < 0 and not self.num_train_epochs > 0:
             raise OptionError(f"num_train_epochs={self.num_train_epochs} must be positive", "num_train_epochs")
-
         if self.warmup_steps >= 1 and self.warmup_steps % 1:
             raise OptionError(f"warmup_steps={self.warmup_steps} must be a whole number of steps, or a share of all "
                               "steps below 1", "warmup_steps")  # fmt: skip

@@ -39,6 +39,7 @@ from amopo_fast.training.checks import RealLogits, check_data
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.epochs import Description, most_micro_batches, require_one_micro_batch, schedule_of
 from amopo_fast.training.head_cache import HeadCache
+from amopo_fast.training.inputs import MovesWithoutWaiting
 from amopo_fast.training.loading import load_for_training, streamed_weights
 from amopo_fast.training.loss_scale import LossScale
 from amopo_fast.training.metrics import Meter, evaluation_metrics
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class AMoPOTrainer(Trainer):
+class AMoPOTrainer(MovesWithoutWaiting, Trainer):
     """Trains a causal LM with AMoPO on tokenized pairs.
 
     Args:
@@ -329,7 +330,6 @@ class AMoPOTrainer(Trainer):
 
     def _outcome(self, model: nn.Module, inputs: dict, objective: Objective, ranks: int) -> Outcome:
         """The loss's normalisers are the step's over all ranks: divided by their number, DDP's mean is undone."""
-        inputs = {name: value.to(self.args.device) for name, value in inputs.items()}
         plan = inputs["plan"]
         references = None
         if objective.needs_reference:
@@ -340,13 +340,13 @@ class AMoPOTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum over the micro-batch's pairs / pairs of the step over all ranks; DDP's mean over ranks is undone."""
-        weight = inputs["weight"].to(self.args.device)
+        weight = inputs["weight"]
         result = self._outcome(model, inputs, self.objective, self.accelerator.num_processes)
         table = torch.where(weight > 0, result.table(), float("nan"))
         self.meter.add(table, inputs["plan"])
         self.loss_scale.add(table)
         pairs, ranks = weight * inputs["plan"].num_pairs, self.accelerator.num_processes
-        loss = result.loss * weight + self.routers.take(pairs, inputs["num_pairs"].to(weight.device) / ranks)
+        loss = result.loss * weight + self.routers.take(pairs, inputs["num_pairs"] / ranks)
         self.guard.add(loss, table, inputs["plan"].records)
         if self._steps_in_backward() and self.accelerator.sync_gradients:
             self.guard.require_finite_loss()
@@ -360,7 +360,7 @@ class AMoPOTrainer(Trainer):
         self.stop_between_rows()
         objective = self.objective.for_evaluation()
         with torch.no_grad():
-            result = self._outcome(model, inputs, objective, ranks=1)
+            result = self._outcome(model, self._prepare_inputs(inputs), objective, ranks=1)
         return result.loss, result.table(), inputs["plan"].records.to(self.args.device)
 
     def _evaluation_metrics(self, prediction) -> dict[str, float]:

@@ -109,7 +109,7 @@ def test_every_entry_of_a_plan_has_its_prediction_and_the_plan_fits_its_minutes(
     assert set(gpu_suite.predictions()) == {entry.name for entry in entries}
     notes = (ROOT / "benchmarks" / "NOTES.md").read_text()
     for entry in entries:
-        assert f"| `{entry.name}` | {entry.seconds} |" in notes and entry.seconds <= 130
-    for plan, minutes in (("first", 7.5), ("second", 6), ("frontier", 4)):
+        assert f"| `{entry.name}` | {entry.seconds} |" in notes and entry.seconds <= 200
+    for plan, minutes in (("first", 7.5), ("second", 6), ("frontier", 6)):
         assert gpu_suite.MINUTES[plan] <= minutes
         assert sum(entry.seconds for entry in gpu_suite.PLANS[plan]) <= 60 * minutes

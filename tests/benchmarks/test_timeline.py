@@ -1,4 +1,4 @@
-"""The simulated step issues the copies that the optimizer makes, in its order, and its time obeys the arithmetic."""
+"""The simulated step issues the copies that training makes, in their order, and its time obeys the arithmetic."""
 
 import json
 import runpy
@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from amopo_fast.models.streaming import stream_weights
 from amopo_fast.optim import AdamW, host_states
 from amopo_fast.optim.host_states import blocks_of
 
@@ -41,37 +42,44 @@ def model(monkeypatch):
     return Qwen2ForCausalLM(CONFIG).to(torch.bfloat16).train()
 
 
-def train(model, optimizer, steps):
-    for step in range(steps):
-        ids = torch.randint(0, 500, (1, 12), generator=torch.Generator().manual_seed(step))
+class Copies(list):
+    """(kind, link, bytes) of what an object fetches and evicts, in the order in which it is issued."""
+
+    def record(self, monkeypatch, kind, mover, size):
+        for name, link in (("_fetch", TO_GPU), ("_evict", TO_HOST)):
+            monkeypatch.setattr(mover, name, self._recorded(kind, link, getattr(mover, name), size))
+
+    def _recorded(self, kind, link, method, size):
+        def call(what, **options):
+            moves = link == TO_GPU or getattr(what, "changed", True)
+            result = method(what, **options)
+            if moves:
+                self.append((kind, link, size(what)))
+            return result
+
+        return call
+
+
+@pytest.mark.parametrize("states, name", [("4bit", timeline.STATES), ("8bit", timeline.BOTH)])
+def test_copies_are_those_that_training_makes(model, monkeypatch, states, name):
+    made, device = Copies(), torch.device("cpu")
+    if name == timeline.BOTH:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        made.record(monkeypatch, "weights", stream_weights(model, device), lambda layer: layer.block.nbytes)
+    optimizer = AdamW(model.parameters(), lr=1e-3, states=states, in_backward=True, host_blocks=blocks_of(model))
+    made.record(monkeypatch, "states", optimizer._host, lambda parcel: sum(host.nbytes for host, _ in parcel.copies))
+    for step in range(3):
+        made.clear()
+        ids = torch.randint(0, 3000, (1, 12), generator=torch.Generator().manual_seed(step))
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-@pytest.mark.parametrize("states", ["4bit", "8bit"])
-def test_copies_of_states_are_those_that_the_optimizer_makes(model, monkeypatch, states):
-    optimizer = AdamW(model.parameters(), lr=1e-3, states=states, in_backward=True, host_blocks=blocks_of(model))
-    travelling, made = optimizer._host, []
-
-    def recorded(name, link):
-        method = getattr(travelling, name)
-
-        def call(parcel):
-            made.append((link, sum(host.nbytes for host, _ in parcel.copies)))
-            return method(parcel)
-
-        monkeypatch.setattr(travelling, name, call)
-
-    recorded("_fetch", TO_GPU)
-    recorded("_evict", TO_HOST)
-    train(model, optimizer, 2)
-    made.clear()
-    train(model, optimizer, 1)
-    expected = copies(simulate(work(timeline.STATES, states), 50e9, 40e9), "states")
-    assert [link for link, _ in made] == [link for link, _ in expected] and len(made) > 2 * (5 + 2 * 3)
-    # A piece is copied without the bytes that align its arrays.
-    assert [size for _, size in made] == pytest.approx([size for _, size in expected], rel=0.02)
+    result = simulate(work(name, states), 50e9, 40e9)
+    expected = [(each.kind, each.link, each.nbytes) for each in result.operations[result.first :] if each.link]
+    assert [each[:2] for each in made] == [each[:2] for each in expected]
+    assert len([each for each in made if each[0] == "states"]) > 2 * (5 + 2 * 2)  # head and embedding are pieces
+    # Pieces are copied without the bytes that align their arrays, and layers' weights with them.
+    assert [size for *_, size in made] == pytest.approx([size for *_, size in expected], rel=0.02)
 
 
 def test_a_step_takes_what_its_computation_or_its_busiest_link_takes():

@@ -110,9 +110,9 @@ class SliceLaunch:
     """The launches of one kernel, `(begin, end, *arguments, constants)`, that differ in the slice of columns alone.
 
     For every launch Triton looks its compiled kernel up by all arguments, which takes longer than the launch where they
-    are tuples of many, and asks the driver about each pointer. What it compiles in of an integer is whether 16 divides it
-    and whether it is 1; after the first launch of a kind, the kernel is launched directly, by addresses. Serves the
-    stream that is current then, as long as this holds the tensors.
+    are tuples of many, and asks the driver about each pointer. What it compiles in of an integer is whether 16 divides
+    it and whether it is 1; after the first launch of a kind, the kernel is launched directly, by addresses of tensors
+    that this keeps alive, on the stream that is current then.
     """
 
     def __init__(self, kernel, grid: Callable[[int], Grid], *arguments, **constants):

@@ -87,8 +87,10 @@ def finish_logit_gradient(products, row, column, begin, scoring, out, ROWS: tl.c
     log_sum = tl.load(out.rows.log_sum + r, mask=real, other=0.0)
     log_p = (z - maximum[:, None]) * load_scale(scoring, row, ROWS)[:, None] - log_sum[:, None]
     gradient = gradient_of_others(tl.exp2(log_p), log_p, r, real, out)
-    is_label = c[None, :] == load_labels(scoring, row, ROWS)[:, None]
-    gradient = tl.where(is_label, gradient_at_label(r, real, out)[:, None], gradient)
+    label = load_labels(scoring, row, ROWS)
+    here = (label >= column) & (label < column + STRIP)
+    if tl.max(here.to(tl.int32), 0) > 0:
+        gradient = tl.where(c[None, :] == label[:, None], gradient_at_label(r, real, out)[:, None], gradient)
     gradient = add_mean(gradient, r, real, c, scoring, out)
     if scoring.softcap is not None:
         gradient *= slope

@@ -77,10 +77,10 @@ def _slices(problem: Problem) -> Iterator[tuple[int, int]]:
     return ((begin, min(begin + step, problem.vocabulary)) for begin in range(0, problem.vocabulary, step))
 
 
-def _logits(problem: Problem, x: Tensor, begin: int, end: int) -> Tensor:
-    """(N, end - begin); of kept scores the first dimension is contiguous, as it is of what they become."""
+def _logits(problem: Problem, x: Tensor, begin: int, end: int, *, by_token: bool = False) -> Tensor:
+    """(N, end - begin); by_token: of which the first dimension is contiguous, as it is where scores are kept."""
     w = _operand(problem.weight[begin:end], problem.options.dtype)
-    z = _mm(w, x.T).T if problem.options.keep_scores else _mm(x, w.T)
+    z = _mm(w, x.T).T if by_token else _mm(x, w.T)
     if problem.bias is not None:
         z += problem.bias[begin:end].to(z.dtype)
     if problem.options.softcap is not None:
@@ -128,7 +128,8 @@ def forward(problem: Problem) -> Forward:
     expected = torch.zeros(x.shape, dtype=result, device=x.device) if options.mode == "frozen" else None
     kept = KeptScores.empty(problem.weight, problem.rows) if options.keep_scores else None
     for i, (begin, end) in enumerate(slices):
-        z = _logits(problem, x, begin, end)
+        keep = None if kept is None else kept.slice(begin, end)
+        z = _logits(problem, x, begin, end, by_token=keep is not None)
         cap_slope = None if expected is None else _cap_slope(z, options.softcap)
         inside, column = _label_column(problem.labels, begin, end)
         label_logit = torch.where(inside, z.gather(1, column), label_logit[:, None]).squeeze(1)
@@ -138,7 +139,6 @@ def forward(problem: Problem) -> Forward:
         if tables.top is not None:
             tables.top[i] = z.argmax(1) + begin
         before, maximum = maximum, torch.maximum(maximum, z.amax(1, keepdim=True))  # so far
-        keep = None if kept is None else kept.slice(begin, end)
         there = keep is not None and keep.dtype == z.dtype
         scores = _scale_(torch.sub(z, maximum, out=keep if there else z), problem.inverse_temperature)
         exponentials = _exponentials_(scores if tables.weighted is None else scores.clone())

@@ -107,3 +107,11 @@ def test_bfloat16_is_rounded_little_more_than_once(rows, features, scale, common
     once = once_rounded(hidden, weight, labels, upstream)
     for found, rounded, wanted in zip((hidden.grad, weight.grad), once, exact, strict=False):
         assert relative_error(found, wanted) <= 1.5 * relative_error(rounded, wanted)
+
+
+def test_the_scores_of_an_entropy_are_not_kept_in_bfloat16():
+    hidden, weight, labels, _ = problem(9, 24, VOCABULARY, torch.bfloat16, device="cpu")
+    total = sum(x.sum() for x in linear_logps(hidden, weight, labels, return_entropy=True))
+    with mock.patch.object(torch_slices, "_logits", wraps=torch_slices._logits) as computed:
+        total.backward()
+    assert computed.call_count == 3
