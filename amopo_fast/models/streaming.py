@@ -149,7 +149,7 @@ class StreamedWeights:
 
     def _after_forward(self, layer: _Layer, module: nn.Module, output: Any) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]
-        if _in_backward() or not (torch.is_grad_enabled() and hidden.requires_grad):
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
             return
         if not (module.training and module.gradient_checkpointing):
             raise RuntimeError(

@@ -50,7 +50,8 @@ def setup_of(
     on_torch = args.kernel_backend == "torch" or args.device.type == "cpu"
     return Setup(
         states=states, weights=weights, in_backward=bool(args.optim_in_backward), checkpointing=checkpointing,
-        host_states=args.optimizer_states == "host", keep_layers=args.keep_layers,
+        host_states=args.optimizer_states == "host", host_weights=args.weights == "host",
+        keep_layers=args.keep_layers,
         offload=bool(options.get("offload")), lora_rank=lora_rank, quantised=quantised,
         nested=nested, accumulates=accumulates, gpus=args.world_size if args.fsdp else 1,
         liger=bool(args.use_liger_kernel),

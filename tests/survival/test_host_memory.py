@@ -92,6 +92,15 @@ def test_a_weight_that_is_not_finite_ends_the_run(tmp_path):
         run.train()
 
 
+def test_a_step_sees_a_streamed_weight_that_is_not_finite(tmp_path):
+    """It lies in host memory when the guard looks, which reads what the device found."""
+    run = run_of(tmp_path, **HOST)
+    largest = run.streamed.largest
+    run.streamed.largest = lambda: [*largest(), torch.tensor(torch.inf)]
+    with pytest.raises(NumbersError, match="step 1: a weight is not finite"):
+        run.train()
+
+
 def test_a_folder_is_loaded_into_host_memory_that_was_taken_before(tmp_path, monkeypatch):
     model = small_model(num_hidden_layers=4).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
