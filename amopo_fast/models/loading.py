@@ -22,7 +22,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 from amopo_fast import hub
 from amopo_fast.errors import ModelError, OptionError
 from amopo_fast.models.config import ModelConfig, lora_targets
-from amopo_fast.models.depth import set_layers
+from amopo_fast.models.depth import depth_of, set_layers
 from amopo_fast.models.head import head_of
 from amopo_fast.models.saving import weights_digest
 from amopo_fast.models.text_part import auto_class, beside_text, linear_layers
@@ -61,10 +61,10 @@ def load_shape(config: ModelConfig) -> PretrainedConfig:
     hub.prefer_cache_if_unreachable(config.model_name_or_path)
     shape = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=False)
     if config.config_overrides:
-        before = shape.get_text_config().num_hidden_layers
+        before = depth_of(shape.get_text_config())
         try:
             shape.update_from_string(config.config_overrides)
-            set_layers(shape, shape.get_text_config().num_hidden_layers, before)
+            set_layers(shape, depth_of(shape.get_text_config()), before)
             with torch.device("meta"):
                 auto_class(shape).from_config(shape, trust_remote_code=False)
         except Exception as error:  # whatever a model raises that is built of impossible sizes
