@@ -7,6 +7,7 @@ import pytest
 from bad_input import what_is_wrong
 from good_files import make_inputs, make_outputs
 from numbers_as_input import NUMBERS
+from paths_as_input import PATHS_GIVEN
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def work(inputs):
     return inputs
 
 
-ALL = NUMBERS
+ALL = [*NUMBERS, *PATHS_GIVEN]
 
 
 @pytest.mark.slow
