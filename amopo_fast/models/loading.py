@@ -30,7 +30,7 @@ from amopo_fast.prompts.recipe import Recipe, recipe_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig, TrainingArguments
+    from transformers import BitsAndBytesConfig
 
 
 @contextmanager
@@ -74,14 +74,14 @@ def load_shape(config: ModelConfig) -> PretrainedConfig:
     return shape
 
 
-def load_model(config: ModelConfig, args: TrainingArguments, dtype: torch.dtype) -> nn.Module:
-    """A causal LM in `dtype` on the device of this rank; on the CPU where FSDP or DeepSpeed will place it.
+def load_model(config: ModelConfig, args: Any, dtype: torch.dtype) -> nn.Module:
+    """A causal LM in `dtype` on the device of this rank; on the CPU where FSDP, DeepSpeed or streaming will place it.
 
     Raises:
         OSError: not found.
     """
-    engine_places = bool(args.fsdp) or args.deepspeed is not None
-    device = torch.device("cpu") if engine_places else args.device
+    placed_later = bool(args.fsdp) or args.deepspeed is not None or args.weights == "host"
+    device = torch.device("cpu") if placed_later else args.device
     quantisation = quantisation_config(config, dtype)
     if config.random_weights:
         shape = load_shape(config)

@@ -26,7 +26,7 @@ class Bad:
         name: for people, unique.
         command: words of a command line in which {work} is a folder of good files and {here} one of this case alone, or
             a function of both that uses the Python API.
-        words: patterns, all of them found in the message: the name of the option, record, field or file, and the remedy.
+        words: patterns that the message has, all of them: the name of the option, record, field or file; the remedy.
         code: the exit code; of a Python call 1.
         damage: makes the bad files in {here}.
     """

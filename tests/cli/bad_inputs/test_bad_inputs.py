@@ -1,4 +1,4 @@
-"""Bad inputs of every kind: each ends with the name of what is wrong, the remedy and its exit code, without a traceback.
+"""Bad inputs of every kind: each ends with what is wrong by name, the remedy and its exit code, without a traceback.
 
 docs/errors.md has their number.
 """
