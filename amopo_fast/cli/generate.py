@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from amopo_fast.cli.numbers import boolean, finite, seed, whole, whole_or_zero
+from amopo_fast.cli.outputs import output_file
 from amopo_fast.errors import OptionError
 
 _HELP_OF_SAMPLING = {
@@ -80,9 +81,7 @@ def run_generate(arguments) -> int:
 
     target, sampling = _target(arguments), sampling_of(arguments)
     conversations = _conversations(arguments)
-    out = Path(arguments.output_file) if arguments.output_file else None
-    if out is not None and (out.is_dir() or not out.resolve().parent.is_dir()):
-        raise OptionError(f"--output_file {out}: name a file in a folder that exists")
+    out = output_file(arguments.output_file, "output_file") if arguments.output_file else None
     names = [arguments.model, *([arguments.compare] if arguments.compare else [])]
     answers = []
     recipe = None

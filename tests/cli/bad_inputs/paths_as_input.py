@@ -5,7 +5,7 @@ import os
 from bad_input import Bad
 from numbers_as_input import EVAL, GENERATE, SCORE, STEER, TRAIN
 
-REMEDY = r"\b(give|name|write|check|choose|copy|raise|leave|correct|convert|rename|remove|set|convert|list)\b|Remedy: "
+REMEDY = r"(?i)\b(give|name|write|check|choose|copy|raise|leave|correct|convert|rename|remove|set|convert|list)\b|Remedy: "
 
 
 def missing(path):
@@ -34,16 +34,18 @@ def link(path):
 
 FILE = {"missing": missing, "a folder": folder, "empty": empty, "text": text, "bytes": binary, "a link to itself": link}
 FOLDER = {"missing": missing, "an empty folder": folder, "a file": text, "a link to itself": link}
+CONFIG = {name: make for name, make in FILE.items() if name != "empty"}  # which sets no option
 OUT_FOLDER = {"a file": text, "a link to itself": link}
 OUT_FILE = {"a folder": folder, "a link to itself": link}
 ELSEWHERE = {  # names at which nothing can lie
     "below a file": "{work}/pairs.json/below", "too long": "{here}/" + 300 * "x",
 }  # fmt: skip
+VALIDATE = ("validate", "{work}/pairs.json", "--dimensions", "helpfulness")
 EVALUATES = (*TRAIN, "--eval_strategy", "epoch")
 JUDGED = (*STEER, "--judge", "http://localhost:1/v1")
 # (what is given by {path}, what can lie there, exit code)
 PATHS = {
-    "train --config": ((*TRAIN, "--config", "{path}.yaml"), FILE, 2),
+    "train --config": ((*TRAIN, "--config", "{path}.yaml"), CONFIG, 2),
     "train --train_data": ((*TRAIN, "--train_data", "{path}.jsonl"), FILE, 1),
     "train --eval_data": ((*EVALUATES, "--eval_data", "{path}.json"), FILE, 1),
     "train --model_name_or_path": ((*TRAIN, "--model_name_or_path", "{path}"), FOLDER, 1),
@@ -56,8 +58,8 @@ PATHS = {
     "validate": (("validate", "{path}.csv"), FILE, 1),
     "validate, Parquet": (("validate", "{path}.parquet"), FILE, 1),
     "validate, gzip": (("validate", "{path}.jsonl.gz"), FILE, 1),
-    "validate --config": (("validate", "--config", "{path}.yaml"), FILE, 2),
-    "validate --prompt_template": (("validate", "{work}/pairs.json", "--prompt_template", "{path}.yaml"), FILE, 1),
+    "validate --config": (("validate", "--config", "{path}.yaml"), CONFIG, 2),
+    "validate --prompt_template": ((*VALIDATE, "--prompt_template", "{path}.yaml"), FILE, 1),
     "validate --tokenizer_name_or_path": (
         ("validate", "{work}/pairs.json", "--tokenizer_name_or_path", "{path}"), FOLDER, 1),
     "show": (("show", "{path}.json"), FILE, 1),
@@ -78,7 +80,7 @@ PATHS = {
     "steer --judge": ((*STEER, "--judge", "{path}"), FOLDER, 1),
     "steer --judge_template": ((*JUDGED, "--judge_template", "{path}.txt"), FILE, 1),
     "steer --pairwise_template": (
-        (*STEER, "{work}/adapter", "--pairwise_judge", "http://localhost:1/v1", "--pairwise_template", "{path}.txt"),
+        ("steer", "{work}/adapter", *STEER[1:], "--pairwise_judge", "http://localhost:1/v1", "--pairwise_template", "{path}.txt"),
         FILE, 1),
     "score": (("score", "{path}.json", *SCORE[2:]), FILE, 1),
     "score --output_file": ((*SCORE, "--output_file", "{path}.jsonl"), OUT_FILE, 2),
