@@ -166,8 +166,8 @@ def find_models(name: str, every: bool) -> list[str]:
     if (every or not whole) and found:
         return [str(path) for path in found] + ([name] if whole else [])
     if not whole:
-        raise ValueError(f"{name} holds no model: no config.json, no adapter_config.json and no checkpoint-N folder; name "
-                         "the folder of a model, an adapter or a run")  # fmt: skip
+        raise ValueError(f"{name} holds no model: no config.json, no adapter_config.json and no checkpoint-N folder; "
+                         "name the folder of a model, an adapter or a run")  # fmt: skip
     return [name]
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 from amopo_fast.cli.numbers import boolean, finite, seed, whole, whole_or_zero
 from amopo_fast.cli.outputs import output_file
-from amopo_fast.errors import OptionError
 
 _HELP_OF_SAMPLING = {
     "max_new_tokens": "tokens of an answer, at most", "do_sample": "draw tokens instead of taking the likeliest",

@@ -100,7 +100,7 @@ def read_metrics(run: str | Path) -> list[dict[str, float]]:
             raise ValueError(f"{path}, line {number}: no JSON object with a step; remove the line") from None
         lines.append(line)
     if not lines:
-        raise ValueError(f"{path} has no lines yet; train at least one logging step")
+        raise ValueError(f"{path} holds no whole line; train at least one logging step")
     return lines
 
 

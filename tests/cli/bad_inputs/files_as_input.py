@@ -173,7 +173,7 @@ JUDGED = {
     "bytes": b"\xff\xfe{answer}",
 }
 TEMPLATES = {  # chat templates: (text, what is named)
-    "loops": ("{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}", "loops or explodes"),
+    "loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "loops or explodes"),
     "explodes": ("{{ 'a' * 10**10 }}", "loops or explodes|chat template"),
     "TypeError": ("{{ 1 + 'a' }}", "chat template"),
     "OverflowError": ("{{ 2.0 ** 99999 }}", "chat template"),
@@ -219,8 +219,7 @@ PROGRAMS = {
 def of_judges():
     for name in ("no.such.module:score", "json:no_such", "json:", ":dumps", "http://", "ftp://host/v1",
                  "http://localhost:99999/v1", "http://[::1", "json:__doc__"):  # fmt: skip
-        code = 1 if name.startswith("http://localhost") else 2
-        yield Bad(f"judge {name}", (*STEER, "--judge", name), ("judge|localhost", REMEDY), code)
+        yield Bad(f"judge {name}", (*STEER, "--judge", name), ("judge", REMEDY))
     base = (*STEER, "--max_new_tokens", "1", "--max_prompts", "1", "--judge")
     for number, (name, body) in enumerate(PROGRAMS.items()):
         signature = "messages, answer, dimension" if body else "one"
@@ -231,7 +230,7 @@ def of_judges():
 
         yield Bad(f"a judge that {name}", (*base, f"{module}:score"), (f"{module}:score", REMEDY + "|failed"), 1,
                   damage)  # fmt: skip
-    options = {"judge_request": ("3", "{", "[]", "text"), "judge_outputs": ("a", "a=x", "=1", "a=-1"),
+    options = {"judge_request": ("3", "{{", "[]", "text"), "judge_outputs": ("a", "a=x", "=1", "a=-1"),
                "judge_prices": ("free",)}  # fmt: skip
     for option, values in options.items():
         for value in values:

@@ -5,7 +5,10 @@ import os
 from bad_input import Bad
 from numbers_as_input import EVAL, GENERATE, SCORE, STEER, TRAIN
 
-REMEDY = r"(?i)\b(give|name|write|check|choose|copy|raise|leave|correct|convert|rename|remove|set|convert|list)\b|Remedy: "
+REMEDY = (
+    r"(?i)\b(give|name|write|check|choose|copy|raise|leave|correct|convert|rename|remove|set|train|return|start)\b"
+    "|Remedy: "
+)
 
 
 def missing(path):
@@ -80,8 +83,8 @@ PATHS = {
     "steer --judge": ((*STEER, "--judge", "{path}"), FOLDER, 1),
     "steer --judge_template": ((*JUDGED, "--judge_template", "{path}.txt"), FILE, 1),
     "steer --pairwise_template": (
-        ("steer", "{work}/adapter", *STEER[1:], "--pairwise_judge", "http://localhost:1/v1", "--pairwise_template", "{path}.txt"),
-        FILE, 1),
+        ("steer", "{work}/adapter", *STEER[1:], "--pairwise_judge", "http://localhost:1/v1",
+         "--pairwise_template", "{path}.txt"), FILE, 1),
     "score": (("score", "{path}.json", *SCORE[2:]), FILE, 1),
     "score --output_file": ((*SCORE, "--output_file", "{path}.jsonl"), OUT_FILE, 2),
     "score --judge_template": ((*SCORE, "--judge_template", "{path}.txt"), FILE, 1),
