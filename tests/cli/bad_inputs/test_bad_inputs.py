@@ -9,6 +9,8 @@ from files_as_input import FILES_GIVEN
 from good_files import make_inputs, make_outputs
 from numbers_as_input import NUMBERS
 from paths_as_input import PATHS_GIVEN
+from records_as_input import RECORDS_GIVEN
+from words_as_input import WORDS
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def work(inputs):
     return inputs
 
 
-ALL = [*NUMBERS, *PATHS_GIVEN, *FILES_GIVEN]
+ALL = [*NUMBERS, *PATHS_GIVEN, *FILES_GIVEN, *RECORDS_GIVEN, *WORDS]
 
 
 @pytest.mark.slow
