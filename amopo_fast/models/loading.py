@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 
 from amopo_fast import hub
-from amopo_fast.errors import ModelError, OptionError
+from amopo_fast.errors import ModelError, OptionError, shown
 from amopo_fast.models.config import ModelConfig, lora_targets
 from amopo_fast.models.depth import depth_of, set_layers
 from amopo_fast.models.head import head_of
@@ -44,9 +44,10 @@ def model_errors(name: str | None, what: str = "model_name_or_path") -> Iterator
     except (OptionError, ModelError):
         raise  # says what to do already
     except Exception as error:
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).split())[:400] or type(error).__name__
+        text = f"{text} is not known" if isinstance(error, KeyError) else text
         remedy = hub.remedy(str(name)) or (
-            f"{type(error).__name__}: {text[:400]}; give a folder with config.json, tokenizer.json and whole "
+            f"{text}; give a folder with config.json, tokenizer.json and whole "
             ".safetensors files, or a Hub name"
         )
         raise ValueError(f"{what}: {name!r} cannot be loaded: {remedy}") from error
@@ -135,6 +136,18 @@ def load_converted(model: nn.Module, folder: str | Path) -> bool:
     loaded = load_whole(folder, dtype=model.dtype)
     model.load_state_dict(loaded.state_dict())
     return True
+
+
+def base_of(adapter: str | Path) -> str:
+    """Folder or Hub name of the model that an adapter lies over. Raises ModelError where its configuration names none.
+    """
+    from peft import PeftConfig
+
+    name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if not isinstance(name, str) or not name:
+        raise ModelError(f"{adapter}: base_model_name_or_path in its adapter_config.json is {shown(name)}; write the "
+                         "folder or Hub name of its base model there")  # fmt: skip
+    return name
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -281,11 +294,11 @@ def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device |
     with model_errors(name):
         if not (Path(name) / "adapter_config.json").is_file():
             return load(name).to(device)
-        from peft import PeftConfig
-
-        base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
+        base_name = base_of(name)
+    with model_errors(base_name, f"base_model_name_or_path of {name}"):
         base = load(base_name)
-        recipe = recipe_of(name)
-        if recipe is not None:
-            check_base(base, recipe, base_name)
+    recipe = recipe_of(name)
+    if recipe is not None:
+        check_base(base, recipe, base_name)
+    with model_errors(name):
         return load_adapter(base, name).to(device)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -234,6 +236,10 @@ class AMoPOConfig(TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, str) and value.startswith("{"):
                 _from_json(name, value)
+        for name in ("fsdp_config", "deepspeed"):
+            _check_json_file(name, getattr(self, name))
+        if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
+            raise OptionError("deepspeed is not installed here: pip install deepspeed, or leave it out", "deepspeed")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 named = ", ".join(filter(None, choices))
@@ -353,3 +359,16 @@ def _from_json(option: str, text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise OptionError(f"{option}: not JSON: {error}", option) from None
+
+
+def _check_json_file(option: str, value: Any) -> None:
+    """Raises OptionError where a path is not that of a JSON object."""
+    if not isinstance(value, str) or not value or value.startswith("{"):
+        return
+    try:
+        content = json.loads(Path(value).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OptionError(f"{option}: {value} cannot be read ({reason}); name a JSON file", option) from None
+    if not isinstance(content, dict):
+        raise OptionError(f"{option}: {value} holds {shown(content)}; write a JSON object", option)
