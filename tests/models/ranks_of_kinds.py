@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "survival"), str(ROOT / "helpers")]
+import engines  # noqa: E402
 import ranks  # noqa: E402
 from kinds_of_models import model_of  # noqa: E402
 from packing_cases import random_pairs  # noqa: E402
@@ -42,7 +43,7 @@ def fsdp(folder, world, kind):
     model = prepare_model(model_of(kind))
     layout = choice_of(model).layout
     if world > 1:
-        model = ranks.group_like_accelerate(model)
+        model = engines.group_like_accelerate(model)
     check_real_logits(model, random_pairs(0, 1)[0], model)
     pairs = random_pairs(4, 4)
     rows = [pairs[:2], pairs[2:]]
@@ -54,7 +55,7 @@ def fsdp(folder, world, kind):
         (loss * world).backward()  # FSDP averages gradients
         total += loss.detach()
     dist.all_reduce(total)
-    gradients = {name: ranks.whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: engines.whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": total, "gradients": gradients, "trained": sum(p.requires_grad for p in model.parameters())}
 
 
@@ -62,7 +63,7 @@ def real_logits(folder, world):
     """A sharded model whose own forward has other logits than its miniature: every rank refuses it."""
     from test_real_logits import SMALL, Halved
 
-    model = ranks.group_like_accelerate(prepare_model(Halved(LlamaConfig(**SMALL))))
+    model = engines.group_like_accelerate(prepare_model(Halved(LlamaConfig(**SMALL))))
     try:
         check_real_logits(model, random_pairs(0, 1)[0], model)
         errors = [""]
