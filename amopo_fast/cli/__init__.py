@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from amopo_fast import __version__
 from amopo_fast.cli import data, demo, estimate, evaluate, generate, merge, plot, score, steer, train
@@ -37,10 +38,13 @@ COMMANDS = (demo, train, generate, evaluate, steer, plot, data, score, estimate,
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes no abbreviations: an option that comes later would change what they mean."""
+    """Takes no abbreviations: an option that comes later would change what they mean. A mistake is one line."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` lists the options\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

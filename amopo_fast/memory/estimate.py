@@ -24,8 +24,10 @@ from transformers import PretrainedConfig
 
 from amopo_fast.errors import OptionError
 from amopo_fast.memory.profile import BodyProfile, llama_of_widths, meta_model, profile_body
+from amopo_fast.models import streaming
 from amopo_fast.models.architecture import decoder_of, language_model_of, layer_configs, positions_of
 from amopo_fast.models.check import choose_layout
+from amopo_fast.models.depth import depth_of
 from amopo_fast.optim.host_states import SLOTS, blocks_of, parcel_bytes, slot_bytes
 from amopo_fast.optim.states import moment_bytes
 from amopo_fast.packing.plan import Layout
@@ -91,6 +93,7 @@ class Setup:
     weights: str = "bf16"  # fp32, bf16
     in_backward: bool = False
     host_states: bool = False  # states in pinned host memory
+    host_weights: bool = False  # the decoder layers' weights too
     checkpointing: bool = True
     keep_layers: int = 0
     offload: bool = False
@@ -102,6 +105,7 @@ class Setup:
     gpus: int = 1  # sharded over
     reference: bool = False  # an adapter's objective scores each row without the adapter too, which keeps nothing
     head_slice: int = HEAD_SLICE
+    head_cache: int = 0  # bytes, at most, of probabilities that a trained head keeps from its forward to its backward
 
     @property
     def shards(self) -> bool:
@@ -260,6 +264,18 @@ def body_of(config: PretrainedConfig, row: Row, setup: Setup, checkpointing: boo
     return _body(_Shape(config), row, dtype, checkpointing, setup.lora_rank, setup.liger)
 
 
+@functools.cache
+def _streamed(shape: _Shape, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the layers that stream, on the host, and of their slots on the device."""
+    sizes = streaming.host_bytes(meta_model(shape.config, dtype))
+    return sum(sizes), streaming.SLOTS * max(sizes)
+
+
+def cache_bytes(config: PretrainedConfig, row: Row) -> int:
+    """Of all probabilities of a row's labels, in bfloat16."""
+    return 2 * row.label_tokens * config.get_text_config().vocab_size
+
+
 def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     """Predict the peak on one GPU (each of `setup.gpus`).
 
@@ -274,8 +290,11 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     weights = weights_bytes(parameters, setup)
     per_gradient = gradient_bytes(setup)
     all_gradients = per_gradient * sum(p.numel for p in trained)
-    states = sum(4 * p.numel if setup.states == "bf16" else moment_bytes(p.numel, setup.states) for p in trained)
     host = {}
+    if setup.host_weights:
+        host["weights"], slots = _streamed(_Shape(config), torch.float32 if setup.weights == "fp32" else torch.bfloat16)
+        weights += slots - host["weights"]
+    states = sum(4 * p.numel if setup.states == "bf16" else moment_bytes(p.numel, setup.states) for p in trained)
     if setup.host_states:
         blocks: dict[int | None, list[int]] = {}
         for p in trained:
@@ -283,7 +302,7 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
         host["optimizer states"] = sum(parcel_bytes(block, setup.states) for block in blocks.values())
         states = SLOTS * slot_bytes(list(blocks.values()), setup.states)
     in_layers = sum(p.numel for p in parameters if p.place == "layer")
-    layers = text.num_hidden_layers
+    layers = depth_of(text)
     gathered = 0
     if gpus > 1:
         weights, states, all_gradients = (-(-part // gpus) for part in (weights, states, all_gradients))
@@ -315,6 +334,7 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     tied = not any(p.place == "embedding" for p in parameters)
     head_gradient = (setup.weight_bytes if gpus == 1 else 2) * vocabulary * hidden if head_trained else 0
     head_working = row.label_tokens * min(setup.head_slice, vocabulary) * HEAD_SLICE_BYTES + rows * (2 + 2 + 4)
+    head_working += min(setup.head_cache, cache_bytes(config, row)) if head_trained else 0
 
     if setup.in_backward:
         # the profile holds the layers' gradients until they are stepped; a tied head's waits for the embedding's

@@ -39,7 +39,7 @@ def require_host_memory(name: str, prediction: Estimate, free: int) -> None:
         raise DoesNotFit(
             f"{name}: this run pins {prediction.host_needed / GIB:.1f} GiB of host memory ({parts}), and "
             f"{free / GIB:.1f} GiB are free there; use --optim_in_backward adamw_4bit, raise the container's limit, or "
-            "leave --optimizer_states host out; --memory_check false skips this check"
+            "leave --weights host or --optimizer_states host out; --memory_check false skips this check"
         )
 
 

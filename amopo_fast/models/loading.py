@@ -22,7 +22,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 from amopo_fast import hub
 from amopo_fast.errors import ModelError, OptionError
 from amopo_fast.models.config import ModelConfig, lora_targets
-from amopo_fast.models.depth import set_layers
+from amopo_fast.models.depth import depth_of, set_layers
 from amopo_fast.models.head import head_of
 from amopo_fast.models.saving import weights_digest
 from amopo_fast.models.text_part import auto_class, beside_text, linear_layers
@@ -30,7 +30,7 @@ from amopo_fast.prompts.recipe import Recipe, recipe_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig, TrainingArguments
+    from transformers import BitsAndBytesConfig
 
 
 @contextmanager
@@ -61,10 +61,10 @@ def load_shape(config: ModelConfig) -> PretrainedConfig:
     hub.prefer_cache_if_unreachable(config.model_name_or_path)
     shape = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=False)
     if config.config_overrides:
-        before = shape.get_text_config().num_hidden_layers
+        before = depth_of(shape.get_text_config())
         try:
             shape.update_from_string(config.config_overrides)
-            set_layers(shape, shape.get_text_config().num_hidden_layers, before)
+            set_layers(shape, depth_of(shape.get_text_config()), before)
             with torch.device("meta"):
                 auto_class(shape).from_config(shape, trust_remote_code=False)
         except Exception as error:  # whatever a model raises that is built of impossible sizes
@@ -74,14 +74,14 @@ def load_shape(config: ModelConfig) -> PretrainedConfig:
     return shape
 
 
-def load_model(config: ModelConfig, args: TrainingArguments, dtype: torch.dtype) -> nn.Module:
-    """A causal LM in `dtype` on the device of this rank; on the CPU where FSDP or DeepSpeed will place it.
+def load_model(config: ModelConfig, args: Any, dtype: torch.dtype) -> nn.Module:
+    """A causal LM in `dtype` on the device of this rank; on the CPU where FSDP, DeepSpeed or streaming will place it.
 
     Raises:
         OSError: not found.
     """
-    engine_places = bool(args.fsdp) or args.deepspeed is not None
-    device = torch.device("cpu") if engine_places else args.device
+    placed_later = bool(args.fsdp) or args.deepspeed is not None or args.weights == "host"
+    device = torch.device("cpu") if placed_later else args.device
     quantisation = quantisation_config(config, dtype)
     if config.random_weights:
         shape = load_shape(config)

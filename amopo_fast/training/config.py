@@ -39,6 +39,7 @@ CHOICES = {
     "optim_in_backward": (None, *IN_BACKWARD),
     "clip_in_backward": CLIPPING,
     "optimizer_states": ("device", "host"),
+    "weights": ("device", "host"),
     "kernel_backend": KERNEL_BACKENDS,
     "on_changed_option": (None, "keep", "use"),
     "attention_backend": ("auto", *ATTENTION_BACKENDS),
@@ -54,7 +55,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "learning_rate", "weight_decay", "max_grad_norm", "sft_coef", "cpo_alpha", "warmup_steps",
-    "eval_delay", "dataloader_num_workers", "logits_cache_gib", "keep_layers", "router_aux_loss_coef",
+    "eval_delay", "dataloader_num_workers", "keep_layers", "router_aux_loss_coef",
 )  # fmt: skip
 BELOW_ONE = ("adam_beta1", "adam_beta2")
 
@@ -109,11 +110,13 @@ class AMoPOConfig(TrainingArguments):
     )  # fmt: skip
     tokens_per_micro_batch: int = field(default=8192, metadata={"help": "Computed tokens of a micro-batch, at most."})
     kernel_backend: str = field(default="auto", metadata={"help": "amopo_kernels' backend of the head."})
-    logits_cache_gib: float = field(
-        default=0.0,
+    logits_cache_gib: str = field(
+        default="auto",
         metadata={"help": "GPU memory for probabilities that the head keeps for its backward: 2 bytes per label row "
-                  "and token of the vocabulary keep all of them and save a quarter of the head's work. Not with "
-                  "backend torch; unused where the head is frozen."},
+                  "and token of the vocabulary keep all of them and save a quarter of the head's work. auto: all, "
+                  "3/4, 1/2, 1/4 or none, whichever the estimate says fits the GPU beside the longest micro-batch, "
+                  "and a resume keeps that; or GiB; 0: none. None in any case with backend torch, or where the head "
+                  "is frozen."},
     )  # fmt: skip
     attention_backend: str = field(
         default="auto",
@@ -161,6 +164,12 @@ class AMoPOConfig(TrainingArguments):
         default="device",
         metadata={"help": "With optim_in_backward: device, or host: AdamW's states live in pinned host memory and "
                   "visit the GPU layer by layer during the backward pass; the weights are bit for bit the same."},
+    )  # fmt: skip
+    weights: str = field(
+        default="device",
+        metadata={"help": "With optim_in_backward: device, or host: the decoder layers' weights live in pinned host "
+                  "memory and visit two slots on the GPU as they compute; the weights are bit for bit the same. "
+                  "Switches gradient_checkpointing on."},
     )  # fmt: skip
     keep_layers: int = field(
         default=0,
@@ -212,6 +221,9 @@ class AMoPOConfig(TrainingArguments):
             self.use_liger_kernel = not self.use_cpu and liger_by_default()
         if self.fp16 and self.bf16:
             raise OptionError("fp16 and bf16 are both true: choose one of them", "fp16")
+        if self.weights == "host" and not getattr(self, "activation_checkpointing", self.gradient_checkpointing):
+            self.gradient_checkpointing = True
+            logger.warning("weights=host: gradient checkpointing is switched on: layers are recomputed in the backward")
         for name in ("checkpointing", "checkpointing_kwargs"):  # transformers < 5.24 has the former name alone
             old, new = f"gradient_{name}", f"activation_{name}"
             if getattr(self, new, False) is None and getattr(self, old) is not None:
@@ -274,6 +286,27 @@ class AMoPOConfig(TrainingArguments):
             raise OptionError(f"max_steps={self.max_steps} must be positive; -1 trains num_train_epochs", "max_steps")
         if self.max_steps < 0 and not self.num_train_epochs > 0:
             raise OptionError(f"num_train_epochs={self.num_train_epochs} must be positive", "num_train_epochs")
+        if self.warmup_steps >= 1 and self.warmup_steps % 1:
+            raise OptionError(f"warmup_steps={self.warmup_steps} must be a whole number of steps, or a share of all "
+                              "steps below 1", "warmup_steps")  # fmt: skip
+
+    @property
+    def logits_cache_bytes(self) -> int | None:
+        """None: to be chosen.
+
+        Raises:
+            OptionError: no amount of memory.
+        """
+        if self.logits_cache_gib == "auto":
+            return None
+        try:
+            gib = float(self.logits_cache_gib)
+        except (TypeError, ValueError):
+            gib = math.nan
+        if not 0 <= gib < 2**20:  # NaN too
+            name = "logits_cache_gib"
+            raise OptionError(f"{name}={self.logits_cache_gib}: write auto, or GiB, 0 for none", name)
+        return int(gib * 2**30)
 
     def _settle_objective(self) -> None:
         """Fill in the objective's own defaults; refuse what it does not have."""

@@ -18,14 +18,17 @@ from amopo_fast.memory.preflight import (
 )
 from amopo_fast.memory.profile import meta_model
 from amopo_fast.models.check import choose_layout
+from amopo_fast.models.choice import choice_of
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.loading import load_model, load_shape
 from amopo_fast.models.precision import weights_dtype
+from amopo_fast.models.streaming import StreamedWeights, host_bytes, memory_for, stream_weights, streamed_of
 from amopo_fast.optim.choose import IN_BACKWARD, STATES_OF_OPTIM
 from amopo_fast.packing.plan import Layout, build_plan
-from amopo_fast.packing.schedule import PairSizes
+from amopo_fast.packing.schedule import Epoch, PairSizes
 from amopo_fast.prompts.tokens import PairTokens
 from amopo_fast.training.epochs import schedule_of
+from amopo_fast.training.host_memory import refuse_in_host_memory
 from amopo_kernels.head.torch_slices import slice_columns
 
 if TYPE_CHECKING:
@@ -47,10 +50,13 @@ def setup_of(
     on_torch = args.kernel_backend == "torch" or args.device.type == "cpu"
     return Setup(
         states=states, weights=weights, in_backward=bool(args.optim_in_backward), checkpointing=checkpointing,
-        host_states=args.optimizer_states == "host", keep_layers=args.keep_layers,
+        host_states=args.optimizer_states == "host", host_weights=args.weights == "host",
+        keep_layers=args.keep_layers,
         offload=bool(options.get("offload")), lora_rank=lora_rank, quantised=quantised,
         nested=nested, accumulates=accumulates, gpus=args.world_size if args.fsdp else 1,
-        liger=bool(args.use_liger_kernel), head_slice=slice_columns(args.device) if on_torch else HEAD_SLICE,
+        liger=bool(args.use_liger_kernel),
+        head_cache=args.logits_cache_bytes or 0,
+        head_slice=slice_columns(args.device) if on_torch else HEAD_SLICE,
     )  # fmt: skip
 
 
@@ -62,6 +68,20 @@ def longest_row(pairs: Sequence[PairTokens], args: AMoPOConfig, layout: Layout =
     return row_of(plan), epoch.accumulation > 1
 
 
+def run_of(args: AMoPOConfig, model: nn.Module, pairs: Sequence[PairTokens], epoch: Epoch) -> tuple[Row, Setup]:
+    """(the epoch's longest micro-batch, the estimate's view of the run) of a loaded model, after `prepare_model`."""
+    layout = choice_of(model).layout
+    batch = longest_micro_batch(epoch, PairSizes.of(pairs, layout))
+    adapters = getattr(model, "peft_config", None)
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and (adapters or p.requires_grad)}
+    setup = setup_of(
+        args, torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32,
+        lora_rank=next(iter(adapters.values())).r if adapters else None,
+        quantised=getattr(model, "is_loaded_in_4bit", False), nested=False, accumulates=epoch.accumulation > 1,
+    )  # fmt: skip
+    return row_of(build_plan([pairs[i] for i in batch.pairs], layout)), setup
+
+
 def _host_line(prediction: Estimate) -> str:
     pinned = prediction.host_needed
     return f", and {pinned / GIB:.1f} GiB of pinned host memory" if pinned else ""
@@ -70,15 +90,17 @@ def _host_line(prediction: Estimate) -> str:
 def load_for_training(
     config: ModelConfig, args: AMoPOConfig, pairs: Sequence[PairTokens] | None, *, adapter: bool
 ) -> nn.Module:
-    """Choose the weights' precision, check that the run fits, and load the model on its device.
+    """Choose the weights' precision, check that the run fits, and load the model on its device, or with `weights` host
+    into pinned host memory, which is taken first.
 
     Args:
         pairs: the training data; without it, or off CUDA, nothing is checked and "auto" is float32.
         adapter: whether an adapter will be trained over it.
 
     Raises:
-        DoesNotFit: the run needs more memory than is free.
+        DoesNotFit: the run needs more memory than is free. RuntimeError: host memory that cannot be had.
     """
+    refuse_in_host_memory(args, adapter=adapter)
     shape = load_shape(config)
     checks = args.device.type == "cuda" and bool(pairs) and args.deepspeed is None
     row, accumulates = None, False
@@ -105,4 +127,17 @@ def load_for_training(
             print(f"weights in {str(dtype).removeprefix('torch.')}; about {prediction.needed / GIB:.1f} of "
                   f"{free / GIB:.1f} GiB free on each GPU will be needed"
                   f"{_host_line(prediction)}", flush=True)  # fmt: skip
-    return load_model(config, args, dtype)
+    if args.weights != "host":
+        return load_model(config, args, dtype)
+    memory = memory_for(host_bytes(meta_model(shape, dtype)), args.device)
+    model = load_model(config, args, dtype)  # in the file's own dtype it is the file, mapped: there is no second copy
+    stream_weights(model, args.device, memory)
+    return model
+
+
+def streamed_weights(model: nn.Module, args: AMoPOConfig) -> StreamedWeights | None:
+    """What moves the weights of a trainer's model, with `weights` host. Raises as `stream_weights`."""
+    refuse_in_host_memory(args, adapter=hasattr(model, "peft_config"))
+    if args.weights != "host":
+        return None
+    return streamed_of(model) or stream_weights(model, args.device)

@@ -1,12 +1,10 @@
 """Two processes train a multimodal class, a hybrid and a mixture of experts as one does; sharded models are checked."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from children import child_environment
+from children import child_environment, run
 from kinds_of_models import KINDS
 
 SCRIPT = Path(__file__).with_name("ranks_of_kinds.py")
@@ -17,8 +15,7 @@ SCENARIOS = ["ddp-multimodal:1,2", *(f"fsdp-{kind}:1,2" for kind in KINDS), "rea
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinds")
     environment = child_environment(OMP_NUM_THREADS="1")
-    command = [sys.executable, str(SCRIPT), str(folder), *SCENARIOS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = run(str(SCRIPT), str(folder), *SCENARIOS, environment=environment, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return lambda scenario, world: torch.load(folder / f"{scenario}-{world}.pt", weights_only=True)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import child_environment
+from children import child_environment, run
 from engines import VOCABULARY
 
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -21,8 +21,7 @@ SCENARIOS = ["ddp:1,2,4", "ddp_saved:2", "ddp_goes_on:3", "ddp_ends:1", "ddp_res
 
 def run_groups(folder, scenarios, **variables):
     environment = child_environment(**{"OMP_NUM_THREADS": "1", **variables})
-    command = [sys.executable, str(SCRIPT), str(folder), *scenarios]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = run(str(SCRIPT), str(folder), *scenarios, environment=environment, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return lambda scenario, world: torch.load(folder / f"{scenario}-{world}.pt", weights_only=True)
 
