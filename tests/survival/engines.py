@@ -1,4 +1,4 @@
-"""Scenarios of ranks.py that call FSDP2 and DeepSpeed themselves: scoring, checkpoints, what is reduced in one piece."""
+"""Scenarios of ranks.py that call FSDP2 and DeepSpeed themselves: scoring, checkpoints, what is reduced at once."""
 
 from dataclasses import replace
 
@@ -120,7 +120,8 @@ def fsdp_units(folder, world, *, own_head=False):
         head.OWN_HEAD_ROWS = 7
     if world > 1:
         model = group_like_accelerate(model)
-    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # torch < 2.13
+    # torch < 2.13 has the second alone
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
     sizes, reduce_scatter = [], getattr(dist, name)
 
     def recorded(*args, **kwargs):
@@ -164,7 +165,8 @@ def fsdp_goes_on(folder, world):
 
     def bits(model, optimizer):
         states = [optimizer.state[p] for p in model.parameters()]
-        return [whole(t).clone() for t in (*model.parameters(), *(s[k] for s in states for k in ("exp_avg", "exp_avg_sq")))]
+        moments = (state[name] for state in states for name in ("exp_avg", "exp_avg_sq"))
+        return [whole(tensor).clone() for tensor in (*model.parameters(), *moments)]
 
     model, optimizer = begin(0)
     steps(model, optimizer, batches[:2])

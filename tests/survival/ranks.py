@@ -16,9 +16,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from engines import (
-    fsdp, fsdp_goes_on, fsdp_loaded, fsdp_own_head, fsdp_tied, fsdp_units, head_not_gathered, zero2, zero3,
+    fsdp,
+    fsdp_goes_on,
+    fsdp_loaded,
+    fsdp_own_head,
+    fsdp_tied,
+    fsdp_units,
+    head_not_gathered,
+    zero2,
+    zero3,
 )  # fmt: skip
-from small_run import small_model, small_pairs, small_trainer
+from small_run import small_model, small_trainer
 from transformers import TrainerCallback
 
 from amopo_fast.survival.checkpoints import complete_checkpoints
