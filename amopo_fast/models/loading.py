@@ -65,7 +65,10 @@ def load_shape(config: ModelConfig) -> PretrainedConfig:
         before = shape.get_text_config().num_hidden_layers
         try:
             shape.update_from_string(config.config_overrides)
-            set_layers(shape, shape.get_text_config().num_hidden_layers, before)
+            layers = shape.get_text_config().num_hidden_layers
+            if layers < 1:
+                raise ValueError(f"num_hidden_layers={layers} must be positive")
+            set_layers(shape, layers, before)
             with torch.device("meta"):
                 auto_class(shape).from_config(shape, trust_remote_code=False)
         except Exception as error:  # whatever a model raises that is built of impossible sizes
@@ -274,6 +277,19 @@ def check_base(model: nn.Module, recipe: Recipe, name: str) -> None:
         )  # fmt: skip
 
 
+def device_named(name: str | torch.device | None) -> torch.device:
+    """Where a model is put; None: CUDA where there is a GPU. Raises OptionError for a device that is not there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # of a backend: some assert
+        found = " ".join(str(error).split())[:200]
+        raise OptionError(f"device={str(name)!r} cannot be used: {found}; choose cpu, cuda or cuda:N with the number of "
+                          "a GPU that is here", "device") from None  # fmt: skip
+    return device
+
+
 def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device | None = None) -> nn.Module:
     """A causal LM to evaluate or prompt, with its adapter if the folder is one's.
 
@@ -284,8 +300,8 @@ def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device |
     Raises:
         ValueError: names the model that cannot be loaded.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind: Any = dtype if dtype != "auto" else ("float32" if torch.device(device).type == "cpu" else "auto")
+    device = device_named(device)
+    kind: Any = dtype if dtype != "auto" else ("float32" if device.type == "cpu" else "auto")
 
     def load(folder: str) -> nn.Module:
         return load_whole(folder, dtype=kind)

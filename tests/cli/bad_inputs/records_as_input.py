@@ -36,7 +36,7 @@ FORMATS = {
     "messages": (TALK, {"prompt.0.role": {**TEXT, "unknown": "robot"}, "prompt.0.content": CONTENT,
                         "chosen": {k: v for k, v in LIST.items()}, "rejected.0.role": {**TEXT, "of the user": "user"},
                         "rejected.0.content": TEXT}),
-    "ultrafeedback": (ULTRA, {"instruction": TEXT, "completions": LIST, "completions.0.response": TEXT}),
+    "ultrafeedback": (ULTRA, {"instruction": TEXT, "completions": {k: v for k, v in LIST.items() if k != "empty"}, "completions.0.response": TEXT}),
     "sharegpt": (SHAREGPT, {"conversations": LIST, "chosen.value": TEXT, "rejected.value": TEXT,
                             "helpfulness_chosen": SCORE}),
 }  # fmt: skip
