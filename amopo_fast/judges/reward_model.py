@@ -77,7 +77,7 @@ class RewardModel:
             if not 0 <= index < count:
                 raise OptionError(f"judge_outputs {dimension}={index}: {name} has the outputs 0 to {count - 1}",
                                   "judge_outputs")  # fmt: skip
-        return cls(name, model.to(device).eval(), tokenizer, dict(outputs or {}), batch_size)
+        return cls(name, model.to(place).eval(), tokenizer, dict(outputs or {}), batch_size)
 
     @property
     def identity(self) -> dict[str, Any]:

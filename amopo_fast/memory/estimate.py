@@ -27,6 +27,7 @@ from amopo_fast.memory.profile import BodyProfile, llama_of_widths, meta_model, 
 from amopo_fast.models import streaming
 from amopo_fast.models.architecture import decoder_of, language_model_of, layer_configs, positions_of
 from amopo_fast.models.check import choose_layout
+from amopo_fast.models.depth import depth_of
 from amopo_fast.optim.host_states import SLOTS, blocks_of, parcel_bytes, slot_bytes
 from amopo_fast.optim.states import moment_bytes
 from amopo_fast.packing.plan import Layout
@@ -301,7 +302,7 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
         host["optimizer states"] = sum(parcel_bytes(block, setup.states) for block in blocks.values())
         states = SLOTS * slot_bytes(list(blocks.values()), setup.states)
     in_layers = sum(p.numel for p in parameters if p.place == "layer")
-    layers = text.num_hidden_layers
+    layers = depth_of(text)
     gathered = 0
     if gpus > 1:
         weights, states, all_gradients = (-(-part // gpus) for part in (weights, states, all_gradients))

@@ -29,7 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 from transformers.integrations.moe import ExpertsInterface
 
 from amopo_fast.models.architecture import decoder_of, language_model_of, layer_configs
-from amopo_fast.models.depth import period_of, set_layers
+from amopo_fast.models.depth import depth_of, period_of, set_layers
 from amopo_fast.models.faster_layers import without_liger
 from amopo_fast.models.text_part import auto_class, freeze_beside_text, linear_layers
 from amopo_kernels.head.operators import IMPLEMENTATIONS
@@ -246,7 +246,7 @@ def profile_body(
         ValueError: a configuration that transformers does not build.
     """
     text = config.get_text_config()
-    layers = text.num_hidden_layers
+    layers = depth_of(text)
     first, period = period_of(text)
 
     def run(depth: int) -> tuple[int, int, int, int, int]:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 from amopo_fast import hub
 from amopo_fast.errors import ModelError, OptionError, shown
 from amopo_fast.models.config import ModelConfig, lora_targets
-from amopo_fast.models.depth import set_layers
+from amopo_fast.models.depth import depth_of, set_layers
 from amopo_fast.models.head import head_of
 from amopo_fast.models.saving import weights_digest
 from amopo_fast.models.text_part import auto_class, beside_text, linear_layers
@@ -62,10 +62,10 @@ def load_shape(config: ModelConfig) -> PretrainedConfig:
     hub.prefer_cache_if_unreachable(config.model_name_or_path)
     shape = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=False)
     if config.config_overrides:
-        before = shape.get_text_config().num_hidden_layers
+        before = depth_of(shape.get_text_config())
         try:
             shape.update_from_string(config.config_overrides)
-            layers = shape.get_text_config().num_hidden_layers
+            layers = depth_of(shape.get_text_config())
             if layers < 1:
                 raise ValueError(f"num_hidden_layers={layers} must be positive")
             set_layers(shape, layers, before)
@@ -285,8 +285,8 @@ def device_named(name: str | torch.device | None) -> torch.device:
         torch.empty(0, device=device)
     except Exception as error:  # of a backend: some assert
         found = " ".join(str(error).split())[:200]
-        raise OptionError(f"device={str(name)!r} cannot be used: {found}; choose cpu, cuda or cuda:N with the number of "
-                          "a GPU that is here", "device") from None  # fmt: skip
+        raise OptionError(f"device={str(name)!r} cannot be used: {found}; choose cpu, cuda or cuda:N with the number "
+                          "of a GPU that is here", "device") from None  # fmt: skip
     return device
 
 
@@ -300,8 +300,8 @@ def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device |
     Raises:
         ValueError: names the model that cannot be loaded.
     """
-    device = device_named(device)
-    kind: Any = dtype if dtype != "auto" else ("float32" if device.type == "cpu" else "auto")
+    place = device_named(device)
+    kind: Any = dtype if dtype != "auto" else ("float32" if place.type == "cpu" else "auto")
 
     def load(folder: str) -> nn.Module:
         return load_whole(folder, dtype=kind)
@@ -309,7 +309,7 @@ def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device |
     hub.prefer_cache_if_unreachable(name)
     with model_errors(name):
         if not (Path(name) / "adapter_config.json").is_file():
-            return load(name).to(device)
+            return load(name).to(place)
         base_name = base_of(name)
     with model_errors(base_name, f"base_model_name_or_path of {name}"):
         base = load(base_name)
@@ -317,4 +317,4 @@ def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device |
     if recipe is not None:
         check_base(base, recipe, base_name)
     with model_errors(name):
-        return load_adapter(base, name).to(device)
+        return load_adapter(base, name).to(place)

@@ -35,7 +35,7 @@ def poisoned_slots(monkeypatch):
 
 def made(family, dtype=torch.bfloat16, depth=4):
     """More layers than slots."""
-    config = tiny_config(CONFIGS.get(family) or FAMILIES[family], depth)
+    config = tiny_config(CONFIGS.get(family) or FAMILIES[family], range(depth))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         mapping = MODEL_FOR_CAUSAL_LM_MAPPING
