@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(arguments.command, error, 2)
     except NumbersError as error:
         return _fail(arguments.command, error, 4)
-    except (ValueError, OSError, CheckpointError, JudgeError) as error:
+    except OSError as error:
+        return _fail(arguments.command, _with_path(error), 1)
+    except (ValueError, CheckpointError, JudgeError) as error:
         return _fail(arguments.command, error, 1)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which a command without torch need not import
@@ -87,6 +89,13 @@ _LESS_MEMORY = (
     "lower tokens_per_micro_batch (tokens_per_row, batch_size), set gradient_checkpointing, or ask `amopo-fast "
     "estimate` what fits"
 )
+
+
+def _with_path(error: OSError) -> str:
+    """What the system says of a file, without its number and with what to do; libraries' own texts as they are."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}; check the path, its rights and the room on its disk"
 
 
 def _fail(command: str, error: object, code: int) -> int:

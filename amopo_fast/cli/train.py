@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from amopo_fast.cli.outputs import output_folder
 from amopo_fast.errors import OptionError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which `amopo-fast --help` need not
@@ -27,13 +28,6 @@ STOPPED = 3  # exit code: a signal asked to stop; the message says what to go on
 def add_parser(commands) -> None:
     train = commands.add_parser("train", help="train a model", add_help=False)
     train.set_defaults(run=run, takes_rest=True)
-
-
-def check_output_dir(folder: Path) -> None:
-    """Raises OptionError where something that is no folder is in the way."""
-    for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            raise OptionError(f"output_dir: {place} is a file; name a folder")
 
 
 def check_evaluation(data_config: DataConfig, config: AMoPOConfig) -> None:
@@ -133,7 +127,7 @@ def _run(arguments, progress: Progress) -> int:
     check_evaluation(data_config, config)
     if config.disable_tqdm:
         hide_bars()
-    check_output_dir(Path(config.output_dir))
+    output_folder(config.output_dir, "output_dir")
     owns = config.process_index == 0 and not config.dry_run
     with OutputLock(config.output_dir) if owns else contextlib.nullcontext():
         return _train(data_config, model_config, config, progress)

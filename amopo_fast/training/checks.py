@@ -5,26 +5,41 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
 
 from accelerate.utils import AutocastKwargs
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from amopo_fast.errors import OptionError
+from amopo_fast.errors import OptionError, shown
 from amopo_fast.models.architecture import language_model_of, positions_of, vocabulary_of
 from amopo_fast.models.real_logits import check_real_logits
 from amopo_fast.models.scoring import check_lengths
 from amopo_fast.prompts.model_limits import check_pairs, check_vocabulary
 from amopo_fast.prompts.tokens import PairTokens
 from amopo_fast.training.arguments import engine_asked_for
-
-if TYPE_CHECKING:
-    from amopo_fast.training.config import AMoPOConfig
-
+from amopo_fast.training.config import AMoPOConfig
 
 logger = logging.getLogger(__name__)
+
+
+def given_sets(
+    args: AMoPOConfig,
+    train_dataset: Sequence[PairTokens] | None,
+    eval_dataset: Sequence[PairTokens] | dict[str, Sequence[PairTokens]] | None,
+) -> dict[str, Sequence[PairTokens]]:
+    """The evaluation sets by name, "" for a single one. Raises ValueError where what a program gave is of another kind,
+    such as transformers' TrainingArguments or a data set of texts."""
+    if not isinstance(args, AMoPOConfig):
+        raise ValueError(f"args is {shown(args)}: give an AMoPOConfig, which takes TrainingArguments' options too")
+    evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset or ()}
+    for what, pairs in [("train_dataset", train_dataset or ()), *(("eval_dataset", each) for each in evals.values())]:
+        if len(pairs) and not isinstance(pairs[0], PairTokens):
+            raise ValueError(
+                f"{what} holds {shown(pairs[0])}: give tokenised pairs, as load_data(DataConfig(train_data=[...]), "
+                "tokenizer).train holds them"
+            )
+    return evals
 
 
 def check_engine(model: nn.Module, args: AMoPOConfig) -> None:

@@ -15,7 +15,7 @@ WRONG = {  # kind of number: what is none of that kind
     "a list": ("nan", "1,inf", "1,,2", "1,much", ""),
     "two from 0": ("nan,1", "1", "1,2,3", "-1,1", "much,1"),
 }
-SAYS_HOW = "write|must|choose"
+SAYS_HOW = "write|must|choose|give"
 EVALUATES = ("--eval_strategy", "steps", "--eval_share", "0.5")
 PEFT = ("--use_peft", "true")
 WORKERS = ("--dataloader_num_workers", "1")
