@@ -33,7 +33,8 @@ router that draws noise in training (PhiMoE's `router_jitter_noise`) is said whe
 
 When a run or an evaluation begins, a few tokens go through the real model's own forward, and their logits are compared
 with those that are trained: softcap, temperature, bias, multipliers and a padded vocabulary, under DDP, FSDP2 and
-DeepSpeed too. What differs is named. `compile_layers` is for shared layouts and refused in separate ones.
+DeepSpeed too. What differs is named. `compile_layers` is for shared layouts and refused in separate ones. Under
+DeepSpeed ZeRO-3 recurrent layers do not run through states: such models are trained on separate rows there, and said.
 
 Doge is exact up to `keep_window_size` tokens, Llama 4 in a shared row up to `attention_chunk_size`; longer sequences
 are refused by length. Refused are encoders, models whose attention is not causal, and what a reason names

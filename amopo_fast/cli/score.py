@@ -51,7 +51,10 @@ def run(arguments) -> int:
     options = judge_options(arguments)
     check_read([arguments.judge] if arguments.judge else [], options)
     score_range = (arguments.score_min, arguments.score_max)
-    check_dimensions([*arguments.dimensions, *arguments.keep], score_range)
+    try:
+        check_dimensions([*arguments.dimensions, *arguments.keep], score_range)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
     if NO_OBJECT in arguments.dimensions:
         raise OptionError(f"{NO_OBJECT} has no scores: leave it out of --dimensions", "dimensions")
     if arguments.rescale is not None and not 0 < arguments.rescale <= score_range[1] - score_range[0]:

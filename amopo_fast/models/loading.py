@@ -65,7 +65,10 @@ def load_shape(config: ModelConfig) -> PretrainedConfig:
         before = depth_of(shape.get_text_config())
         try:
             shape.update_from_string(config.config_overrides)
-            set_layers(shape, depth_of(shape.get_text_config()), before)
+            layers = depth_of(shape.get_text_config())
+            if layers < 1:
+                raise ValueError(f"num_hidden_layers={layers} must be positive")
+            set_layers(shape, layers, before)
             with torch.device("meta"):
                 auto_class(shape).from_config(shape, trust_remote_code=False)
         except Exception as error:  # whatever a model raises that is built of impossible sizes
@@ -274,6 +277,19 @@ def check_base(model: nn.Module, recipe: Recipe, name: str) -> None:
         )  # fmt: skip
 
 
+def device_named(name: str | torch.device | None) -> torch.device:
+    """Where a model is put; None: CUDA where there is a GPU. Raises OptionError for a device that is not there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # of a backend: some assert
+        found = " ".join(str(error).split())[:200]
+        raise OptionError(f"device={str(name)!r} cannot be used: {found}; choose cpu, cuda or cuda:N with the number "
+                          "of a GPU that is here", "device") from None  # fmt: skip
+    return device
+
+
 def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device | None = None) -> nn.Module:
     """A causal LM to evaluate or prompt, with its adapter if the folder is one's.
 
@@ -284,8 +300,8 @@ def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device |
     Raises:
         ValueError: names the model that cannot be loaded.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind: Any = dtype if dtype != "auto" else ("float32" if torch.device(device).type == "cpu" else "auto")
+    place = device_named(device)
+    kind: Any = dtype if dtype != "auto" else ("float32" if place.type == "cpu" else "auto")
 
     def load(folder: str) -> nn.Module:
         return load_whole(folder, dtype=kind)
@@ -293,7 +309,7 @@ def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device |
     hub.prefer_cache_if_unreachable(name)
     with model_errors(name):
         if not (Path(name) / "adapter_config.json").is_file():
-            return load(name).to(device)
+            return load(name).to(place)
         base_name = base_of(name)
     with model_errors(base_name, f"base_model_name_or_path of {name}"):
         base = load(base_name)
@@ -301,4 +317,4 @@ def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device |
     if recipe is not None:
         check_base(base, recipe, base_name)
     with model_errors(name):
-        return load_adapter(base, name).to(device)
+        return load_adapter(base, name).to(place)

@@ -111,7 +111,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     """
     paths = [Path(os.path.realpath(folder)) for folder in folders]
     if len(set(paths)) < len(paths):
-        raise ValueError("a run is named twice")
+        raise ValueError("a run is named twice: name each once")
     for depth in range(1, 64):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):

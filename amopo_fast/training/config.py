@@ -226,18 +226,14 @@ class AMoPOConfig(TrainingArguments):
         if self.weights == "host" and not getattr(self, "activation_checkpointing", self.gradient_checkpointing):
             self.gradient_checkpointing = True
             logger.warning("weights=host: gradient checkpointing is switched on: layers are recomputed in the backward")
+        for name in self._VALID_DICT_FIELDS:
+            _check_mapping(name, getattr(self, name), file=name in ("fsdp_config", "deepspeed"))
         for name in ("checkpointing", "checkpointing_kwargs"):  # transformers < 5.24 has the former name alone
             old, new = f"gradient_{name}", f"activation_{name}"
             if getattr(self, new, False) is None and getattr(self, old) is not None:
                 setattr(self, new, getattr(self, old))
                 setattr(self, old, None)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        for name in self._VALID_DICT_FIELDS:
-            value = getattr(self, name)
-            if isinstance(value, str) and value.startswith("{"):
-                _from_json(name, value)
-        for name in ("fsdp_config", "deepspeed"):
-            _check_json_file(name, getattr(self, name))
         if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
             raise OptionError("deepspeed is not installed here: pip install deepspeed, or leave it out", "deepspeed")
         for name, choices in CHOICES.items():
@@ -349,8 +345,10 @@ class AMoPOConfig(TrainingArguments):
         """The option that an error of transformers is about: the one that it names or whose value it quotes, among
         those that are not at their default."""
         named = [name for name in changed if name in text]
-        quoted = [name for name, value in changed.items() if isinstance(value, str) and value and value in text]
-        return max(named, key=len, default="") or next(iter(quoted), "")
+        texts = {name: value for name, value in changed.items() if isinstance(value, str)}
+        quoted = [name for name, value in texts.items() if repr(value) in text or (value and value in text)]
+        empty = [name for name, value in texts.items() if not value]
+        return max(named, key=len, default="") or next(iter(quoted + empty), "")
 
 
 def _from_json(option: str, text: str) -> Any:
@@ -358,17 +356,20 @@ def _from_json(option: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise OptionError(f"{option}: not JSON: {error}", option) from None
+        raise OptionError(f"{option}: not JSON: {error}; write a JSON object", option) from None
 
 
-def _check_json_file(option: str, value: Any) -> None:
-    """Raises OptionError where a path is not that of a JSON object."""
-    if not isinstance(value, str) or not value or value.startswith("{"):
+def _check_mapping(option: str, value: Any, *, file: bool) -> None:
+    """Raises OptionError for text that is neither a JSON object nor, if `file`, the path of one."""
+    if not isinstance(value, str) or not value:
         return
-    try:
-        content = json.loads(Path(value).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OptionError(f"{option}: {value} cannot be read ({reason}); name a JSON file", option) from None
+    if not file or value.startswith("{"):
+        content = _from_json(option, value)
+    else:
+        try:
+            content = json.loads(Path(value).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OptionError(f"{option}: {value} cannot be read ({reason}); name a JSON file", option) from None
     if not isinstance(content, dict):
         raise OptionError(f"{option}: {value} holds {shown(content)}; write a JSON object", option)

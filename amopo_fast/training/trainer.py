@@ -35,7 +35,7 @@ from amopo_fast.survival.guard import Guard
 from amopo_fast.survival.safety import write_arguments
 from amopo_fast.survival.signals import EvaluationStopped, Termination
 from amopo_fast.training.arguments import check_best_metric
-from amopo_fast.training.checks import RealLogits, check_data
+from amopo_fast.training.checks import RealLogits, check_data, given_sets
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.epochs import Description, most_micro_batches, require_one_micro_batch, schedule_of
 from amopo_fast.training.head_cache import HeadCache
@@ -91,6 +91,7 @@ class AMoPOTrainer(MovesWithoutWaiting, Trainer):
         peft_config: PeftConfig | None = None,
         **kwargs,
     ):
+        evals = given_sets(args, train_dataset, eval_dataset)
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
             model = load_for_training(ModelConfig(model), args, train_dataset, adapter=peft_config is not None)
@@ -110,7 +111,6 @@ class AMoPOTrainer(MovesWithoutWaiting, Trainer):
         self.routers, self.head_cache = RouterLoss(args.router_aux_loss_coef, model), HeadCache(args)
         if args.compile_layers:
             compile_layers(model)
-        evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset or ()}
         check_best_metric(args, dimensions, [name for name, pairs in evals.items() if len(pairs)])
         check_data([train_dataset or (), *evals.values()], model, processing_class, dimensions)
         callbacks = list(callbacks or [])

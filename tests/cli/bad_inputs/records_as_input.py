@@ -8,7 +8,8 @@ from good_files import RECORDS
 from numbers_as_input import STEER
 
 DELETED, HALF = object(), "So \ud83d"
-TEXT = {"missing": DELETED, "null": None, "a number": 3, "true": True, "empty": "", "blank": " \n", "a mapping": {"a": 1},
+TEXT = {"missing": DELETED, "null": None, "a number": 3, "true": True, "empty": "", "blank": " \n",
+    "a mapping": {"a": 1},
         "half a character": HALF}  # fmt: skip
 SCORE = {"missing": DELETED, "null": None, "text": "high", "true": True, "a list": [3], "NaN": float("nan"),
          "infinite": float("inf"), "negative": -1, "too high": 9, "huge": 1e308}  # fmt: skip
@@ -24,7 +25,8 @@ ULTRA = {
                     for text, score, stars in (("Ada.", 8.0, 4), ("Bob.", 2.0, 1))],
 }  # fmt: skip
 SHAREGPT = {"conversations": [{"from": "human", "value": "Who?"}], "chosen": {"from": "gpt", "value": "Ada."},
-            "rejected": {"from": "gpt", "value": "Bob."}, "helpfulness_chosen": 4, "helpfulness_rejected": 1}  # fmt: skip
+            "rejected": {"from": "gpt", "value": "Bob."}, "helpfulness_chosen": 4,
+            "helpfulness_rejected": 1}  # fmt: skip
 CONTENT = {name: value for name, value in TEXT.items() if name != "blank"}
 # format: (a good record, its fields with what is none of their kind)
 FORMATS = {
@@ -36,7 +38,8 @@ FORMATS = {
     "messages": (TALK, {"prompt.0.role": {**TEXT, "unknown": "robot"}, "prompt.0.content": CONTENT,
                         "chosen": {k: v for k, v in LIST.items()}, "rejected.0.role": {**TEXT, "of the user": "user"},
                         "rejected.0.content": TEXT}),
-    "ultrafeedback": (ULTRA, {"instruction": TEXT, "completions": LIST, "completions.0.response": TEXT}),
+    "ultrafeedback": (ULTRA, {"instruction": TEXT, "completions": {k: v for k, v in LIST.items() if k != "empty"},
+    "completions.0.response": TEXT}),
     "sharegpt": (SHAREGPT, {"conversations": LIST, "chosen.value": TEXT, "rejected.value": TEXT,
                             "helpfulness_chosen": SCORE}),
 }  # fmt: skip
@@ -59,8 +62,10 @@ def of_formats():
     for name, (good, fields) in FORMATS.items():
         for path, kinds in fields.items():
             for kind, value in kinds.items():
-                def damage(work, here, records=(good, damaged(good, path, value), good)):
-                    (here / "pairs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+                text = "".join(json.dumps(each) + "\n" for each in (good, damaged(good, path, value), good))
+
+                def damage(work, here, text=text):
+                    (here / "pairs.jsonl").write_text(text)
 
                 spelt = path.split(".")[0]
                 yield Bad(f"{name}: {path} {kind}",
