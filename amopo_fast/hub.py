@@ -11,8 +11,6 @@ import logging
 import threading
 from pathlib import Path
 
-from amopo_fast.errors import shown
-
 logger = logging.getLogger(__name__)
 
 SECONDS = 5.0  # for one answer of the Hub; a name server that does not answer counts too
@@ -57,7 +55,7 @@ def _broken_file(folder: Path) -> str:
         except (OSError, ValueError, RecursionError) as error:
             return f"its {path.name} cannot be read ({error}): copy it again"
         if not isinstance(content, dict):
-            return f"its {path.name} holds {shown(content)}, not a JSON object: copy it again"
+            return f"its {path.name} holds a {type(content).__name__}, not a JSON object: copy it again"
     return ""
 
 

@@ -212,21 +212,19 @@ def _write(folder: Path, sets, text: str) -> None:
 
 
 def _print(sets) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
+
+    from amopo_fast.report.tables import NumbersTable
 
     for label, found in sets.items():
         first = next(iter(found.values()))
         title = f"{label or 'held out'}: {first['pairs']} pairs, accuracy in % with half its 95 % interval"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("model", overflow="fold")
-        for name in ("mean", *first["dimensions"]):
-            table.add_column(name.replace("_", " "), justify="right")
-        for model, result in found.items():
-            parts = (result["mean"], *result["dimensions"].values())
-            table.add_row(model, *(_interval(part["accuracy"]) for part in parts))
-        Console().print(table)
+        columns = ["model", "mean", *(name.replace("_", " ") for name in first["dimensions"])]
+        rows = [
+            [model, *(_interval(part["accuracy"]) for part in (result["mean"], *result["dimensions"].values()))]
+            for model, result in found.items()
+        ]
+        Console().print(NumbersTable(title, columns, rows))
 
 
 def _interval(value: dict[str, float | None]) -> str:

@@ -100,18 +100,13 @@ def run(arguments) -> int:
 
 
 def _print(found, dimensions) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title="Pairs by the scores of their responses", title_justify="left", box=box.SIMPLE_HEAD,
-                  pad_edge=False)  # fmt: skip
-    columns = ("chosen higher", "tied", "rejected higher", "without a score")
-    for name in ("dimension", *columns):
-        table.add_column(name, justify="left" if name == "dimension" else "right")
-    for name in dimensions:
-        counts = (found.higher, found.tied, found.lower, found.missing)
-        table.add_row(name, *(str(count.get(name, 0)) for count in counts))
-    Console().print(table)
+    from amopo_fast.report.tables import NumbersTable
+
+    counts = (found.higher, found.tied, found.lower, found.missing)
+    rows = [[name, *(str(count.get(name, 0)) for count in counts)] for name in dimensions]
+    columns = ("dimension", "chosen higher", "tied", "rejected higher", "without a score")
+    Console().print(NumbersTable("Pairs by the scores of their responses", columns, rows))
     if found.skipped or found.dropped:
         Console().print(f"{found.skipped} bad records and {found.dropped} without a preference are left out")

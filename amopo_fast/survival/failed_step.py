@@ -68,27 +68,18 @@ class FailedStep:
 
     def table(self):
         """What a terminal shows of the step before its records."""
-        from rich import box
         from rich.console import Group
-        from rich.table import Table
 
-        content = self.content
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in (
-            "record",
-            "rank",
-            "micro-batch",
-            "its loss",
-            "dimension",
-            *(c.replace("_", " ") for c in _COLUMNS),
-        ):
-            table.add_column(column, justify="left" if column == "dimension" else "right")
+        from amopo_fast.report.tables import NumbersTable
+
+        content, rows = self.content, []
         for pair in content["pairs"]:
-            where = [str(record_of(pair["record"])), str(pair["rank"]), str(pair["micro_batch"])]
+            where = [str(pair["rank"]), str(pair["micro_batch"]), _short(pair["micro_batch_loss"])]
             for dimension, values in pair["dimensions"].items():
                 numbers = [_short(values.get(column)) for column in _COLUMNS]
-                table.add_row(*where, _short(pair["micro_batch_loss"]), dimension, *numbers)
-                where = ["", "", ""]
+                rows.append([str(record_of(pair["record"])), dimension, *where, *numbers])
+        columns = ["record", "dimension", "rank", "micro-batch", "its loss", *(c.replace("_", " ") for c in _COLUMNS)]
+        table = NumbersTable("What was computed", columns, rows, keys=2)
         lines = [f"step {content['step']}: {content['reason']}"]
         for part in ("weights", "gradients"):
             if content.get(part):
@@ -97,7 +88,7 @@ class FailedStep:
             lines.append(f"changed by it before that was known: {', '.join(content['changed_weights'])}")
         lines.append(f"gradient norm {_short(content.get('gradient_norm'))}, learning rate "
                      f"{_short(content.get('learning_rate'))}, seed {content.get('seed')}")  # fmt: skip
-        return Group(*lines, table if content["pairs"] else "no records: no step had begun")
+        return Group(*lines, table if rows else "no records: no step had begun")
 
 
 def _not_one(path: str | Path, reason: object) -> ValueError:
