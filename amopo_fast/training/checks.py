@@ -9,7 +9,7 @@ from itertools import chain
 from accelerate.utils import AutocastKwargs
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from amopo_fast.errors import OptionError, shown
 from amopo_fast.models.architecture import language_model_of, positions_of, vocabulary_of
@@ -67,6 +67,8 @@ def in_the_root_unit(model: nn.Module) -> list[str]:
     gives each its own unit from 1.14 on, and tied ones one from 1.15 (fsdp_utils.fsdp2_prepare_model).
     """
     text = language_model_of(model)
+    if not isinstance(text, PreTrainedModel):
+        return []
     matrices = {"embeddings": text.get_input_embeddings(), "head": text.get_output_embeddings()}
     return [name for name, module in matrices.items() if module is not None and not isinstance(module, FSDPModule)]
 

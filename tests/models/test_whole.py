@@ -74,6 +74,6 @@ def test_merge_says_at_once_that_it_cannot_write(tmp_path, capsys):
     get_peft_model(model(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     (tmp_path / "file").write_text("x")
     for output, message in ((tmp_path / "file", "is a file; name a folder"), (tmp_path / "file" / "in", "be written")):
-        assert main(["merge", str(tmp_path / "adapter"), str(output)]) == 1
+        assert main(["merge", str(tmp_path / "adapter"), str(output)]) == 2
         assert message in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "x"
