@@ -88,7 +88,8 @@ class Source:
         known = {f.name: f.type for f in fields(cls)}
         for key in value:
             if key not in known:
-                raise OptionError(f"{value.get('path', 'a data set')}: unknown option {key!r}{did_you_mean(key, known)}")
+                meant = did_you_mean(key, known)
+                raise OptionError(f"{value.get('path', 'a data set')}: unknown option {key!r}{meant}")
         path = value.get("path")
         if not isinstance(path, str) or not path.strip():
             raise OptionError(f"path must be a file, folder or Hub name, got {path!r}")
