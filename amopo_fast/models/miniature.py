@@ -181,7 +181,8 @@ def miniature(model: nn.Module) -> nn.Module:
             continue
         missing = wanted - _own_classes(decoder_of(tiny))
         if not missing:
-            return tiny
+            _initialise_when_called(tiny)
+            return tiny.train()
         reason = ValueError(f"it lacks {', '.join(sorted(missing))}")
     raise reason
 
@@ -234,8 +235,7 @@ def _build(model_class: type[nn.Module], config: PretrainedConfig) -> nn.Module:
             module.p = 0.0
         if hasattr(module, "mrope_section") and hasattr(module, "inv_freq"):  # a default where the config has none
             module.mrope_section = _sections(len(module.mrope_section), len(module.inv_freq))
-    _initialise_when_called(tiny)
-    return tiny.train()
+    return tiny
 
 
 def _initialise_when_called(model: nn.Module) -> None:

@@ -50,3 +50,23 @@ def test_sharded_weights_have_the_gradients_of_one_process(results, kind):
 def test_the_real_logits_of_sharded_weights_are_compared_on_every_rank(results):
     errors = results("real_logits", 2)["errors"]
     assert len(errors) == 2 and all("its own are 0.5 times lm_head's" in each for each in errors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_deepspeed_moves_the_weights_as_one_process(kind, stage, tmp_path):
+    """DeepSpeed's CPU accelerator. Optional: it is in no extra of this project."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    environment = child_environment(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+    name = f"zero{stage}-{kind}"
+    done = run(str(SCRIPT), str(tmp_path), f"{name}:1,2", environment=environment, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    alone, together = (torch.load(tmp_path / f"{name}-{world}.pt", weights_only=True) for world in (1, 2))
+    moved = 0
+    for key, weight in alone["after"].items():
+        step = weight - alone["before"][key]
+        moved += bool(step.any())
+        assert error(weight, together["after"][key]) < 1e-5, key
+        assert (step - (together["after"][key] - together["before"][key])).norm() <= 1e-2 * step.norm() + 1e-6, key
+    assert moved > 10
