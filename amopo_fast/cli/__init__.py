@@ -60,9 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     arguments.rest = rest
     if rest and not arguments.takes_rest:
-        known = [flag for action in commands.choices[arguments.command]._actions for flag in action.option_strings]
-        meant = hint(rest[0].split("=")[0], known, flags=True) if rest[0].startswith("-") else ""
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{meant}")
+        command = commands.choices[arguments.command]
+        known = [flag for action in command._actions for flag in action.option_strings]
+        positional = [action.dest for action in command._actions if not action.option_strings]
+        meant = hint(rest[0].split("=")[0], known, flags=True, positional=positional) if rest[0].startswith("-") else ""
+        command.error(f"unknown option {' '.join(rest)}{meant}")
     hold_back()
     if not sys.stderr.isatty():  # bars of model loading and saving; their libraries read it when they are imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

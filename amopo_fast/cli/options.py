@@ -105,7 +105,8 @@ def parse_options(
     if unknown:
         flag = unknown[0].split("=")[0]
         known = [option for action in parser._actions for option in action.option_strings]
-        meant = hint(flag, known, flags=True) if flag.startswith("-") else ""
+        positional = [action.dest for action in parser._actions if not action.option_strings]
+        meant = hint(flag, known, flags=True, positional=positional) if flag.startswith("-") else ""
         raise OptionError(f"command line: unknown option {flag}{meant}; `{parser.prog} --help` lists the options")
     origin |= {name: f"command line: --{name}" for name in on_command_line}
     for key in SOURCE_KEYS:

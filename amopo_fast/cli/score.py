@@ -51,6 +51,8 @@ def run(arguments) -> int:
     options = judge_options(arguments)
     check_read([arguments.judge] if arguments.judge else [], options)
     score_range = (arguments.score_min, arguments.score_max)
+    if score_range[0] >= score_range[1]:
+        raise OptionError(f"score_min={score_range[0]:g} must be below score_max={score_range[1]:g}", "score_min")
     try:
         check_dimensions([*arguments.dimensions, *arguments.keep], score_range)
     except ValueError as error:

@@ -7,7 +7,7 @@ from numbers_as_input import EVAL, GENERATE, SCORE, STEER, TRAIN
 
 REMEDY = (
     r"(?i)\b(give|name|write|check|choose|copy|raise|leave|correct|convert|rename|remove|set|train|return|start)\b"
-    "|Remedy: "
+    "|Remedy: |did you mean"
 )
 
 
