@@ -38,7 +38,7 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "transformers>=5.17,<6",
-        "accelerate>=1.10",
+        "accelerate>=1.15",
         "psutil>=5.9",
         "peft>=0.18",
         "datasets>=4.0",

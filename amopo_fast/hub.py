@@ -6,6 +6,7 @@ Left alone they try every file again with growing pauses, for minutes.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import threading
 from pathlib import Path
@@ -33,7 +34,10 @@ def prefer_cache_if_unreachable(name: str) -> None:
 
 
 def remedy(name: str) -> str:
-    """What to do about a name that could not be loaded; "" where the Hub is not to blame."""
+    """What to do about a name that could not be loaded: its broken file, or a Hub that does not answer; "" for what
+    the library itself has to say."""
+    if Path(name).is_dir():
+        return _broken_file(Path(name))
     if Path(name).exists() or not _is_offline():
         return ""
     from huggingface_hub import constants
@@ -42,6 +46,17 @@ def remedy(name: str) -> str:
         f"it is no folder and not in the local cache, and the Hub ({constants.ENDPOINT}) is not asked or cannot be "
         "reached: give the path of a folder that you have, or run where the Hub or a mirror (HF_ENDPOINT) answers"
     )
+
+
+def _broken_file(folder: Path) -> str:
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            return f"its {path.name} cannot be read ({error}): copy it again"
+        if not isinstance(content, dict):
+            return f"its {path.name} holds a {type(content).__name__}, not a JSON object: copy it again"
+    return ""
 
 
 def _is_offline() -> bool:

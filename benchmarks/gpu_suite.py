@@ -2,10 +2,11 @@
 
     python benchmarks/gpu_suite.py --plan first --out DIR        tests, memory, tuning: 7.5 minutes
     python benchmarks/gpu_suite.py --plan second --out DIR       head, step, attention: 6 minutes
+    python benchmarks/gpu_suite.py --plan frontier --out DIR     14B and 32B from host memory: 6 minutes
     python benchmarks/gpu_suite.py --plan rest --minutes 90 --out DIR [--only NAME ...] [--smoke]
 
 Every entry is a process of its own with a budget: one that fails, hangs or runs over costs its own result alone, and
-what it had written by then is kept. NOTES.md has the prediction of every entry of the first two plans, which goes into
+what it had written by then is kept. NOTES.md has the prediction of every entry of all plans but `rest`, which goes into
 the result. DIR gets suite.json (status, seconds, prediction and report of every entry, rewritten after each),
 suite.log (all output) and, while an entry runs, NAME.json. `python benchmarks/tables.py --add DIR/suite.json` files the
 reports under results/.
@@ -69,6 +70,10 @@ PLANS = {
         Entry("memory_14B", "python benchmarks/memory.py --model 14B --only 'in backward' --steps 3", 80),
         Entry("attention", "python benchmarks/attention.py", 25),
     ],
+    "frontier": [  # each beside what it is compared with, on one card
+        Entry("memory_14B_host", "python benchmarks/memory.py --model 14B --only 8-bit --steps 3", 160),
+        Entry("memory_32B_host", "python benchmarks/memory.py --model 32B --only 'on the host' --steps 3", 200),
+    ],
     "rest": [
         Entry("gpu_tests", "python -m pytest -n 6 -m gpu tests", 300),
         Entry("kernel_tests", "python -m pytest -n 14 tests/kernels", 600, smoke=False),
@@ -87,7 +92,7 @@ PLANS = {
         Entry("quality", "python benchmarks/quality.py", 800),
     ],
 }  # fmt: skip
-MINUTES = {"first": 7.5, "second": 6, "rest": 60}
+MINUTES = {"first": 7.5, "second": 6, "frontier": 6, "rest": 60}
 SMOKE_PATIENCE = 3  # with tiny shapes imports are all there is, and a machine without a GPU may be slow
 MINIMUM_SECONDS = 10  # what an entry is begun for
 START_SECONDS = 8  # of an entry, for its imports; a benchmark begins no measurement in its last ones

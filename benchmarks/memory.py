@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import subprocess
 import sys
@@ -40,11 +41,13 @@ BF16 = {"weight_precision": "bf16_stochastic"}
 RECOMPUTED = {"gradient_checkpointing": True}
 IN_BACKWARD_8, IN_BACKWARD_4 = {**BF16, "optim_in_backward": "adamw_8bit"}, {**BF16, "optim_in_backward": "adamw_4bit"}
 HOST = {"optimizer_states": "host"}
+BOTH = HOST | {"weights": "host"}
 # (shape, variant, options of AMoPOConfig and lora_r, computed tokens of a micro-batch), most telling first
 ROWS = [
     ("32B", "4-bit, in backward", IN_BACKWARD_4 | RECOMPUTED, 8192),
     ("32B", "8-bit, in backward", IN_BACKWARD_8 | RECOMPUTED, 8192),
     ("32B", "4-bit on the host", IN_BACKWARD_4 | RECOMPUTED | HOST, 8192),
+    ("32B", "4-bit, weights on the host too", IN_BACKWARD_4 | RECOMPUTED | BOTH, 8192),
     ("32B", "8-bit on the host", IN_BACKWARD_8 | RECOMPUTED | HOST, 8192),
     ("32B", "LoRA", {"use_peft": True, **RECOMPUTED}, 8192),
     ("32B", "QLoRA", {"use_peft": True, "load_in_4bit": True, **RECOMPUTED}, 8192),
@@ -57,6 +60,7 @@ ROWS = [
     ("14B", "8-bit, in backward, recomputed", IN_BACKWARD_8 | RECOMPUTED, 8192),
     ("14B", "4-bit, in backward, recomputed", IN_BACKWARD_4 | RECOMPUTED, 16384),
     ("14B", "8-bit on the host", IN_BACKWARD_8 | RECOMPUTED | HOST, 8192),
+    ("14B", "8-bit, weights on the host too", IN_BACKWARD_8 | RECOMPUTED | BOTH, 8192),
     ("14B", "plain", {}, 0),
     ("0.5B", "fp32", {"weight_precision": "fp32"}, 8192),
     ("0.5B", "fp32, in backward", {"weight_precision": "fp32", "optim_in_backward": "adamw"}, 8192),
@@ -64,7 +68,7 @@ ROWS = [
     ("32B", "plain", {}, 0),
 ]  # fmt: skip
 SMOKE_ROWS = [
-    ("smoke", "8-bit on the host", IN_BACKWARD_8 | RECOMPUTED | HOST, 2048),
+    ("smoke", "8-bit, weights on the host too", IN_BACKWARD_8 | RECOMPUTED | BOTH, 2048),
     ("smoke", "fp32, in backward", {"weight_precision": "fp32", "optim_in_backward": "adamw", **RECOMPUTED}, 2048),
     ("smoke", "plain", {}, 0),
 ]
@@ -129,6 +133,7 @@ def train(shape: str, options: dict, budget: int, device: str, steps: int) -> di
     from amopo_fast.memory.profile import LiveBytes
     from amopo_fast.models.config import ModelConfig
     from amopo_fast.models.loading import peft_config
+    from amopo_fast.models.streaming import streamed_of
     from amopo_fast.packing.schedule import PairSizes
     from amopo_fast.training.config import AMoPOConfig
     from amopo_fast.training.loading import load_for_training, longest_row, setup_of
@@ -151,7 +156,10 @@ def train(shape: str, options: dict, budget: int, device: str, steps: int) -> di
         live = None if cuda else LiveBytes()
         window = Window(cuda, live, steps)
         with live or contextlib.nullcontext():
-            model = load_for_training(config, args, pairs, adapter=adapter)
+            # Random weights are made on the device, in seconds; the trainer moves them to the host.
+            resident = copy.copy(args)
+            resident.weights = "device"
+            model = load_for_training(config, resident, pairs, adapter=adapter)
             if four_bits:
                 quantise(model)
             setup = setup_of(
@@ -169,6 +177,8 @@ def train(shape: str, options: dict, budget: int, device: str, steps: int) -> di
             optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
             on_host = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.numel() > 1
                           and t.device.type == "cpu") if cuda else 0  # fmt: skip
+            if streamed := streamed_of(model):
+                on_host += streamed.nbytes
         batches = trainer._batches.epoch.batches[WARMUP : WARMUP + steps]
         used = [i for batch in batches for i in batch.pairs]
         tokens = {kind: int(getattr(sizes, kind)[used].sum()) for kind in ("computed", "padded", "labels")}
@@ -198,7 +208,7 @@ def predict(config, row, setup) -> dict:
 
     prediction = estimate(config, row, setup)
     return {"predicted_bytes": prediction.peak, "predicted_parts": prediction.parts,
-            "predicted_host_bytes": prediction.host_needed, "flop": prediction.flops}  # fmt: skip
+            "predicted_host_bytes": prediction.host_pinned, "flop": prediction.flops}  # fmt: skip
 
 
 def predict_only(shape: str, options: dict, budget: int) -> dict:
@@ -222,7 +232,7 @@ def predict_only(shape: str, options: dict, budget: int) -> dict:
     dtype = torch.float32 if options.get("weight_precision") == "fp32" else torch.bfloat16
     setup = setup_of(args, dtype, lora_rank=rank, quantised=four_bits, nested=False, accumulates=accumulates)
     config = Qwen2Config(**SHAPES[shape], max_position_embeddings=8192)
-    return {"longest_tokens": row.tokens, **predict(config, row, replace(setup, liger=True))}
+    return {"longest_tokens": row.tokens, **predict(config, row, replace(setup, liger=True, autocast=True))}
 
 
 def plain(shape: str, device: str, steps: int) -> dict:

@@ -40,8 +40,10 @@ PARTS: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 8711}},
     "dbrx": {"attn_config": {"rope_theta": 500000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "emu3": {"vocabulary_map": {"<image>": 8711, "<|extra_200|>": 5}},
+    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0,
+                                         "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 30}},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "4/8"},
-}
+}  # fmt: skip
 # Of the text model.
 ADJUSTED: dict[str, dict[str, Any]] = {
     **{name: {"is_decoder": True} for name in _ENCODERS},
@@ -77,12 +79,15 @@ NOT_TRAINED = {
     "cpmant": "not causal: what follows a token changes its logits",
     "diffusion_gemma": "denoises a block of tokens at once",
     "evolla": "transformers' auto classes do not find its class",
+    "gemma4_assistant": "drafts for another model, from that one's keys and values",
     "gemma4_unified_assistant": "drafts for another model, from that one's keys and values",
     "glm5_next": "the logits of a block's last token depend on whether another token follows",
     "idefics": "every layer of its text part asks for an image",
+    "musicgen": "predicts four codebooks of audio at once, from as many rows of codes",
+    "musicgen_melody": "predicts four codebooks of audio at once, from as many rows of codes",
     "pi0": "a policy of a robot: no head predicts tokens",
     "prophetnet": "all of its logits depend on how many tokens follow",
-    "reformer": "beyond a chunk its attention goes by random hashes, drawn at every call",
+    "reformer": "not causal beyond a chunk: sorted hashes choose the keys, and what follows moves them",
     "xlnet": "a permutation language model: attention to both sides",
 }
 

@@ -36,7 +36,8 @@ def try_type(kind: str, name: str, estimates: bool) -> dict[str, Any]:
     try:
         model = empty_model(kind, name)
     except Exception as error:
-        return row | {"layout": "does not build", "reason": _short(error), "note": NOT_TRAINED.get(name, "")}
+        layout = "refused" if name in NOT_TRAINED else "does not build"
+        return row | {"layout": layout, "reason": _short(error), "note": NOT_TRAINED.get(name, "")}
     row["class"] = type(model).__name__
     try:
         meta_model(config_of(name))

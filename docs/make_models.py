@@ -33,7 +33,8 @@ router that draws noise in training (PhiMoE's `router_jitter_noise`) is said whe
 
 When a run or an evaluation begins, a few tokens go through the real model's own forward, and their logits are compared
 with those that are trained: softcap, temperature, bias, multipliers and a padded vocabulary, under DDP, FSDP2 and
-DeepSpeed too. What differs is named. `compile_layers` is for shared layouts and refused in separate ones.
+DeepSpeed too. What differs is named. `compile_layers` is for shared layouts and refused in separate ones. Under
+DeepSpeed ZeRO-3 recurrent layers do not run through states: such models are trained on separate rows there, and said.
 
 Doge is exact up to `keep_window_size` tokens, Llama 4 in a shared row up to `attention_chunk_size`; longer sequences
 are refused by length. Refused are encoders, models whose attention is not causal, and what a reason names
@@ -42,6 +43,11 @@ are refused by length. Refused are encoders, models whose attention is not causa
 counts; of real data a run's line says it); *error* is the largest relative one of log-probs and gradients; *seconds*
 are CPU time of the check. Rows are of {versions}.
 
+All {accepted} accepted rows are tried again, with the attention backend that `auto` takes on a GPU with and without
+flash-attn, by `python -m pytest -m slow tests/models/test_types.py`; and `amopo-fast estimate` predicts the memory of
+each, whole and with an adapter, by `python -m pytest -m slow tests/memory/test_estimate_of_types.py`. What does not
+build needs the package timm, which was not there; Inkling's multimodal class needs scipy.
+
 """
 
 
@@ -49,7 +55,9 @@ def page() -> str:
     """The page's text."""
     report = json.loads(REPORT.read_text(encoding="utf-8"))
     versions = report["environment"]["versions"]
-    parts = [_HEAD.format(versions=f"transformers {versions['transformers']}, torch {versions['torch']}")]
+    accepted = sum("error" in row for row in report["rows"])
+    packages = f"transformers {versions['transformers']}, torch {versions['torch']}"
+    parts = [_HEAD.format(accepted=accepted, versions=packages)]
     for kind, title in (("causal", "Causal language models"), ("image-text", "Image-text models, trained on text")):
         rows = [row for row in report["rows"] if row["kind"] == kind]
         layouts = Counter(row["layout"] for row in rows).most_common()

@@ -29,6 +29,37 @@ def pytest_unconfigure():
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_flush_to_disk():
+    """Kills, which are all that tests can do, leave what was written; a crash of the machine would not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def layouts_are_chosen_once():
+    """The trial of a layout is a function of the class and the configuration, and a fifth of a tiny run's time. Its own
+    tests, which change what a class does, try every time."""
+    from amopo_fast.models import check
+
+    choose = check.choose_layout
+    choices = {}
+
+    def chosen(model, requested="auto"):
+        if "tests/models/" in os.environ["PYTEST_CURRENT_TEST"]:
+            return choose(model, requested)
+        base = check.language_model_of(model)
+        key = type(base), base.config.to_json_string(use_diff=False), requested
+        if key not in choices:
+            choices[key] = choose(model, requested)
+        return choices[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "choose_layout", chosen)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def compiled_on_a_gpu(request):
     """A GPU test whose kernels were interpreted would prove nothing."""

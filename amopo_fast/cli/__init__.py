@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from amopo_fast import __version__
 from amopo_fast.cli import data, demo, estimate, evaluate, generate, merge, plot, score, steer, train
@@ -37,10 +38,13 @@ COMMANDS = (demo, train, generate, evaluate, steer, plot, data, score, estimate,
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes no abbreviations: an option that comes later would change what they mean."""
+    """Takes no abbreviations: an option that comes later would change what they mean. A mistake is one line."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` lists the options\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,9 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     arguments.rest = rest
     if rest and not arguments.takes_rest:
-        known = [flag for action in commands.choices[arguments.command]._actions for flag in action.option_strings]
-        meant = hint(rest[0].split("=")[0], known, flags=True) if rest[0].startswith("-") else ""
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{meant}")
+        command = commands.choices[arguments.command]
+        known = [flag for action in command._actions for flag in action.option_strings]
+        positional = [action.dest for action in command._actions if not action.option_strings]
+        meant = hint(rest[0].split("=")[0], known, flags=True, positional=positional) if rest[0].startswith("-") else ""
+        command.error(f"unknown option {' '.join(rest)}{meant}")
     hold_back()
     if not sys.stderr.isatty():  # bars of model loading and saving; their libraries read it when they are imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -68,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(arguments.command, error, 2)
     except NumbersError as error:
         return _fail(arguments.command, error, 4)
-    except (ValueError, OSError, CheckpointError, JudgeError) as error:
+    except OSError as error:
+        return _fail(arguments.command, _with_path(error), 1)
+    except (ValueError, CheckpointError, JudgeError) as error:
         return _fail(arguments.command, error, 1)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which a command without torch need not import
@@ -83,6 +91,13 @@ _LESS_MEMORY = (
     "lower tokens_per_micro_batch (tokens_per_row, batch_size), set gradient_checkpointing, or ask `amopo-fast "
     "estimate` what fits"
 )
+
+
+def _with_path(error: OSError) -> str:
+    """What the system says of a file, without its number and with what to do; libraries' own texts as they are."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}; check the path, its rights and the room on its disk"
 
 
 def _fail(command: str, error: object, code: int) -> int:

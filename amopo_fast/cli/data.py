@@ -45,10 +45,11 @@ def _as_trained(config, model, given):
     """(DataConfig, wording, tokenizer or None) of the model that the options name: with its recipe, if it has one."""
     from amopo_fast.prompts.recipe import as_trained, recipe_of
     from amopo_fast.prompts.tokenizer import load_tokenizer
+    from amopo_fast.prompts.wording import Wording
 
     name = model.tokenizer_name_or_path or model.model_name_or_path
     if not name:
-        return config, None, None
+        return config, Wording.load(config.prompt_template), None  # a file that cannot be read is said in any case
     recipe, wording = recipe_of(model.model_name_or_path or name), None
     if recipe is not None:
         config, wording, notes = as_trained(config, recipe, given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from amopo_fast.cli.numbers import seed
+from amopo_fast.cli.outputs import output_folder
 
 
 def add_parser(commands) -> None:
@@ -15,4 +16,4 @@ def add_parser(commands) -> None:
 def run(arguments) -> int:
     from amopo_fast.demo.run import run_demo
 
-    return run_demo(arguments.output_dir, arguments.seed)
+    return run_demo(str(output_folder(arguments.output_dir, "output_dir")), arguments.seed)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amopo_fast.cli.numbers import numbers, whole
+from amopo_fast.cli.outputs import output_file, output_folder
 from amopo_fast.errors import check_numbers
 
 if TYPE_CHECKING:
@@ -74,6 +75,9 @@ def run(arguments) -> int:
         add_arguments=_add_arguments,
     )  # fmt: skip
     models = [found for name in options.models for found in find_models(name, options.checkpoints)]
+    first_folder = options.models[0] if Path(options.models[0]).is_dir() else "amopo-eval"
+    folder = output_folder(options.output_dir or first_folder, "output_dir")
+    rows = output_file(options.per_pair, "per_pair") if options.per_pair else None
     recipes = [recipe_of(name) for name in models]
     shared = next((recipe for recipe in recipes if recipe is not None), None)
     sets: dict[str, dict[str, dict[str, Any]]] = {}
@@ -102,7 +106,7 @@ def run(arguments) -> int:
         for label, pairs in data.evals.items():
             scores = score_pairs(model, pairs, **how)
             print(f"{name}: {scores.layout}", file=sys.stderr)
-            if options.per_pair:
+            if rows is not None:
                 place = {"model": name} if len(models) > 1 else {}
                 place |= {"set": label} if len(data.evals) > 1 else {}
                 lines.extend(json.dumps({**place, **line}) for line in per_pair(scores))
@@ -116,9 +120,8 @@ def run(arguments) -> int:
             first.setdefault(label, scores)
             sets.setdefault(label, {})[_short(name, models)] = result
         del model
-    if options.per_pair:
-        Path(options.per_pair).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    folder = Path(options.output_dir or (options.models[0] if Path(options.models[0]).is_dir() else "amopo-eval"))
+    if rows is not None:
+        rows.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     text = json.dumps({label or "eval": found for label, found in sets.items()}, indent=1, allow_nan=False)
     _write(folder, sets, text)
     if options.json:
@@ -163,7 +166,8 @@ def find_models(name: str, every: bool) -> list[str]:
     if (every or not whole) and found:
         return [str(path) for path in found] + ([name] if whole else [])
     if not whole:
-        raise ValueError(f"{name} holds no model: no config.json, no adapter_config.json and no checkpoint-N folder")
+        raise ValueError(f"{name} holds no model: no config.json, no adapter_config.json and no checkpoint-N folder; "
+                         "name the folder of a model, an adapter or a run")  # fmt: skip
     return [name]
 
 
@@ -208,21 +212,19 @@ def _write(folder: Path, sets, text: str) -> None:
 
 
 def _print(sets) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
+
+    from amopo_fast.report.tables import NumbersTable
 
     for label, found in sets.items():
         first = next(iter(found.values()))
         title = f"{label or 'held out'}: {first['pairs']} pairs, accuracy in % with half its 95 % interval"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("model", overflow="fold")
-        for name in ("mean", *first["dimensions"]):
-            table.add_column(name.replace("_", " "), justify="right")
-        for model, result in found.items():
-            parts = (result["mean"], *result["dimensions"].values())
-            table.add_row(model, *(_interval(part["accuracy"]) for part in parts))
-        Console().print(table)
+        columns = ["model", "mean", *(name.replace("_", " ") for name in first["dimensions"])]
+        rows = [
+            [model, *(_interval(part["accuracy"]) for part in (result["mean"], *result["dimensions"].values()))]
+            for model, result in found.items()
+        ]
+        Console().print(NumbersTable(title, columns, rows))
 
 
 def _interval(value: dict[str, float | None]) -> str:

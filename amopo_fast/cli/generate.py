@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 from amopo_fast.cli.numbers import boolean, finite, seed, whole, whole_or_zero
-from amopo_fast.errors import OptionError
+from amopo_fast.cli.outputs import output_file
 
 _HELP_OF_SAMPLING = {
     "max_new_tokens": "tokens of an answer, at most", "do_sample": "draw tokens instead of taking the likeliest",
@@ -80,9 +79,7 @@ def run_generate(arguments) -> int:
 
     target, sampling = _target(arguments), sampling_of(arguments)
     conversations = _conversations(arguments)
-    out = Path(arguments.output_file) if arguments.output_file else None
-    if out is not None and (out.is_dir() or not out.resolve().parent.is_dir()):
-        raise OptionError(f"--output_file {out}: name a file in a folder that exists")
+    out = output_file(arguments.output_file, "output_file") if arguments.output_file else None
     names = [arguments.model, *([arguments.compare] if arguments.compare else [])]
     answers = []
     recipe = None

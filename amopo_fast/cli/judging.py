@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from amopo_fast.cli.numbers import finite, whole, whole_or_zero
+from amopo_fast.cli.numbers import above_zero, finite, whole, whole_or_zero
 from amopo_fast.judges.choose import JudgeOptions
 
 JUDGE = (
@@ -27,7 +27,7 @@ def add_judge_arguments(parser) -> None:
     group.add_argument("--judge_key_env", default=default.key_env, metavar="NAME",
                        help=f"environment variable with the server's key (default: {default.key_env})")  # fmt: skip
     group.add_argument("--judge_concurrency", type=whole, default=default.concurrency, help="requests at a time")
-    group.add_argument("--judge_timeout", type=finite, default=default.timeout, help="seconds for a reply")
+    group.add_argument("--judge_timeout", type=above_zero, default=default.timeout, help="seconds for a reply")
     group.add_argument("--judge_retries", type=whole_or_zero, default=default.retries,
                        help="further tries of a request that failed")  # fmt: skip
     group.add_argument("--judge_request", type=_json_object, default={}, metavar="JSON",

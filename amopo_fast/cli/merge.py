@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from amopo_fast.cli.outputs import output_folder
+
 
 def add_parser(commands) -> None:
     parser = commands.add_parser("merge", help="merge a LoRA adapter into its base model, for transformers and vLLM")
@@ -16,6 +18,7 @@ def add_parser(commands) -> None:
 def run(arguments) -> int:
     from amopo_fast.models.merge import merge_adapter
 
+    output_folder(arguments.output_dir, "output_dir")
     merge_adapter(arguments.adapter, arguments.output_dir, base=arguments.base, dtype=arguments.dtype)
     print(f"merged model: {arguments.output_dir}")
     return 0

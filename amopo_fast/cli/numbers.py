@@ -6,12 +6,16 @@ import argparse
 import math
 
 
+def integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"write a whole number, found {text[:40]!r}") from None
+
+
 def whole(text: str, least: int = 1) -> int:
     """A whole number from `least` on, below 2**63."""
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"write a whole number, found {text!r}") from None
+    number = integer(text)
     if not least <= number < 2**63:
         raise argparse.ArgumentTypeError(f"write a whole number from {least} on, below 2**63, found {text[:40]}")
     return number
@@ -35,7 +39,14 @@ def finite(text: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"write a finite number, found {text!r}")
+        raise argparse.ArgumentTypeError(f"write a finite number, found {text[:40]!r}")
+    return number
+
+
+def above_zero(text: str) -> float:
+    number = finite(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"write a number above 0, found {text!r}")
     return number
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 import yaml
 from transformers import HfArgumentParser
 
+from amopo_fast.cli.numbers import finite, integer
 from amopo_fast.cli.spellings import hint
 from amopo_fast.data.sources.spec import parse_sources
 from amopo_fast.errors import OptionError, shown
@@ -25,6 +26,8 @@ SOURCE_KEYS = ("train_data", "eval_data")
 # Ways to say one thing: one on the command line takes the place of the others in the YAML file.
 INSTEAD = (("eval_data", "eval_share"), ("pairs_per_step", "per_device_train_batch_size"),
            ("pairs_per_step", "gradient_accumulation_steps"))  # fmt: skip
+# In the place of argparse's, which say "invalid int value" and take "nan".
+_NUMBERS = {int: integer, float: finite}
 # Whose keys a run's YAML file may hold beside the data's.
 RUN_CLASSES = (
     "amopo_fast.models.config:ModelConfig",
@@ -72,6 +75,8 @@ def parse_options(
         OptionError: an unknown key or option, a value of the wrong type, or one that a dataclass refuses.
     """
     parser = _Parser(list(classes), prog=f"amopo-fast {command}", allow_abbrev=False)
+    for action in parser._actions:
+        action.type = _NUMBERS.get(action.type, action.type)
     keys = {action.dest for action in parser._actions} - {"help"}
     parser.add_argument("--config", help="YAML file of options; --key value overrides its keys")
     if presets:
@@ -100,7 +105,8 @@ def parse_options(
     if unknown:
         flag = unknown[0].split("=")[0]
         known = [option for action in parser._actions for option in action.option_strings]
-        meant = hint(flag, known, flags=True) if flag.startswith("-") else ""
+        positional = [action.dest for action in parser._actions if not action.option_strings]
+        meant = hint(flag, known, flags=True, positional=positional) if flag.startswith("-") else ""
         raise OptionError(f"command line: unknown option {flag}{meant}; `{parser.prog} --help` lists the options")
     origin |= {name: f"command line: --{name}" for name in on_command_line}
     for key in SOURCE_KEYS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from amopo_fast.cli.outputs import output_folder
 
 FORMATS = ("png", "svg", "html")
 
@@ -24,7 +24,7 @@ def run(arguments) -> int:
     from amopo_fast.report.training import describe, reading, run_rows
 
     runs = read_runs(arguments.runs)
-    folder = Path(arguments.output_dir or arguments.runs[0])
+    folder = output_folder(arguments.output_dir or arguments.runs[0], "output_dir")
     for kind in arguments.formats:
         if kind == "html":
             title, lead = describe(runs)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
-from pathlib import Path
 
 from amopo_fast.cli.numbers import finite
+from amopo_fast.cli.outputs import output_file
 from amopo_fast.errors import OptionError
 
 
@@ -50,16 +51,21 @@ def run(arguments) -> int:
     options = judge_options(arguments)
     check_read([arguments.judge] if arguments.judge else [], options)
     score_range = (arguments.score_min, arguments.score_max)
-    check_dimensions([*arguments.dimensions, *arguments.keep], score_range)
+    if score_range[0] >= score_range[1]:
+        raise OptionError(f"score_min={score_range[0]:g} must be below score_max={score_range[1]:g}", "score_min")
+    try:
+        check_dimensions([*arguments.dimensions, *arguments.keep], score_range)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
     if NO_OBJECT in arguments.dimensions:
         raise OptionError(f"{NO_OBJECT} has no scores: leave it out of --dimensions", "dimensions")
     if arguments.rescale is not None and not 0 < arguments.rescale <= score_range[1] - score_range[0]:
         raise OptionError(f"rescale={arguments.rescale:g} must be above 0 and within the range of scores", "rescale")
-    output = Path(arguments.output_file)
-    if output.suffix != ".jsonl" or not output.resolve().parent.is_dir():
-        raise OptionError(f"--output_file {output}: name a .jsonl file in a folder that exists", "output_file")
+    output = output_file(arguments.output_file, "output_file")
+    if output.suffix != ".jsonl":
+        raise OptionError(f"output_file: {output} is written as JSON lines; name a .jsonl file", "output_file")
     source = Source.parse(arguments.data)
-    if source.is_file and Path(source.path).resolve() == output.resolve():
+    if source.is_file and os.path.realpath(source.path) == os.path.realpath(output):
         raise OptionError("--output_file is the data itself: name another file", "output_file")
     file = PairFile(source, tuple(arguments.keep), score_range, arguments.on_bad_record == "skip")
     left = [name for name in score_names(source) if name not in (*arguments.dimensions, *arguments.keep)]
@@ -96,18 +102,13 @@ def run(arguments) -> int:
 
 
 def _print(found, dimensions) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title="Pairs by the scores of their responses", title_justify="left", box=box.SIMPLE_HEAD,
-                  pad_edge=False)  # fmt: skip
-    columns = ("chosen higher", "tied", "rejected higher", "without a score")
-    for name in ("dimension", *columns):
-        table.add_column(name, justify="left" if name == "dimension" else "right")
-    for name in dimensions:
-        counts = (found.higher, found.tied, found.lower, found.missing)
-        table.add_row(name, *(str(count.get(name, 0)) for count in counts))
-    Console().print(table)
+    from amopo_fast.report.tables import NumbersTable
+
+    counts = (found.higher, found.tied, found.lower, found.missing)
+    rows = [[name, *(str(count.get(name, 0)) for count in counts)] for name in dimensions]
+    columns = ("dimension", "chosen higher", "tied", "rejected higher", "without a score")
+    Console().print(NumbersTable("Pairs by the scores of their responses", columns, rows))
     if found.skipped or found.dropped:
         Console().print(f"{found.skipped} bad records and {found.dropped} without a preference are left out")

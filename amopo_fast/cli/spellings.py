@@ -48,6 +48,7 @@ _SAME = {
     "dataloader_num_workers": "preprocessing_num_workers dataset_num_proc dataset_processes",
     "resume_from_checkpoint": "auto_resume_from_checkpoints resume",
     "seed": "random_seed",
+    "use_cpu": "no_cuda",
     "output_dir": "output output_path save_path",
 }
 _OURS = {theirs: ours for ours, names in _SAME.items() for theirs in names.split()}
@@ -67,12 +68,16 @@ _NO_OPTION = {
     "max_samples": "name a file with fewer records, or weight=0.1 behind the data set's name",
     "dataset_dir": "train_data takes the path of a file or folder",
     "overwrite_output_dir": "name another output_dir, or resume_from_checkpoint",
+    "group_by_length": "rows of like length are packed in any case; leave it out",
     "overwrite_cache": "nothing is cached; leave it out",
 }
 
 
-def hint(name: str, known: Iterable[str], flags: bool = False) -> str:
-    """What to write for an unknown option: "; did you mean 'lora_r'?", why there is none, or ""."""
+def hint(name: str, known: Iterable[str], flags: bool = False, positional: Iterable[str] = ()) -> str:
+    """What to write for an unknown option: "; did you mean 'lora_r'?", why there is none, or "".
+
+    positional: names of the command's arguments without a flag.
+    """
     known = list(known)
     bare = name.lstrip("-").replace("-", "_")
     if bare in _NO_OPTION:
@@ -81,4 +86,7 @@ def hint(name: str, known: Iterable[str], flags: bool = False) -> str:
     names = {each.lstrip("-").replace("-", "_") for each in known}
     if ours in names:
         return f"; did you mean '{'--' if flags else ''}{ours}'?"
+    subject = {"model_name_or_path": ("model", "models"), "train_data": ("data",)}.get(ours or bare, ())
+    if any(each in subject for each in positional):
+        return f"; it has no flag here: write its name alone, as {subject[0].upper()}"
     return did_you_mean(name, known)

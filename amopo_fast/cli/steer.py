@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from amopo_fast.cli.numbers import numbers, whole
+from amopo_fast.cli.outputs import output_folder
 from amopo_fast.errors import OptionError
 
 
@@ -62,6 +63,7 @@ def run(arguments) -> int:
     if recipe is None:
         raise ValueError(f"none of {', '.join(models)} has an {RECIPE_FILE}: nothing says how they are asked; name a "
                          "folder that `amopo-fast train` wrote")  # fmt: skip
+    folder = output_folder(arguments.output_dir, "output_dir")
     options, sampling = judge_options(arguments), sampling_of(arguments)
     if arguments.pairwise_judge and len(models) < 2:
         raise OptionError("--pairwise_judge compares models: name two or more", "pairwise_judge")
@@ -72,7 +74,6 @@ def run(arguments) -> int:
     found = read_prompts(arguments.prompts)
     prompts = steer.distinct(found)[: arguments.max_prompts]
     plan = steer.Plan(prompts, dimensions, levels)
-    folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     total = len(plan) * len(models)
     print(f"{len(prompts)} prompts, {total} answers: {folder}", file=sys.stderr)

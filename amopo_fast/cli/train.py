@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from amopo_fast.cli.outputs import output_folder
 from amopo_fast.errors import OptionError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, which `amopo-fast --help` need not
@@ -27,13 +28,6 @@ STOPPED = 3  # exit code: a signal asked to stop; the message says what to go on
 def add_parser(commands) -> None:
     train = commands.add_parser("train", help="train a model", add_help=False)
     train.set_defaults(run=run, takes_rest=True)
-
-
-def check_output_dir(folder: Path) -> None:
-    """Raises OptionError where something that is no folder is in the way."""
-    for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            raise OptionError(f"output_dir: {place} is a file; name a folder")
 
 
 def check_evaluation(data_config: DataConfig, config: AMoPOConfig) -> None:
@@ -133,7 +127,7 @@ def _run(arguments, progress: Progress) -> int:
     check_evaluation(data_config, config)
     if config.disable_tqdm:
         hide_bars()
-    check_output_dir(Path(config.output_dir))
+    output_folder(config.output_dir, "output_dir")
     owns = config.process_index == 0 and not config.dry_run
     with OutputLock(config.output_dir) if owns else contextlib.nullcontext():
         return _train(data_config, model_config, config, progress)
@@ -154,6 +148,21 @@ def adapter_as_saved(model_config: ModelConfig, resume: Path | None, config: AMo
     return chosen[0]
 
 
+def rows_as_begun(config: AMoPOConfig, resume: Path | None) -> None:
+    """Set the length of micro-batches that a checkpoint was written with, where the user sets none. The same on every
+    rank; `resume` is rank 0's."""
+    from accelerate.utils import broadcast_object_list
+
+    from amopo_fast.training.resume import rows_of
+
+    tokens = [config.tokens_per_micro_batch]
+    if tokens[0] is None and resume is not None:
+        tokens[0] = rows_of(resume)
+    if config.world_size > 1:
+        broadcast_object_list(tokens)
+    config.tokens_per_micro_batch = tokens[0]
+
+
 def _train(data_config: DataConfig, model_config: ModelConfig, config: AMoPOConfig, progress: Progress) -> int:
     from amopo_fast.models.loading import load_shape, model_errors, peft_config
     from amopo_fast.models.saving import final_dtype
@@ -172,6 +181,7 @@ def _train(data_config: DataConfig, model_config: ModelConfig, config: AMoPOConf
         shape = load_shape(model_config)  # what is wrong with it is said before the data is read
     tokenizer = load_tokenizer(model_config.tokenizer_name_or_path or model_config.model_name_or_path)
     data_config = as_begun(data_config, resume, config)
+    rows_as_begun(config, resume)
     model_config = adapter_as_saved(model_config, resume, config)
     data = load_data(data_config, tokenizer, seed=config.seed, folder=folder / "tokens" / f"rank{config.process_index}")
     if config.process_index == 0:

@@ -61,6 +61,11 @@ def make_pair(
     )  # fmt: skip
 
 
+def check_conversation(candidate: Candidate, *, source: str = "") -> tuple[Message, ...]:
+    """The conversation of a candidate whose responses do not matter. Raises DataError as `make_pair`."""
+    return _Check(candidate, source).conversation()
+
+
 class _Check:
     """Validates the parts of one candidate."""
 

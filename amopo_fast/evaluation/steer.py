@@ -87,7 +87,8 @@ def check_asked(recipe: Recipe, dimensions: Sequence[str], levels: Sequence[floa
         raise OptionError(f"levels {', '.join(f'{x:g}' for x in levels)}: write each once, from low to high", "levels")
     for level in levels:
         if not low <= level <= high:
-            raise OptionError(f"level {level:g} is not in the model's range from {low:g} to {high:g}", "levels")
+            raise OptionError(f"level {level:g} is not in the model's range: choose from {low:g} to {high:g}",
+                              "levels")  # fmt: skip
 
 
 def default_levels(recipe: Recipe) -> tuple[float, ...]:

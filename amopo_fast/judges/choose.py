@@ -126,9 +126,10 @@ def _load(spec: str, options: JudgeOptions, use: Kind, wording, score_range, cac
         from amopo_fast.judges.reward_model import RewardModel  # it takes seconds
 
         return RewardModel.load(spec, outputs=options.outputs, device=device, batch_size=options.batch_size)
+    template = JudgeTemplate.load(use, options.template or None)  # before a server is waited for
     client = ChatClient(
         spec, options.model, os.environ.get(options.key_env, "").strip(), options.key_env, options.concurrency,
         options.timeout, options.retries, options.request, ReplyCache(cache),
     )  # fmt: skip
     client.find_model()
-    return Server(client, JudgeTemplate.load(use, options.template or None), wording, score_range)
+    return Server(client, template, wording, score_range)

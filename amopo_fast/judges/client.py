@@ -86,8 +86,13 @@ class ChatClient:
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self):
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0  # a wrong port raises
+        except ValueError as error:
+            raise OptionError(f"judge {self.url!r} is no address: {error}; write it as http://localhost:8000/v1",
+                              "judge") from None  # fmt: skip
+        if not known:
             raise OptionError(f"judge {self.url!r} is no address; write it as http://localhost:8000/v1", "judge")
         if parts.username or parts.password or parts.query or parts.fragment:
             shown = f"{parts.scheme}://{parts.hostname}"

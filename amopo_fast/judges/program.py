@@ -33,7 +33,7 @@ def load_function(spec: str) -> Callable[..., Any]:
         sys.path.remove(here)
     function = getattr(found, name, None)
     if not callable(function):
-        raise OptionError(f"judge {spec!r}: {module} has no function {name!r}", "judge")
+        raise OptionError(f"judge {spec!r}: {module} has no function {name!r}; name one that it has", "judge")
     return function
 
 

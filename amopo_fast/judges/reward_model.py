@@ -20,7 +20,7 @@ from amopo_fast import hub
 from amopo_fast.errors import JudgeError, OptionError
 from amopo_fast.judges.judge import Answer, Usage, nothing
 from amopo_fast.judges.template import conversation_text
-from amopo_fast.models.loading import model_errors
+from amopo_fast.models.loading import device_named, model_errors
 from amopo_fast.prompts.tokenizer import load_tokenizer
 
 
@@ -53,8 +53,8 @@ class RewardModel:
             OptionError: a tensor is missing, or an output that is named is not there.
             ValueError: it cannot be loaded.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        kind: Any = dtype if dtype != "auto" else ("float32" if torch.device(device).type == "cpu" else "auto")
+        place = device_named(device)
+        kind: Any = dtype if dtype != "auto" else ("float32" if place.type == "cpu" else "auto")
         hub.prefer_cache_if_unreachable(name)
         with model_errors(name, "judge"):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -77,7 +77,7 @@ class RewardModel:
             if not 0 <= index < count:
                 raise OptionError(f"judge_outputs {dimension}={index}: {name} has the outputs 0 to {count - 1}",
                                   "judge_outputs")  # fmt: skip
-        return cls(name, model.to(device).eval(), tokenizer, dict(outputs or {}), batch_size)
+        return cls(name, model.to(place).eval(), tokenizer, dict(outputs or {}), batch_size)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def _write(file: PairFile, output: Path, scores) -> Scored:
         out.flush()
         os.fsync(out.fileno())
     os.replace(partial, output)
-    durable.flush(output.resolve().parent)
+    durable.flush(output.absolute().parent)
     return counts
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
@@ -18,7 +17,7 @@ STATES_ON_HOST, WEIGHTS_ON_HOST = "--optimizer_states host", "--weights host"
 OFFLOAD = """--gradient_checkpointing_kwargs '{"offload": true}'"""
 _8BIT = Setup(states="8bit", in_backward=True)
 _4BIT = Setup(states="4bit", in_backward=True)
-_HOST = {"host_states": True, "host_weights": True}
+_8BIT_HOST, _4BIT_HOST = (replace(setup, host_states=True) for setup in (_8BIT, _4BIT))
 OPTIMIZERS: dict[str, tuple[Setup, str]] = {
     "AdamW, fp32 weights": (Setup(weights="fp32"), "--weight_precision fp32"),
     "fp32, in backward": (
@@ -28,14 +27,14 @@ OPTIMIZERS: dict[str, tuple[Setup, str]] = {
     "8-bit, in backward": (_8BIT, f"{BF16} --optim_in_backward adamw_8bit"),
     "4-bit, in backward": (_4BIT, f"{BF16} --optim_in_backward adamw_4bit"),
     "8-bit on the host": (
-        dataclasses.replace(_8BIT, host_states=True), f"{BF16} --optim_in_backward adamw_8bit {STATES_ON_HOST}"),
+        _8BIT_HOST, f"{BF16} --optim_in_backward adamw_8bit {STATES_ON_HOST}"),
     "4-bit on the host": (
-        dataclasses.replace(_4BIT, host_states=True), f"{BF16} --optim_in_backward adamw_4bit {STATES_ON_HOST}"),
+        _4BIT_HOST, f"{BF16} --optim_in_backward adamw_4bit {STATES_ON_HOST}"),
     "8-bit, weights too": (
-        dataclasses.replace(_8BIT, **_HOST),
+        replace(_8BIT_HOST, host_weights=True),
         f"{BF16} --optim_in_backward adamw_8bit {STATES_ON_HOST} {WEIGHTS_ON_HOST}"),
     "4-bit, weights too": (
-        dataclasses.replace(_4BIT, **_HOST),
+        replace(_4BIT_HOST, host_weights=True),
         f"{BF16} --optim_in_backward adamw_4bit {STATES_ON_HOST} {WEIGHTS_ON_HOST}"),
     "LoRA, rank 16": (Setup(lora_rank=16), "--use_peft true"),
     "QLoRA, rank 16": (Setup(lora_rank=16, quantised=True), "--use_peft true --load_in_4bit true"),
@@ -60,7 +59,7 @@ class _Way:
     coarser: int = 0  # what of the numbers is given up: bits of weights and states
 
     def but(self, *flags: str, coarser: int = 0, **changes) -> _Way:
-        return _Way(dataclasses.replace(self.setup, **changes), (*self.flags, *flags), self.coarser + coarser)
+        return _Way(replace(self.setup, **changes), (*self.flags, *flags), self.coarser + coarser)
 
 
 def _optimizers(way: _Way) -> Iterator[_Way]:
@@ -128,7 +127,7 @@ def shorter_rows(row: Row) -> Iterator[Row]:
     """The row, its half, its quarter, ... of at least 1024 tokens."""
     yield row
     while row.tokens >= 2 * _LEAST_TOKENS:
-        row = dataclasses.replace(
+        row = replace(
             row, tokens=row.tokens // 2, label_tokens=row.label_tokens // 2, kv_tokens=row.kv_tokens // 2
         )
         yield row

@@ -27,8 +27,10 @@ from amopo_fast.errors import OptionError
 from amopo_fast.memory.gpus import GIB
 from amopo_fast.memory.parameters import Parameter, Shape, parameters_of
 from amopo_fast.memory.profile import BodyProfile, llama_of_widths, meta_model, profile_body
+from amopo_fast.models import streaming
 from amopo_fast.models.architecture import layer_configs, positions_of
 from amopo_fast.models.check import choose_layout
+from amopo_fast.models.depth import depth_of
 from amopo_fast.optim.host_states import SLOTS, parcel_bytes, slot_bytes
 from amopo_fast.optim.states import moment_bytes
 from amopo_fast.packing.plan import Layout
@@ -38,7 +40,6 @@ HEAD_SLICE = 4096  # columns of logits alive in the head at a time, in the Trito
 HEAD_SLICE_BYTES = 6  # per logit: float32 and its bfloat16 gradient
 QUANTISED_BYTES = 0.5 + 4 / 64  # per weight: nf4 with a float32 scale per 64
 NESTED_QUANTISED_BYTES = 0.5 + (1 + 4 / 256) / 64  # scales in 8 bits, in blocks of 256
-WEIGHT_SLOTS = 2  # layers of streamed weights on the GPU
 HOST_PROCESS = 4 * GIB  # of a training process beside tensors, assumed: libraries, CUDA's driver, the data's tokens
 CPU_MARGIN = 1.15  # of resident memory over tensors: malloc's fragmentation, the matmul library's workspace
 _LOOP_TOKENS = 16  # of each sequence, in the shorter of two runs of a model whose layers loop over tokens
@@ -53,7 +54,7 @@ class Setup:
     weights: str = "bf16"  # fp32, bf16
     in_backward: bool = False
     host_states: bool = False  # states in pinned host memory
-    host_weights: bool = False  # the layers' weights there too
+    host_weights: bool = False  # the decoder layers' weights too
     checkpointing: bool = True
     keep_layers: int = 0
     offload: bool = False
@@ -66,6 +67,7 @@ class Setup:
     gpus: int = 1  # sharded over
     reference: bool = False  # an adapter's objective scores each row without the adapter too, which keeps nothing
     head_slice: int = HEAD_SLICE
+    head_cache: int = 0  # bytes, at most, of probabilities that a trained head keeps from its forward to its backward
 
     @property
     def shards(self) -> bool:
@@ -159,15 +161,6 @@ def weights_bytes(parameters: tuple[Parameter, ...], setup: Setup) -> int:
     return int(total)
 
 
-def layer_blocks(parameters: tuple[Parameter, ...], setup: Setup) -> list[int]:
-    """Bytes of each decoder layer's weights, which travel together."""
-    blocks: dict[str, int] = {}
-    for p in parameters:
-        if p.layer is not None:
-            blocks[p.layer] = blocks.get(p.layer, 0) + p.numel * setup.weight_bytes
-    return list(blocks.values())
-
-
 def gradient_bytes(setup: Setup) -> int:
     """Per trained parameter."""
     return 4 if setup.lora_rank is not None else setup.weight_bytes
@@ -209,6 +202,17 @@ def body_of(config: PretrainedConfig, row: Row, setup: Setup, checkpointing: boo
     return _body(Shape(config), row, dtype, checkpointing, setup.lora_rank, setup.liger, setup.autocast)
 
 
+@functools.cache
+def _streamed(shape: Shape, weights: str) -> tuple[int, ...]:
+    """Bytes of each layer that streams."""
+    return tuple(streaming.host_bytes(meta_model(shape.config, torch.float32 if weights == "fp32" else torch.bfloat16)))
+
+
+def cache_bytes(config: PretrainedConfig, row: Row) -> int:
+    """Of all probabilities of a row's labels, in bfloat16."""
+    return 2 * row.label_tokens * config.get_text_config().vocab_size
+
+
 def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     """Predict the peak on one GPU (each of `setup.gpus`).
 
@@ -225,17 +229,17 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     all_gradients = per_gradient * sum(p.numel for p in trained)
     states = sum(4 * p.numel if setup.states == "bf16" else moment_bytes(p.numel, setup.states) for p in trained)
     pinned, in_layers = {}, sum(p.numel for p in parameters if p.place == "layer")
-    blocks = layer_blocks(parameters, setup) if setup.host_weights else []
-    if blocks:
-        pinned["weights"] = sum(blocks)
-        weights += WEIGHT_SLOTS * max(blocks) - in_layers * setup.weight_bytes
+    streamed = _streamed(Shape(config), setup.weights) if setup.host_weights else ()
+    if streamed:
+        pinned["weights"] = sum(streamed)
+        weights += streaming.SLOTS * max(streamed) - sum(streamed)
     if setup.host_states:
         parcels: dict[int | None, list[int]] = {}
         for p in trained:
             parcels.setdefault(p.block, []).append(p.numel)
         pinned["optimizer states"] = sum(parcel_bytes(parcel, setup.states) for parcel in parcels.values())
         states = SLOTS * slot_bytes(list(parcels.values()), setup.states)
-    layers = text.num_hidden_layers
+    layers = depth_of(text)
     gathered = 0
     if gpus > 1:
         weights, states, all_gradients = (-(-part // gpus) for part in (weights, states, all_gradients))
@@ -268,6 +272,7 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     tied = not any(p.place == "embedding" for p in parameters)
     head_gradient = (setup.weight_bytes if gpus == 1 else 2) * vocabulary * hidden if head_trained else 0
     head_working = row.label_tokens * min(setup.head_slice, vocabulary) * HEAD_SLICE_BYTES + rows * (2 + 2 + 4)
+    head_working += min(setup.head_cache, cache_bytes(config, row)) if head_trained else 0
 
     if setup.in_backward:
         # the profile holds the layers' gradients until they are stepped; a tied head's waits for the embedding's
@@ -309,18 +314,18 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     if setup.reference and setup.lora_rank is not None:
         flops += forward_flops
     return Estimate(
-        parts, pinned, {"process": HOST_PROCESS}, moment, flops, forward_flops, _traffic(pinned, blocks),
+        parts, pinned, {"process": HOST_PROCESS}, moment, flops, forward_flops, _traffic(pinned, streamed),
         sum(p.numel for p in parameters), sum(p.numel for p in trained),
     )  # fmt: skip
 
 
-def _traffic(pinned: dict[str, int], blocks: list[int]) -> Traffic:
+def _traffic(pinned: dict[str, int], streamed: tuple[int, ...]) -> Traffic:
     """Layers go to the device in each pass, but for those in the slots where the passes turn; each returns once."""
     weights, states, activations = (pinned.get(name, 0) for name in ("weights", "optimizer states", "activations"))
-    once = weights - sum(blocks[:WEIGHT_SLOTS])
+    once = weights - sum(streamed[: streaming.SLOTS])
     return Traffic(
         forward_in=once, forward_out=activations, backward_in=once + states + activations,
-        backward_out=weights + states, first=max(blocks, default=0),
+        backward_out=weights + states, first=max(streamed, default=0),
     )  # fmt: skip
 
 
@@ -332,4 +337,4 @@ def _attention_flops(text: PretrainedConfig, row: Row) -> int:
         heads = getattr(layer, "num_attention_heads", None) or 0
         width = getattr(layer, "head_dim", None) or layer.hidden_size // max(heads, 1)
         channels += heads * width / len(configs)
-    return int(4 * row.tokens * (row.sequence_tokens / 2) * channels * text.num_hidden_layers)
+    return int(4 * row.tokens * (row.sequence_tokens / 2) * channels * depth_of(text))

@@ -62,16 +62,18 @@ def parse_gpu(text: str) -> Gpu:
 
 
 def known_peak(device_name: str) -> float:
-    """Dense bfloat16 peak, FLOP/s, of a card by the name that its driver gives, "NVIDIA H100 80GB HBM3"; 0 if unknown."""
+    """Dense bfloat16 peak, FLOP/s, of a card by its driver's name, "NVIDIA H100 80GB HBM3"; 0 if unknown."""
     words = device_name.lower().replace("-", " ").split()
     return next((gpu.flops for name, gpu in GPUS.items() if name.split("-")[0] in words), 0.0)
 
 
-def gpu_here(device: torch.device) -> Gpu:
-    """A GPU of this machine with what is free of it and the bandwidth that its pinned copies have, measured in 0.1 s."""
-    to_device, to_host = measure_copies(device)
+def gpu_here(device: torch.device, *, copies: bool) -> Gpu:
+    """A GPU of this machine with what is free of it. copies: measure, in 0.1 s, how fast its pinned copies are."""
     name = torch.cuda.get_device_name(device)
-    return Gpu(name, torch.cuda.mem_get_info(device)[0], known_peak(name), to_device, to_host, measured=True)
+    free, flops = torch.cuda.mem_get_info(device)[0], known_peak(name)
+    if copies:
+        return Gpu(name, free, flops, *measure_copies(device), measured=True)
+    return Gpu(name, free, flops, PCIE4, PCIE4)
 
 
 def measure_copies(device: torch.device, seconds: float = 0.1, size: int = 2**26) -> tuple[float, float]:

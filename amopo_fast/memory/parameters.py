@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +12,6 @@ from amopo_fast.memory.profile import meta_model
 from amopo_fast.models.architecture import decoder_of, language_model_of
 from amopo_fast.optim.host_states import blocks_of
 
-_LAYER = re.compile(r".*?\.(layers|h)\.\d+(?=\.)")
-
 
 @dataclass(frozen=True)
 class Parameter:
@@ -23,7 +20,6 @@ class Parameter:
     place: str  # layer, head (embedding too where tied), embedding, other
     linear: bool  # would be quantised
     block: int | None  # of the parameters whose states travel together, where it is trained
-    layer: str | None  # name of its decoder layer
 
 
 class Shape:
@@ -50,15 +46,15 @@ def _parameters_of(shape: Shape, lora_rank: int | None) -> tuple[Parameter, ...]
     block_of = {id(parameter): number for number, block in enumerate(blocks_of(model)) for parameter in block}
     result = []
     for name, parameter in model.named_parameters():
-        place, layer = "other", None
+        place = "other"
         if parameter is head:
             place = "head"
         elif parameter is embedding:
             place = "embedding"
-        elif id(parameter) in in_text and (found := _LAYER.match(name)):
-            place, layer = "layer", found[0]
+        elif id(parameter) in in_text and any(part in name for part in (".layers.", ".h.")):
+            place = "layer"
         result.append(Parameter(parameter.numel(), parameter.requires_grad, place, id(parameter) in linear,
-                                block_of.get(id(parameter)), layer))  # fmt: skip
+                                block_of.get(id(parameter))))  # fmt: skip
     return tuple(result)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 from transformers import PretrainedConfig
 
 from amopo_fast.errors import OptionError
@@ -26,16 +27,18 @@ class DoesNotFit(OptionError):
 
 @dataclass(frozen=True)
 class Room:
-    """What is free where a run is to go: of a GPU (None: it computes on the CPU) and of the host, bytes."""
+    """What is free where a run is to go: of a GPU (None: it computes on the CPU) and of the host, bytes; of the host of
+    a GPU that is not here None: it is not known."""
 
     gpu: Gpu | None
-    host: int
+    host: int | None
 
     def fits(self, prediction: Estimate) -> bool:
         if self.gpu is None:
             return prediction.needed_on_cpu <= self.host
-        # What pins nothing has always been started with whatever the host has.
-        return prediction.needed <= self.gpu.memory and (not prediction.pinned or prediction.host_needed <= self.host)
+        # What pins nothing is started with whatever the host has.
+        counts = bool(prediction.pinned) and self.host is not None
+        return prediction.needed <= self.gpu.memory and (not counts or prediction.host_needed <= self.host)
 
 
 def free_host_memory() -> int:
@@ -96,16 +99,26 @@ def _shortage(prediction: Estimate, row: Row, room: Room) -> str:
     def listed(parts: dict[str, int]) -> str:
         return ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items() if size > GIB / 20)
 
-    of_row = f"for {row.tokens} computed tokens in the longest micro-batch"
+    parts = f"{listed(prediction.parts)}, for {row.tokens} computed tokens in the longest micro-batch"
     if room.gpu is None:
-        return (f"needs about {prediction.needed_on_cpu / GIB:.1f} GiB of memory ({listed(prediction.parts)}, {of_row}), "
-                f"and {room.host / GIB:.1f} GiB are free")  # fmt: skip
+        free = f"{room.host / GIB:.1f} GiB are free"
+        return f"needs about {prediction.needed_on_cpu / GIB:.1f} GiB of memory ({parts}), and {free}"
     if prediction.needed > room.gpu.memory:
-        return (f"needs about {prediction.needed / GIB:.1f} GiB on each GPU ({listed(prediction.parts)}, {of_row}), and "
-                f"{room.gpu.memory / GIB:.1f} GiB are free")  # fmt: skip
+        free = f"{room.gpu.memory / GIB:.1f} GiB are free"
+        return f"needs about {prediction.needed / GIB:.1f} GiB on each GPU ({parts}), and {free}"
     return (f"pins {prediction.host_pinned / GIB:.1f} GiB of host memory ({listed(prediction.pinned)}) beside "
-            f"{sum(prediction.unpinned.values()) / GIB:.1f} GiB for the process, and {room.host / GIB:.1f} GiB are free "
-            "there: raise the container's limit, or")  # fmt: skip
+            f"{sum(prediction.unpinned.values()) / GIB:.1f} GiB for the process, and {room.host / GIB:.1f} GiB are "
+            "free there (or raise the container's limit)")  # fmt: skip
+
+
+def fit_line(dtype: torch.dtype, prediction: Estimate, room: Room) -> str:
+    """What a run that fits will need, beside what is free."""
+    weights = f"weights in {str(dtype).removeprefix('torch.')}"
+    if room.gpu is None:
+        return f"{weights}; about {prediction.needed_on_cpu / GIB:.1f} of {room.host / GIB:.1f} GiB free will be needed"
+    pinned = f", and {prediction.host_pinned / GIB:.1f} GiB of pinned host memory" if prediction.pinned else ""
+    of = f"{room.gpu.memory / GIB:.1f} GiB free on each GPU"
+    return f"{weights}; about {prediction.needed / GIB:.1f} of {of} will be needed{pinned}"
 
 
 def copies_line(prediction: Estimate, gpu: Gpu) -> str:
@@ -113,8 +126,9 @@ def copies_line(prediction: Estimate, gpu: Gpu) -> str:
     traffic = prediction.traffic
     if not traffic.to_device:
         return ""
+    source = "measured" if gpu.measured else "assumed"
     text = (f"a step copies {traffic.to_device / GIB:.1f} GiB to the GPU and {traffic.to_host / GIB:.1f} back, at "
-            f"{'measured' if gpu.measured else 'assumed'} {gpu.to_device / 1e9:.0f} and {gpu.to_host / 1e9:.0f} GB/s")  # fmt: skip
+            f"{source} {gpu.to_device / 1e9:.0f} and {gpu.to_host / 1e9:.0f} GB/s")  # fmt: skip
     time = time_of(prediction, gpu)
     if time is None:
         return text

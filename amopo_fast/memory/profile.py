@@ -29,7 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
 from transformers.integrations.moe import ExpertsInterface
 
 from amopo_fast.models.architecture import decoder_of, language_model_of, layer_configs
-from amopo_fast.models.depth import period_of, set_layers
+from amopo_fast.models.depth import depth_of, period_of, set_layers
 from amopo_fast.models.faster_layers import without_liger
 from amopo_fast.models.text_part import auto_class, freeze_beside_text, linear_layers
 from amopo_kernels.head.operators import IMPLEMENTATIONS
@@ -247,7 +247,7 @@ def profile_body(
         ValueError: a configuration that transformers does not build.
     """
     text = config.get_text_config()
-    layers = text.num_hidden_layers
+    layers = depth_of(text)
     first, period = period_of(text)
 
     def run(depth: int) -> tuple[int, int, int, int, int]:
@@ -291,7 +291,9 @@ def llama_of_widths(config: PretrainedConfig) -> LlamaConfig:
 
 
 @without_liger()
-def _run(config, shape, kv_tokens, dtype, checkpointing, lora_rank, liger, autocast=True) -> tuple[int, int, int, int, int]:
+def _run(
+    config, shape, kv_tokens, dtype, checkpointing, lora_rank, liger, autocast=True
+) -> tuple[int, int, int, int, int]:
     """(bytes alive after the forward, peak of the forward, peak of the backward, FLOP, FLOP of the forward)"""
     model = meta_model(config, dtype, lora_rank).train()
     base = language_model_of(model)

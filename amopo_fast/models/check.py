@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from amopo_fast.models.architecture import (
     UnsupportedModelError,
@@ -37,6 +38,11 @@ from amopo_fast.packing.plan import Layout, build_plan
 from amopo_fast.prompts.tokens import PairTokens
 
 _TOLERANCE = 1e-6  # relative; float64's rounding stays under 1e-9, a wrong key, state or position is above 1e-2
+# A recurrent layer runs once a batch of nodes, and ZeRO-3 gathers the weights of what is in it each time.
+_ZERO3 = (
+    "DeepSpeed ZeRO-3 does not run recurrent layers through states, as ranks would wait for weights that others do not "
+    "ask for; ZeRO-2 and FSDP do"
+)
 
 
 def check_prompt_learning(model: nn.Module) -> None:
@@ -96,6 +102,9 @@ def choose_layout(model: nn.Module, requested: str = "auto") -> Choice:
         reasons = []
         for layout in [Layout.STATES if trial.recurrent else Layout.SHARED, Layout.SEPARATE]:
             if requested not in ("auto", layout.value.split()[0]):
+                continue
+            if layout is Layout.STATES and is_deepspeed_zero3_enabled():
+                reasons.append(_ZERO3)
                 continue
             try:
                 trial.check(layout)

@@ -24,6 +24,17 @@ def set_field(config: PretrainedConfig, name: str, value: Any) -> None:
             setattr(config, name, value)
 
 
+# Names under which a configuration counts the layers of its decoder, the first that it has; others follow from it.
+_COUNTS = ("num_layers_per_stack", "decoder_layers", "num_decoder_layers", "num_hidden_layers")
+
+
+def depth_of(config: PretrainedConfig) -> int:
+    """Layers that a causal LM of this text configuration has: of an encoder-decoder's the decoder's (BART calls its
+    encoder's num_hidden_layers), of one that runs a stack in cycles (HRM) the stack's."""
+    counts = (getattr(config, name, None) for name in _COUNTS)
+    return next(count for count in counts if isinstance(count, int))
+
+
 def set_depth(config: PretrainedConfig, layers: int, before: int) -> None:
     """Set a text configuration's number of layers, which was `before`, under each name that it has there."""
     set_field(config, "num_hidden_layers", layers)
@@ -33,7 +44,7 @@ def set_depth(config: PretrainedConfig, layers: int, before: int) -> None:
 
 def lists_per_layer(config: PretrainedConfig, layers: int | None = None) -> Iterator[tuple[str, list]]:
     """Lists of the text configuration with one entry per layer; layers: how many entries, default its depth."""
-    layers = config.num_hidden_layers if layers is None else layers
+    layers = depth_of(config) if layers is None else layers
     for name, value in own_fields(config).items():
         if isinstance(value, (list, tuple)) and len(value) == layers:
             yield name, list(value)
@@ -46,7 +57,7 @@ def overrides_of(config: PretrainedConfig) -> dict[int, dict[str, Any]]:
 
 def kinds_of_layers(config: PretrainedConfig) -> list[tuple]:
     """What is told of every layer of a text configuration: layers of one kind have equal entries."""
-    depth = config.num_hidden_layers
+    depth = depth_of(config)
     overrides = overrides_of(config)
     columns: list[list] = [[str(overrides.get(layer)) for layer in range(depth)]]
     for _, values in lists_per_layer(config):
@@ -80,7 +91,8 @@ def set_layers(config: PretrainedConfig, layers: int, before: int | None = None)
     before: the depth that its lists have, if its number of layers has been changed already.
     """
     text = config.get_text_config()
-    before = text.num_hidden_layers if before is None else before
+    before = depth_of(text) if before is None else before
+    cycles = text.num_hidden_layers // before if hasattr(text, _COUNTS[0]) else 1
     lists, overrides = dict(lists_per_layer(text, before)), overrides_of(text)
     if overrides:
         text.per_layer_config = None
@@ -88,7 +100,10 @@ def set_layers(config: PretrainedConfig, layers: int, before: int | None = None)
         text.num_kv_shared_layers = min(text.num_kv_shared_layers, layers // 2)
     for name, values in lists.items():
         set_field(text, name, (values * -(-layers // before))[:layers])
-    set_depth(text, layers, before)
+    for name in _COUNTS[:-1]:
+        if isinstance(getattr(text, name, None), int):
+            set_field(text, name, layers)
+    set_depth(text, layers * cycles, before)
     if overrides:
         text.per_layer_config = {
             layer: overrides[layer % before] for layer in range(layers) if layer % before in overrides

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from amopo_fast.errors import OptionError
 from amopo_fast.models.architecture import UnsupportedModelError, decoder_of
 from amopo_kernels.integrations.hf import DIVISORS, FACTORS, SOFTCAPS, call_as_forward, tokens_of
 
@@ -145,14 +146,15 @@ def check_head(model: nn.Module, form: HeadForm | None) -> None:
     """Refuse a head that is no nn.Linear where the kernels are to be one; None: its own, whatever it is.
 
     Raises:
-        ValueError: an adapter or quantisation on lm_head.
+        OptionError: an adapter or quantisation on lm_head.
     """
     head = model.get_output_embeddings()
     if form is not None and plain_class(head) is not nn.Linear:
-        raise ValueError(
-            f"lm_head is a {type(head).__name__}, not nn.Linear: adapters and quantisation on lm_head are not "
-            "supported; leave lm_head out of target_modules (and in llm_int8_skip_modules), or merge it first"
-        )
+        raise OptionError(
+            f"lora_target_modules: lm_head is a {type(head).__name__}, not nn.Linear: adapters and quantisation on "
+            "lm_head are not supported; leave lm_head out of target_modules (and in llm_int8_skip_modules), or merge "
+            "it first", "lora_target_modules",
+        )  # fmt: skip
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:

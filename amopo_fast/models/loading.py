@@ -20,9 +20,9 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 
 from amopo_fast import hub
-from amopo_fast.errors import ModelError, OptionError
+from amopo_fast.errors import ModelError, OptionError, shown
 from amopo_fast.models.config import ModelConfig, lora_targets
-from amopo_fast.models.depth import set_layers
+from amopo_fast.models.depth import depth_of, set_layers
 from amopo_fast.models.head import head_of
 from amopo_fast.models.saving import weights_digest
 from amopo_fast.models.text_part import auto_class, beside_text, linear_layers
@@ -30,7 +30,7 @@ from amopo_fast.prompts.recipe import Recipe, recipe_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig, TrainingArguments
+    from transformers import BitsAndBytesConfig
 
 
 @contextmanager
@@ -44,9 +44,10 @@ def model_errors(name: str | None, what: str = "model_name_or_path") -> Iterator
     except (OptionError, ModelError):
         raise  # says what to do already
     except Exception as error:
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).split())[:400] or type(error).__name__
+        text = f"{text} is not known" if isinstance(error, KeyError) else text
         remedy = hub.remedy(str(name)) or (
-            f"{type(error).__name__}: {text[:400]}; give a folder with config.json, tokenizer.json and whole "
+            f"{text}; give a folder with config.json, tokenizer.json and whole "
             ".safetensors files, or a Hub name"
         )
         raise ValueError(f"{what}: {name!r} cannot be loaded: {remedy}") from error
@@ -61,10 +62,13 @@ def load_shape(config: ModelConfig) -> PretrainedConfig:
     hub.prefer_cache_if_unreachable(config.model_name_or_path)
     shape = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=False)
     if config.config_overrides:
-        before = shape.get_text_config().num_hidden_layers
+        before = depth_of(shape.get_text_config())
         try:
             shape.update_from_string(config.config_overrides)
-            set_layers(shape, shape.get_text_config().num_hidden_layers, before)
+            layers = depth_of(shape.get_text_config())
+            if layers < 1:
+                raise ValueError(f"num_hidden_layers={layers} must be positive")
+            set_layers(shape, layers, before)
             with torch.device("meta"):
                 auto_class(shape).from_config(shape, trust_remote_code=False)
         except Exception as error:  # whatever a model raises that is built of impossible sizes
@@ -74,14 +78,14 @@ def load_shape(config: ModelConfig) -> PretrainedConfig:
     return shape
 
 
-def load_model(config: ModelConfig, args: TrainingArguments, dtype: torch.dtype) -> nn.Module:
-    """A causal LM in `dtype` on the device of this rank; on the CPU where FSDP or DeepSpeed will place it.
+def load_model(config: ModelConfig, args: Any, dtype: torch.dtype) -> nn.Module:
+    """A causal LM in `dtype` on the device of this rank; on the CPU where FSDP, DeepSpeed or streaming will place it.
 
     Raises:
         OSError: not found.
     """
-    engine_places = bool(args.fsdp) or args.deepspeed is not None
-    device = torch.device("cpu") if engine_places else args.device
+    placed_later = bool(args.fsdp) or args.deepspeed is not None or args.weights == "host"
+    device = torch.device("cpu") if placed_later else args.device
     quantisation = quantisation_config(config, dtype)
     if config.random_weights:
         shape = load_shape(config)
@@ -135,6 +139,18 @@ def load_converted(model: nn.Module, folder: str | Path) -> bool:
     loaded = load_whole(folder, dtype=model.dtype)
     model.load_state_dict(loaded.state_dict())
     return True
+
+
+def base_of(adapter: str | Path) -> str:
+    """Folder or Hub name of the model that an adapter lies over. Raises ModelError where its configuration names none.
+    """
+    from peft import PeftConfig
+
+    name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if not isinstance(name, str) or not name:
+        raise ModelError(f"{adapter}: base_model_name_or_path in its adapter_config.json is {shown(name)}; write the "
+                         "folder or Hub name of its base model there")  # fmt: skip
+    return name
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -261,6 +277,19 @@ def check_base(model: nn.Module, recipe: Recipe, name: str) -> None:
         )  # fmt: skip
 
 
+def device_named(name: str | torch.device | None) -> torch.device:
+    """Where a model is put; None: CUDA where there is a GPU. Raises OptionError for a device that is not there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # of a backend: some assert
+        found = " ".join(str(error).split())[:200]
+        raise OptionError(f"device={str(name)!r} cannot be used: {found}; choose cpu, cuda or cuda:N with the number "
+                          "of a GPU that is here", "device") from None  # fmt: skip
+    return device
+
+
 def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device | None = None) -> nn.Module:
     """A causal LM to evaluate or prompt, with its adapter if the folder is one's.
 
@@ -271,8 +300,8 @@ def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device |
     Raises:
         ValueError: names the model that cannot be loaded.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind: Any = dtype if dtype != "auto" else ("float32" if torch.device(device).type == "cpu" else "auto")
+    place = device_named(device)
+    kind: Any = dtype if dtype != "auto" else ("float32" if place.type == "cpu" else "auto")
 
     def load(folder: str) -> nn.Module:
         return load_whole(folder, dtype=kind)
@@ -280,12 +309,12 @@ def load_trained(name: str, *, dtype: str = "auto", device: str | torch.device |
     hub.prefer_cache_if_unreachable(name)
     with model_errors(name):
         if not (Path(name) / "adapter_config.json").is_file():
-            return load(name).to(device)
-        from peft import PeftConfig
-
-        base_name = PeftConfig.from_pretrained(name).base_model_name_or_path
+            return load(name).to(place)
+        base_name = base_of(name)
+    with model_errors(base_name, f"base_model_name_or_path of {name}"):
         base = load(base_name)
-        recipe = recipe_of(name)
-        if recipe is not None:
-            check_base(base, recipe, base_name)
-        return load_adapter(base, name).to(device)
+    recipe = recipe_of(name)
+    if recipe is not None:
+        check_base(base, recipe, base_name)
+    with model_errors(name):
+        return load_adapter(base, name).to(place)

@@ -10,7 +10,7 @@ from torch import nn
 
 from amopo_fast import hub
 from amopo_fast.models.architecture import vocabulary_of
-from amopo_fast.models.loading import check_base, load_adapter, load_whole, model_errors
+from amopo_fast.models.loading import base_of, check_base, load_adapter, load_whole, model_errors
 from amopo_fast.models.saving import SHARD_SIZE, prepare_generation
 from amopo_fast.models.text_part import copy_processor, processor_files
 from amopo_fast.prompts.recipe import Recipe
@@ -36,8 +36,6 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, *, base: str | No
         ValueError: not an adapter's folder, the output folder is none or has a model already, the base is not the one
             that was trained over, or the merged model differs by more than rounding.
     """
-    from peft import PeftConfig
-
     adapter, output = Path(adapter), Path(output_dir)
     if not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"{adapter} has no adapter_config.json: name the folder of an adapter")
@@ -53,17 +51,16 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, *, base: str | No
         raise ValueError(f"{output} holds a model already; name another folder")
     recipe = Recipe.read(adapter)
     with model_errors(str(adapter), "adapter"):
-        config = PeftConfig.from_pretrained(adapter)
-    base = base or config.base_model_name_or_path
+        base = base or base_of(adapter)
     hub.prefer_cache_if_unreachable(base)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     with model_errors(base, "base"):
         model = load_whole(base, dtype=kind)
     if recipe is not None:
         check_base(model, recipe, base)
-    if _changes_a_tied_weight(model, adapter):
-        _untie(model)
     with model_errors(str(adapter), "adapter"):
+        if _changes_a_tied_weight(model, adapter):
+            _untie(model)
         adapted = load_adapter(model, adapter)
     tokenizer = load_tokenizer(str(adapter) if (adapter / "tokenizer.json").is_file() else base)
     known = [i for i in tokenizer(_TEXT)["input_ids"] if i < vocabulary_of(model)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.initialization import no_init_weights
 from amopo_fast.models.architecture import decoder_of
 from amopo_fast.models.depth import lists_per_layer, overrides_of, own_fields, set_depth, set_field
 from amopo_fast.models.small_sizes import (
+    BOUNDS,
     HEAD_DIM,
     HEADS,
     HIDDEN,
@@ -72,10 +74,11 @@ def _scaled(small: int, value: int, whole: int) -> int:
     return max(1, round(small * value / whole)) if whole else small
 
 
-def tiny_config(config: PretrainedConfig, depth: int | None = None) -> PretrainedConfig:
+def tiny_config(config: PretrainedConfig, layers: Sequence[int] | None = None) -> PretrainedConfig:
     """A copy with small sizes of the text model (and of the towers beside it); flags, layer kinds and scalings stay.
 
-    depth: layers; default: the fewest among which every kind of layer occurs, and at least two.
+    layers: places of those that stay; default: the fewest leading ones among which every kind of layer occurs, and at
+    least two.
     """
     text = config.get_text_config()
     tiny = copy.deepcopy(config)
@@ -83,7 +86,7 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
         for name in config.sub_configs:
             part = getattr(tiny, name)
             if getattr(config, name) is text:
-                setattr(tiny, name, tiny_config(text, depth))
+                setattr(tiny, name, tiny_config(text, layers))
             elif part is not None:
                 for size, value in SIDE_SIZES.items():
                     if isinstance(getattr(part, size, None), int):
@@ -91,10 +94,12 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
         for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"):
             _set_token(tiny, config, name)
         return tiny
-    depth = _depth(config) if depth is None else depth
+    layers = range(_depth(config)) if layers is None else layers
+    depth = len(layers)
     if getattr(config, "num_kv_shared_layers", 0):  # the last layers take keys and values of the ones before
         depth = min(2 * depth, config.num_hidden_layers)
         tiny.num_kv_shared_layers = depth // 2
+        layers = range(depth)
     lists = dict(lists_per_layer(config))
     overrides = overrides_of(config)
     if overrides:
@@ -103,7 +108,8 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
         config.per_layer_config = None
     for name, values in lists.items():
         sizes = SIZES.get(name) and max(values)
-        setattr(tiny, name, [_scaled(int(SIZES[name]), v, sizes) if sizes else v for v in values[:depth]])
+        kept = [values[layer] for layer in layers]
+        setattr(tiny, name, [_scaled(int(SIZES[name]), value, sizes) for value in kept] if sizes else kept)
     heads = getattr(config, "num_attention_heads", None)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     small: dict[str, Any] = {"num_attention_heads": HEADS, "hidden_size": HIDDEN, **SIZES}
@@ -123,6 +129,9 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
             if type(getattr(part, size)) is int:
                 setattr(part, size, small[size])
     set_depth(tiny, depth, config.num_hidden_layers)
+    for name in BOUNDS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(tiny, name, sum(layer < getattr(config, name) for layer in layers))
     if isinstance(getattr(config, "rope_parameters", None), dict):
         rotated = getattr(tiny, "head_dim", None) or getattr(tiny, "qk_rope_head_dim", None) or HEAD_DIM
         parameters = dict(config.rope_parameters)
@@ -135,12 +144,12 @@ def tiny_config(config: PretrainedConfig, depth: int | None = None) -> Pretraine
         _set_token(tiny, config, name) if name.endswith("_token_id") else None
     if overrides:
         tiny.per_layer_config = {
-            layer: {
+            place: {
                 name: _scaled(getattr(tiny, name), value, getattr(config, name)) if type(value) is int else value
-                for name, value in own.items()
+                for name, value in overrides[layer].items()
             }
-            for layer, own in overrides.items()
-            if layer < depth
+            for place, layer in enumerate(layers)
+            if layer in overrides
         }
     tiny.use_cache = False
     tiny.dtype = None
@@ -158,25 +167,41 @@ def _set_token(tiny: PretrainedConfig, config: PretrainedConfig, name: str) -> N
 
 
 def miniature(model: nn.Module) -> nn.Module:
-    """The miniature, deep enough to hold every class of module that the model's text part holds.
+    """The miniature, of as few layers as hold every class of module that the model's text part holds.
 
     Its weights have the default dtype and every Dropout is off; towers are not initialised.
     """
-    text = model.config.get_text_config()
-    depth = _depth(text)
-    while True:
-        deepest = depth >= min(text.num_hidden_layers, _MOST_LAYERS)
+    decoder = decoder_of(model)
+    wanted = _own_classes(decoder)
+    for layers in _attempts(decoder, model.config.get_text_config()):
         try:
-            tiny = _build(_unpatched(type(model)), tiny_config(model.config, depth))
-            missing = _own_classes(decoder_of(model)) - _own_classes(decoder_of(tiny))
-            if not missing:
-                return tiny
-            if deepest:
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        except Exception:
-            if deepest:
-                raise
+            tiny = _build(_unpatched(type(model)), tiny_config(model.config, layers))
+        except Exception as error:
+            reason = error
+            continue
+        missing = wanted - _own_classes(decoder_of(tiny))
+        if not missing:
+            _initialise_when_called(tiny)
+            return tiny.train()
+        reason = ValueError(f"it lacks {', '.join(sorted(missing))}")
+    raise reason
+
+
+def _attempts(decoder: nn.Module, text: PretrainedConfig) -> Iterator[Sequence[int]]:
+    """Places of layers that a miniature may keep: what the configuration's lists ask for, one or two layers of each
+    make, more and more leading ones."""
+    depth = _depth(text)
+    yield range(depth)
+    stacks = (each for each in decoder.children() if isinstance(each, nn.ModuleList))
+    layers = next((each for each in stacks if len(each) == text.num_hidden_layers), ())
+    makes = [frozenset(type(module) for module in layer.modules()) for layer in layers]
+    for count in (1, 2):  # Zamba ties a layer to the one before it of its make
+        places = [place for place, make in enumerate(makes) if makes[:place].count(make) < count]
+        if 1 < len(places) <= _MOST_LAYERS:
+            yield places
+    while depth < min(text.num_hidden_layers, _MOST_LAYERS):
         depth = min(depth + max(1, depth // 4), text.num_hidden_layers)
+        yield range(depth)
 
 
 def _own_classes(model: nn.Module) -> set[str]:
@@ -210,8 +235,7 @@ def _build(model_class: type[nn.Module], config: PretrainedConfig) -> nn.Module:
             module.p = 0.0
         if hasattr(module, "mrope_section") and hasattr(module, "inv_freq"):  # a default where the config has none
             module.mrope_section = _sections(len(module.mrope_section), len(module.inv_freq))
-    _initialise_when_called(tiny)
-    return tiny.train()
+    return tiny
 
 
 def _initialise_when_called(model: nn.Module) -> None:

@@ -159,8 +159,11 @@ _LAYERS = {
     "n_output_layers": 1,
     "num_layers_per_stack": 2,
     "loop_num_passes": 2,
+    "n_layers_per_attn_res_block": 2,
 }
 SIZES = {**_WIDTHS, **_EXPERTS, **_HEADS, **_STATES, **_LENGTHS, **_LAYERS}
+
+BOUNDS = ("loop_layer_index_start", "loop_layer_index_end")  # places of layers
 
 SIDE_SIZES = {
     "num_hidden_layers": 1,

@@ -42,6 +42,7 @@ class AdamW(torch.optim.Optimizer):
         max_grad_norm: clip gradients to this norm, 0: never.
         host_blocks: keep the states of these parameters in host memory, each block's together (`blocks_of`), and bring
             them to the device for the update (host_states.py): bit for bit the same. With in_backward only.
+        device: where parameters are when they are stepped, if not where they are now (models/streaming.py).
         clipping: which norm, with in_backward (an ordinary step leaves clipping to the caller):
             "previous_norm": the global norm of the previous step (it is part of the state), because this step's is
             known only at its end; the first step clips per tensor. "per_tensor": each tensor's own norm.
@@ -67,6 +68,7 @@ class AdamW(torch.optim.Optimizer):
         clipping: str = "previous_norm",
         seed: int = 0,
         host_blocks: Sequence[Sequence[Tensor]] = (),
+        device: torch.device | None = None,
     ):
         if states not in ("fp32", "8bit", "4bit"):
             raise ValueError(f"states={states!r}; choose one of fp32, 8bit, 4bit")
@@ -79,7 +81,8 @@ class AdamW(torch.optim.Optimizer):
             if parameter.dtype == torch.float64:
                 raise ValueError("states in host memory are float32 at most; train in float32 or bfloat16")
         self._states = states
-        self._host = HostStates(host_blocks, states) if host_blocks else None
+        self._device = device
+        self._host = HostStates(host_blocks, states, device) if host_blocks else None
         self._begun = False  # whether some state is not zero
         self._stochastic_rounding = stochastic_rounding
         self.in_backward = in_backward
@@ -121,11 +124,12 @@ class AdamW(torch.optim.Optimizer):
         return self._states == "fp32" and parameter.dtype != torch.bfloat16
 
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        fused = self._fused(parameter)
-        step = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
+        fused, device = self._fused(parameter), self._device or parameter.device
+        step = torch.zeros((), dtype=torch.float32, device=device if fused else "cpu")
         if self._host is not None and parameter in self._host:
             return {"step": step, **self._host.state_of(parameter)}
-        return {"step": step, **new_state(parameter, self._states, parameter.dtype if fused else torch.float32)}
+        values = parameter.dtype if fused else torch.float32
+        return {"step": step, **new_state(parameter, self._states, values, device)}
 
     def _register(self, parameter: Tensor) -> None:
         if parameter in _hooks:
@@ -271,7 +275,7 @@ class AdamW(torch.optim.Optimizer):
         if state_dict["state"] or self._begun:
             self._copy_states(dict(zip(parameters, map(state_dict["state"].get, numbers), strict=True)))
         norm = state_dict.get("previous_norm")
-        self._previous_norm = None if norm is None else norm.to(parameters[0].device)
+        self._previous_norm = None if norm is None else norm.to(self._device or parameters[0].device)
 
     def _copy_states(self, saved_states: dict[Tensor, dict[str, Tensor] | None]) -> None:
         for parameter, saved in saved_states.items():

@@ -36,7 +36,7 @@ def choose_optimizer(args: TrainingArguments, model: nn.Module, micro_batches: i
     Raises:
         ValueError: `optim_in_backward` where it cannot work, or an optimizer that cannot train bfloat16 weights.
     """
-    sharded = _is_sharded(args)
+    sharded = is_sharded(args)
     options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon,
                "seed": args.seed}  # fmt: skip
     rounds = args.weight_precision != "bf16"
@@ -63,6 +63,7 @@ def choose_optimizer(args: TrainingArguments, model: nn.Module, micro_batches: i
             "max_grad_norm": args.max_grad_norm,
             "clipping": args.clip_in_backward,
             "host_blocks": blocks_of(model) if args.optimizer_states == "host" else (),
+            "device": args.device if args.weights == "host" else None,
         }
     name = str(getattr(args.optim, "value", args.optim))
     if sharded and name in LOW_BIT:
@@ -85,7 +86,8 @@ def choose_optimizer(args: TrainingArguments, model: nn.Module, micro_batches: i
     return AdamW, {**options, "states": STATES_OF_OPTIM[name], "stochastic_rounding": rounds}
 
 
-def _is_sharded(args) -> bool:
+def is_sharded(args) -> bool:
+    """Whether FSDP or DeepSpeed places the model."""
     return bool(args.fsdp) or args.deepspeed is not None
 
 
@@ -96,7 +98,7 @@ def in_backward_refusal(args, micro_batches: int = 1) -> str | None:
             f"a step of pairs_per_step={args.pairs_per_step} pairs is split into {micro_batches} micro-batches, whose "
             "gradients would have to be accumulated; raise tokens_per_micro_batch or lower pairs_per_step"
         )
-    if _is_sharded(args):
+    if is_sharded(args):
         return "FSDP and DeepSpeed reduce and shard gradients on their own; use --optim adamw_torch_8bit there"
     if args.world_size > 1:
         return (

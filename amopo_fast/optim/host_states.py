@@ -5,17 +5,14 @@
 
     fetch of the next parcel   |   update of this one, on the backward's stream   |   write-back of the last one
 
-One stream per direction; events order them, and the host never waits. In a step each moment is read once and written
-once. Which parcel comes next is what came next in the step before (in the first one: from the last block to the first).
-A wrong guess, or a layer whose experts get no gradient, costs a transfer and never a result: what is not there is
-fetched, and a slot that is needed is written back first. On a CPU the same code copies between host and slots.
+In a step each moment is read once and written once, and the host never waits. Which parcel comes next is what came next
+in the step before (in the first one: from the last block to the first). A wrong guess, or a layer whose experts get no
+gradient, costs a transfer and never a result: what is not there is fetched, and a slot that is needed is written back
+first. On a CPU the same code copies between host and slots (host_memory.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amopo_fast.optim.host_memory import HostMemory, Transfers, aligned
 from amopo_fast.optim.states import layout_of
 from amopo_fast.optim.update import PIECE
 
 SLOTS = 3
-ALIGNMENT = 256  # bytes: Triton compiles another kernel for pointers that are not at 16
 
 
 def blocks_of(model: nn.Module) -> list[list[Tensor]]:
@@ -47,9 +44,9 @@ def blocks_of(model: nn.Module) -> list[list[Tensor]]:
 
 
 def parcel_bytes(numels: Sequence[int], states: str) -> int:
-    """Of the moments of parameters with so many elements, each array at a multiple of ALIGNMENT."""
+    """Of the moments of parameters with so many elements, each array aligned."""
     sizes = (count * dtype.itemsize for numel in numels for count, dtype in layout_of(numel, states).values())
-    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+    return sum(map(aligned, sizes))
 
 
 def _piece(numel: int, states: str, room: int) -> int:
@@ -95,42 +92,39 @@ class _Slot:
 
 
 class HostStates:
-    """Zeroed moments of parameters that are all on one device.
+    """Zeroed moments of parameters that are all updated on one device.
 
     Args:
         blocks: parameters that travel together; the only one of its block may travel in pieces.
         states: "fp32", "8bit" or "4bit".
+        device: where the parameters are updated; default: where they are.
 
     Raises:
         ValueError: parameters on several devices.
         RuntimeError: the host's memory cannot be pinned; says how much of it.
     """
 
-    def __init__(self, blocks: Sequence[Sequence[Tensor]], states: str):
-        devices = {parameter.device for block in blocks for parameter in block}
+    def __init__(self, blocks: Sequence[Sequence[Tensor]], states: str, device: torch.device | None = None):
+        devices = {device or parameter.device for block in blocks for parameter in block}
         if len(devices) != 1:
             raise ValueError(f"states in host memory need parameters on one device, found {sorted(map(str, devices))}")
-        (self.device,) = devices
+        (device,) = devices
         sizes = [[parameter.numel() for parameter in block] for block in blocks]
         room = slot_bytes(sizes, states)
         self._states: dict[Tensor, dict[str, Tensor]] = {}
         self._parcels: dict[Tensor, list[_Parcel]] = {}
-        buffers = _host_buffers([parcel_bytes(size, states) for size in sizes], self.device)
+        self._memory = HostMemory(
+            [parcel_bytes(size, states) for size in sizes], device, what="the optimizer's states",
+            remedy="use --optim_in_backward adamw_4bit, or leave --optimizer_states host out",
+        )  # fmt: skip
         order = []
-        for block, buffer in reversed(list(zip(blocks, buffers, strict=True))):
+        for block, buffer in reversed(list(zip(blocks, self._memory.blocks, strict=True))):
             order += self._lay_out(block, buffer, states, room)
         self._next: dict[_Parcel, _Parcel] = dict(zip(order, order[1:], strict=False))
         self._seen: list[_Parcel] = []  # in the order of this step's first updates
         self._resident: dict[_Parcel, _Slot] = {}
-        self._vacant = [
-            _Slot(torch.zeros(room, dtype=torch.uint8, device=self.device)) for _ in range(min(SLOTS, len(order)))
-        ]
-        self._fetching = self._writing = None
-        if self.device.type == "cuda":
-            self._fetching, self._writing = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
-            self._fetching.wait_stream(torch.cuda.current_stream(self.device))  # the slots are zeroed there
-            # Holds the buffers until no copy is under way; at the end of the process the driver lets go of them.
-            weakref.finalize(self, _unpin, buffers, self.device).atexit = False
+        self._vacant = [_Slot(torch.zeros(room, dtype=torch.uint8, device=device)) for _ in order[:SLOTS]]
+        self._transfers = Transfers(device)
 
     def _lay_out(self, block: Sequence[Tensor], buffer: Tensor, states: str, room: int) -> list[_Parcel]:
         offset = 0
@@ -140,7 +134,7 @@ class HostStates:
             for name, (count, dtype) in layout_of(parameter.numel(), states).items():
                 size = count * dtype.itemsize
                 arrays.append(_Array(name, buffer[offset : offset + size].view(dtype), offset))
-                offset += -(-size // ALIGNMENT) * ALIGNMENT
+                offset += aligned(size)
             self._states[parameter] = {array.name: array.host for array in arrays}
             places[parameter] = (0, parameter.numel(), arrays)
         parcels = [_Parcel(places, [(buffer, 0)])]
@@ -157,7 +151,7 @@ class HostStates:
             for name, whole in self._states[parameter].items():
                 share = whole[begin * len(whole) // numel : end * len(whole) // numel]
                 arrays.append(_Array(name, share, offset))
-                offset += -(-share.nbytes // ALIGNMENT) * ALIGNMENT
+                offset += aligned(share.nbytes)
             copies = [(array.host.view(torch.uint8), array.offset) for array in arrays]
             parcels.append(_Parcel({parameter: (begin, end, arrays)}, copies))
         return parcels
@@ -184,12 +178,10 @@ class HostStates:
             following = self._next.get(parcel)
             if following is not None and following not in self._resident and self._vacant:
                 self._fetch(following)
-            if slot.ready is not None:
-                torch.cuda.current_stream(self.device).wait_event(slot.ready)
+            self._transfers.wait_for(slot.ready)
             begin, end, arrays = parcel.places[parameter]
             yield begin, end, {array.name: array.on(slot.memory) for array in arrays}
-            if self._fetching is not None:
-                slot.used = torch.cuda.current_stream(self.device).record_event()
+            slot.used = self._transfers.mark()
             slot.waiting.discard(parameter)
             if not slot.waiting:
                 self._evict(parcel)
@@ -199,7 +191,7 @@ class HostStates:
             self._evict(next(iter(self._resident)))
         slot = self._vacant.pop(0)
         pairs = [(slot.memory[offset : offset + host.nbytes], host) for host, offset in parcel.copies]
-        slot.ready = self._copy(self._fetching, (slot.free, parcel.written), pairs)
+        slot.ready = self._transfers.fetch(pairs, (slot.free, parcel.written))
         slot.used, slot.waiting = None, set(parcel.places)
         self._resident[parcel] = slot
         return slot
@@ -208,22 +200,8 @@ class HostStates:
         """Write a parcel back, and its slot is vacant: for what is fetched behind that."""
         slot = self._resident.pop(parcel)
         pairs = [(host, slot.memory[offset : offset + host.nbytes]) for host, offset in parcel.copies]
-        slot.free = parcel.written = self._copy(self._writing, (slot.ready, slot.used), pairs)
+        slot.free = parcel.written = self._transfers.write_back(pairs, (slot.ready, slot.used))
         self._vacant.append(slot)
-
-    def _copy(self, stream, after, pairs: list[tuple[Tensor, Tensor]]):
-        """Copy (destination, source) pairs on a stream, behind events. Returns the event of its end."""
-        if stream is None:
-            for destination, source in pairs:
-                destination.copy_(source)
-            return None
-        for event in after:
-            if event is not None:
-                stream.wait_event(event)
-        with torch.cuda.stream(stream):
-            for destination, source in pairs:
-                destination.copy_(source, non_blocking=True)
-        return stream.record_event()
 
     def end_step(self) -> None:
         """Write back what is still in slots; the host does not wait for it."""
@@ -237,44 +215,4 @@ class HostStates:
         """Wait until the host's tensors are the newest: before they are read or replaced."""
         for parcel in list(self._resident):
             self._evict(parcel)
-        if self._writing is not None:
-            self._writing.synchronize()
-
-
-def _host_buffers(sizes: list[int], device: torch.device) -> list[Tensor]:
-    """Zeroed bytes of whole pages, pinned for CUDA.
-
-    torch's own pinned allocations are rounded up to a power of two, which would waste up to half of them.
-    """
-    buffers = []
-    for done, size in enumerate(sizes):
-        try:
-            memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise _no_memory(sizes, done, f"{error.strerror or error}") from error
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        if device.type == "cuda":
-            memory.madvise(mmap.MADV_DONTFORK)  # a data loader's worker would copy every pinned page
-        buffer = torch.frombuffer(memory, dtype=torch.uint8)
-        if device.type == "cuda":
-            code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
-            if int(code):
-                _unpin(buffers, device)
-                raise _no_memory(sizes, done, f"cudaHostRegister says {code}")
-        buffers.append(buffer)
-    return buffers
-
-
-def _no_memory(sizes: list[int], done: int, why: str) -> RuntimeError:
-    return RuntimeError(
-        f"the optimizer's states need {sum(sizes) / 2**30:.1f} GiB of pinned host memory, and after "
-        f"{sum(sizes[:done]) / 2**30:.1f} GiB no more could be had ({why}): free host memory, raise the container's "
-        "limit, use --optim_in_backward adamw_4bit, or leave --optimizer_states host out"
-    )
-
-
-def _unpin(buffers: list[Tensor], device: torch.device) -> None:
-    torch.cuda.synchronize(device)
-    for buffer in buffers:
-        torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+        self._transfers.settle()

@@ -133,10 +133,12 @@ def _nearest(values: Tensor, ascending: Tensor) -> Tensor:
     return torch.where(upper, above, below).to(torch.uint8)
 
 
-def new_state(parameter: Tensor, states: str, values_dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Zeroed moments of a parameter as the plain tensors of an optimizer's state, on its device."""
-    layout = layout_of(parameter.numel(), states, values_dtype)
-    return {name: torch.zeros(count, dtype=dtype, device=parameter.device) for name, (count, dtype) in layout.items()}
+def new_state(
+    parameter: Tensor, states: str, values_dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> dict[str, Tensor]:
+    """Zeroed moments of a parameter as the plain tensors of an optimizer's state, on a device (default: its own)."""
+    layout, device = layout_of(parameter.numel(), states, values_dtype), device or parameter.device
+    return {name: torch.zeros(count, dtype=dtype, device=device) for name, (count, dtype) in layout.items()}
 
 
 def moments_of(state: dict[str, Tensor]) -> tuple[Moment, ...]:

@@ -77,7 +77,8 @@ class AnswerFormat:
         try:
             prompt, text = chat.render([question], answered=False), chat.render(exchange, answered=True)
         except Refusal as error:
-            raise ValueError(f"the tokenizer's chat template refuses a user's message and an answer: {error}") from None
+            raise ValueError(f"the tokenizer's chat template refuses a user's message and an answer: {error}; set "
+                             "another chat_template") from None  # fmt: skip
         if _PROBE not in text:
             raise ValueError("the tokenizer's chat template leaves out the answer; set another chat_template")
         self.tags = self._find_tags(prompt)

@@ -29,6 +29,7 @@ from amopo_fast.prompts.answers import AnswerFormat, Reasoning
 from amopo_fast.prompts.chat import ChatTemplate
 from amopo_fast.prompts.encoding import CannotEncode, Encoder
 from amopo_fast.prompts.rendering import Order, Renderer, Texts, error_in
+from amopo_fast.prompts.tokenizer import require_vocabulary
 from amopo_fast.prompts.tokens import PairTokens
 from amopo_fast.prompts.truncation import Limits, TruncatedResponses
 from amopo_fast.prompts.wording import Wording
@@ -100,11 +101,7 @@ class PromptBuilder:
                 f"{type(tokenizer).__name__} is a slow tokenizer, whose tokens have no place in the text; "
                 "save it as a fast one (tokenizer.json)"
             )
-        if not tokenizer("Xq7", add_special_tokens=False, verbose=False)["input_ids"]:
-            raise ValueError(
-                "the tokenizer makes no tokens of 'Xq7': its vocabulary is empty, as where a model folder has no "
-                "tokenizer.json; save the tokenizer beside the model, or name it with tokenizer_name_or_path"
-            )
+        require_vocabulary(tokenizer)
         self.tokenizer, self.dimensions = tokenizer, tuple(dimensions)
         self.score_range, self.order, self.max_length = tuple(score_range), order, max_length
         self.chat = ChatTemplate(tokenizer, date=template_date, kwargs=chat_template_kwargs)

@@ -120,7 +120,9 @@ def variables_of(source: str) -> set[str]:
     try:
         return jinja2.meta.find_undeclared_variables(environment.parse(source))
     except (jinja2.TemplateError, RecursionError) as error:
-        raise ValueError(f"the tokenizer's chat template is no valid Jinja: {' '.join(str(error).split())}") from None
+        found = " ".join(str(error).split())
+        raise ValueError(f"the tokenizer's chat template is no valid Jinja: {found}; correct it, or set another "
+                         "chat_template") from None  # fmt: skip
 
 
 class _Generation(jinja2.ext.Extension):

@@ -13,7 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.rule import Rule
 from rich.text import Text
 
-from amopo_fast.prompts.tables import NumbersTable
+from amopo_fast.report.tables import NumbersTable
 
 PERCENTILES = (50, 90, 95, 99)
 

@@ -101,7 +101,7 @@ class Recipe:
             ValueError: it has one that this version cannot read; names the file and the key.
         """
         path = Path(folder) / RECIPE_FILE
-        if not path.is_file():
+        if not path.exists():
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

@@ -34,8 +34,19 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         text = " ".join(str(error).split())[:300]
         remedy = hub.remedy(name) or f"{text}; give a folder with tokenizer.json, or a Hub name"
         raise ValueError(f"tokenizer {name!r} cannot be loaded: {remedy}") from None
+    require_vocabulary(tokenizer, name)
     if tokenizer.chat_template is None:
         logger.warning("tokenizer %s has no chat template: prompts are written in ChatML, which is saved with it", name)
         tokenizer.chat_template = fallback_template(tokenizer)
         return tokenizer
     return change_templates(tokenizer, without_dimensions)
+
+
+def require_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str = "") -> None:
+    """Raises ValueError for the empty vocabulary that transformers gives a folder without tokenizer.json."""
+    if not tokenizer("Xq7", add_special_tokens=False)["input_ids"]:
+        raise ValueError(
+            f"{f'{name}: ' if name else ''}the tokenizer makes no tokens of 'Xq7': its vocabulary is empty, as where a "
+            "model folder has no tokenizer.json; save the tokenizer beside the model, or name it with "
+            "tokenizer_name_or_path"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -99,7 +100,7 @@ def read_metrics(run: str | Path) -> list[dict[str, float]]:
             raise ValueError(f"{path}, line {number}: no JSON object with a step; remove the line") from None
         lines.append(line)
     if not lines:
-        raise ValueError(f"{path} has no lines yet; train at least one logging step")
+        raise ValueError(f"{path} holds no whole line; train at least one logging step")
     return lines
 
 
@@ -108,9 +109,9 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 
     Raises as `read_metrics`, and ValueError for a folder given twice.
     """
-    paths = [Path(folder).resolve() for folder in folders]
+    paths = [Path(os.path.realpath(folder)) for folder in folders]
     if len(set(paths)) < len(paths):
-        raise ValueError("a run is named twice")
+        raise ValueError("a run is named twice: name each once")
     for depth in range(1, 64):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):

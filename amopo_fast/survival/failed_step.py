@@ -14,6 +14,32 @@ from amopo_fast.data.pairs import record_of
 
 _COLUMNS = ("logp_chosen", "logp_rejected", "margin", "weight", "prob_std_chosen", "prob_std_rejected")
 
+_WHOLE = {"type": "integer", "minimum": 0}
+_NAMES = {"type": ["array", "null"], "items": {"type": "string"}}
+_PAIR: dict[str, Any] = {
+    "type": "object",
+    "required": ["record", "rank", "micro_batch", "micro_batch_loss", "dimensions"],
+    "properties": {
+        "record": _WHOLE,
+        "rank": _WHOLE,
+        "micro_batch": _WHOLE,
+        "dimensions": {"type": "object", "additionalProperties": {"type": "object"}},
+    },
+}
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["step", "reason", "records", "pairs"],
+    "properties": {
+        "step": _WHOLE,
+        "reason": {"type": "string"},
+        "records": {"type": "array", "items": _WHOLE},
+        "pairs": {"type": "array", "items": _PAIR},
+        "weights": _NAMES,
+        "gradients": _NAMES,
+        "changed_weights": _NAMES,
+    },
+}
+
 
 @dataclass(frozen=True)
 class FailedStep:
@@ -22,16 +48,17 @@ class FailedStep:
     @classmethod
     def read(cls, path: str | Path) -> FailedStep:
         """Raises ValueError that names the file where it is not one the guard wrote."""
+        from jsonschema import Draft202012Validator
+        from jsonschema.exceptions import best_match
+
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            for pair in content["pairs"]:
-                pair["record"], pair["micro_batch_loss"], pair["dimensions"]
-            content["step"], content["reason"], content["records"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is no report of a failed step ({type(error).__name__}: {error}); give the failed-step-N.json "
-                "of a run's output_dir"
-            ) from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise _not_one(path, error) from None
+        wrong = best_match(Draft202012Validator(SCHEMA).iter_errors(content))
+        if wrong is not None:
+            place = ".".join(map(str, wrong.absolute_path))
+            raise _not_one(path, f"{place}: {wrong.message[:120]}" if place else wrong.message[:120])
         return cls(content)
 
     @property
@@ -41,27 +68,18 @@ class FailedStep:
 
     def table(self):
         """What a terminal shows of the step before its records."""
-        from rich import box
         from rich.console import Group
-        from rich.table import Table
 
-        content = self.content
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in (
-            "record",
-            "rank",
-            "micro-batch",
-            "its loss",
-            "dimension",
-            *(c.replace("_", " ") for c in _COLUMNS),
-        ):
-            table.add_column(column, justify="left" if column == "dimension" else "right")
+        from amopo_fast.report.tables import NumbersTable
+
+        content, rows = self.content, []
         for pair in content["pairs"]:
-            where = [str(record_of(pair["record"])), str(pair["rank"]), str(pair["micro_batch"])]
+            where = [str(pair["rank"]), str(pair["micro_batch"]), _short(pair["micro_batch_loss"])]
             for dimension, values in pair["dimensions"].items():
                 numbers = [_short(values.get(column)) for column in _COLUMNS]
-                table.add_row(*where, _short(pair["micro_batch_loss"]), dimension, *numbers)
-                where = ["", "", ""]
+                rows.append([str(record_of(pair["record"])), dimension, *where, *numbers])
+        columns = ["record", "dimension", "rank", "micro-batch", "its loss", *(c.replace("_", " ") for c in _COLUMNS)]
+        table = NumbersTable("What was computed", columns, rows, keys=2)
         lines = [f"step {content['step']}: {content['reason']}"]
         for part in ("weights", "gradients"):
             if content.get(part):
@@ -70,7 +88,13 @@ class FailedStep:
             lines.append(f"changed by it before that was known: {', '.join(content['changed_weights'])}")
         lines.append(f"gradient norm {_short(content.get('gradient_norm'))}, learning rate "
                      f"{_short(content.get('learning_rate'))}, seed {content.get('seed')}")  # fmt: skip
-        return Group(*lines, table if content["pairs"] else "no records: no step had begun")
+        return Group(*lines, table if rows else "no records: no step had begun")
+
+
+def _not_one(path: str | Path, reason: object) -> ValueError:
+    return ValueError(
+        f"{path} is no report of a failed step ({reason}); give the failed-step-N.json of a run's output_dir"
+    )
 
 
 def _short(value) -> str:

@@ -11,6 +11,8 @@ import logging
 import math
 import statistics
 from collections import deque
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -73,6 +75,8 @@ class Guard(TrainerCallback):
     def check_weights(self, when: str) -> None:
         """Raises NumbersError if any weight, frozen ones included, is NaN or infinite since the last step. Synchronises
         once."""
+        if self.trainer.streamed is not None:
+            self.trainer.streamed.settle()
         largest = _largest(self.trainer.model.parameters(), self.trainer.args.device)
         if not math.isfinite(self.trainer.accelerator.reduce(largest, "sum").item()):
             self._fail(f"a weight is not finite {when}", self.trainer.state.global_step)
@@ -95,15 +99,22 @@ class Guard(TrainerCallback):
         norm = torch.as_tensor(norm, dtype=torch.float32, device=args.device).detach()
         if trainer.accelerator.scaler is not None:
             norm = torch.zeros_like(norm)  # fp16: the loss scaler skips a step whose gradients overflowed
-        trained = (parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
-        flag = torch.tensor(float(bool(self.termination.requested)), device=args.device)
-        numbers = torch.stack([self._total_loss(), norm, _largest(trained, args.device), flag])
+        flag = torch.full((), float(bool(self.termination.requested)), device=args.device)  # no copy from the host
+        numbers = torch.stack([self._total_loss(), norm, _largest(self._trained(), args.device), flag])
         loss, norm, largest, stop = trainer.accelerator.reduce(numbers, "sum").tolist()
         self._stop = stop > 0
         for value, what in ((loss, "the loss"), (largest, "a weight"), (norm, "the gradient")):
             if not math.isfinite(value):
                 self._fail(f"{what} is not finite")
         self._watch(loss / args.world_size, args, state)
+
+    def _trained(self) -> Iterator[torch.Tensor]:
+        """Trained weights; of layers that stream, and lie in host memory by now, how large they were on the device."""
+        trained = (parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad)
+        streamed = self.trainer.streamed
+        if streamed is None:
+            return trained
+        return chain((parameter for parameter in trained if parameter not in streamed.parameters), streamed.largest())
 
     def _total_loss(self) -> torch.Tensor:
         return torch.stack([loss for loss, _, _ in self._micro_batches]).sum().float()
@@ -198,6 +209,8 @@ class Guard(TrainerCallback):
 
     def _statistics(self, stepping: bool) -> dict:
         trainer = self.trainer
+        if trainer.streamed is not None:
+            trainer.streamed.settle()
         pairs = []
         for number, (loss, table, records) in enumerate(self._micro_batches):
             for record, rows in zip(records.tolist(), table.tolist(), strict=True):

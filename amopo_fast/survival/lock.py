@@ -35,7 +35,7 @@ class OutputLock:
     """
 
     def __init__(self, output_dir: str | Path):
-        self.path = Path(output_dir).resolve() / FILE
+        self.path = Path(os.path.realpath(output_dir)) / FILE
         self._owns = False
         self._mine: dict[str, Any] = {}
         self._ended = threading.Event()
@@ -112,7 +112,7 @@ class OutputLock:
 
 def require_lock(output_dir: str | Path) -> None:
     """Before a checkpoint is published: raises CheckpointError where another run has taken this process's lock."""
-    path = Path(output_dir).resolve() / FILE
+    path = Path(os.path.realpath(output_dir)) / FILE
     lock = _held.get(path)
     if lock is not None and (owner := _read(path)) != lock._mine:
         who = f"{owner.get('pid', '?')} on {owner.get('host', '?')}" if owner else "nobody: its file was deleted"

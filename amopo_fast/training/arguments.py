@@ -25,6 +25,7 @@ from amopo_fast.errors import Needs, OptionError
 from amopo_fast.models.attention_backends import AttentionNeeds
 from amopo_fast.models.attention_backends import choose_backend as choose_attention
 from amopo_fast.optim.choose import LOW_BIT, in_backward_refusal
+from amopo_fast.training.host_memory import refuse_in_host_memory
 from amopo_fast.training.objective import SHARES
 from amopo_fast.training.objectives import OBJECTIVES
 from amopo_kernels.dispatch import choose_backend
@@ -88,6 +89,7 @@ NEEDS = (
     Needs("liger_kernel_config", "use_liger_kernel"),
     Needs("clip_in_backward", "optim_in_backward"),
     Needs("optimizer_states", "optim_in_backward"),
+    Needs("weights", "optim_in_backward"),
     Needs("tau", "weighting", ("worst_first",)),
     Needs("optim_target_modules", "optim", _LOW_RANK),
     Needs("fsdp_config", "fsdp"),
@@ -175,12 +177,13 @@ def try_names(args: Any, changed: dict[str, Any]) -> None:
         raise OptionError("fp16 needs a GPU; leave it out", "fp16")
     _try("kernel_backend", lambda: choose_backend(args.kernel_backend, torch.empty(0, 1, device=device), torch.float32))
     is_torch = args.kernel_backend == "torch" or (args.kernel_backend == "auto" and device.type == "cpu")
-    if args.logits_cache_gib and is_torch:
+    if args.logits_cache_bytes and is_torch:
         raise OptionError(f"logits_cache_gib={args.logits_cache_gib} is not for kernel_backend torch, which runs on "
                           f"{device.type}; leave it out", "logits_cache_gib")  # fmt: skip
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     needs = AttentionNeeds(device.type, capability, torch.bfloat16, head_dim=8)
     _try("attention_backend", lambda: choose_attention(args.attention_backend, needs))
+    refuse_in_host_memory(args)
     if args.optim_in_backward and (reason := in_backward_refusal(args)):
         raise OptionError(f"optim_in_backward={args.optim_in_backward}: {reason}", "optim_in_backward")
     _try_optimizer(args, changed)

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
 
 from accelerate.utils import AutocastKwargs
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from amopo_fast.errors import OptionError
-from amopo_fast.models.architecture import positions_of, vocabulary_of
+from amopo_fast.errors import OptionError, shown
+from amopo_fast.models.architecture import language_model_of, positions_of, vocabulary_of
 from amopo_fast.models.real_logits import check_real_logits
 from amopo_fast.models.scoring import check_lengths
 from amopo_fast.prompts.model_limits import check_pairs, check_vocabulary
 from amopo_fast.prompts.tokens import PairTokens
 from amopo_fast.training.arguments import engine_asked_for
+from amopo_fast.training.config import AMoPOConfig
 
-if TYPE_CHECKING:
-    from amopo_fast.training.config import AMoPOConfig
+logger = logging.getLogger(__name__)
+
+
+def given_sets(
+    args: AMoPOConfig,
+    train_dataset: Sequence[PairTokens] | None,
+    eval_dataset: Sequence[PairTokens] | dict[str, Sequence[PairTokens]] | None,
+) -> dict[str, Sequence[PairTokens]]:
+    """The evaluation sets by name, "" for a single one. Raises ValueError where what a program gave is of another kind,
+    such as transformers' TrainingArguments or a data set of texts."""
+    if not isinstance(args, AMoPOConfig):
+        raise ValueError(f"args is {shown(args)}: give an AMoPOConfig, which takes TrainingArguments' options too")
+    evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset or ()}
+    for what, pairs in [("train_dataset", train_dataset or ()), *(("eval_dataset", each) for each in evals.values())]:
+        if len(pairs) and not isinstance(pairs[0], PairTokens):
+            raise ValueError(
+                f"{what} holds {shown(pairs[0])}: give tokenised pairs, as load_data(DataConfig(train_data=[...]), "
+                "tokenizer).train holds them"
+            )
+    return evals
 
 
 def check_engine(model: nn.Module, args: AMoPOConfig) -> None:
@@ -34,6 +53,24 @@ def check_engine(model: nn.Module, args: AMoPOConfig) -> None:
             f"{engine} was asked for and is not in effect: start with `accelerate launch --config_file "
             "configs/accelerate/fsdp2.yaml`, or leave fsdp out", "fsdp",
         )  # fmt: skip
+    if engine == "FSDP2" and (left := in_the_root_unit(model)):
+        logger.warning(
+            "FSDP2 shards the %s in one unit with what is left of the model: gathered and reduced in one piece, which "
+            "takes more memory. accelerate 1.15 or later gives each its own", " and the ".join(left),
+        )  # fmt: skip
+
+
+def in_the_root_unit(model: nn.Module) -> list[str]:
+    """Which of "embeddings" and "head" FSDP2 left to the unit of the model itself.
+
+    A unit's gradients are reduced in one piece: both matrices of 248,320 x 5,120 in float32 are 9.5 GiB. accelerate
+    gives each its own unit from 1.14 on, and tied ones one from 1.15 (fsdp_utils.fsdp2_prepare_model).
+    """
+    text = language_model_of(model)
+    if not isinstance(text, PreTrainedModel):
+        return []
+    matrices = {"embeddings": text.get_input_embeddings(), "head": text.get_output_embeddings()}
+    return [name for name, module in matrices.items() if module is not None and not isinstance(module, FSDPModule)]
 
 
 def check_data(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -39,6 +41,7 @@ CHOICES = {
     "optim_in_backward": (None, *IN_BACKWARD),
     "clip_in_backward": CLIPPING,
     "optimizer_states": ("device", "host"),
+    "weights": ("device", "host"),
     "kernel_backend": KERNEL_BACKENDS,
     "on_changed_option": (None, "keep", "use"),
     "attention_backend": ("auto", *ATTENTION_BACKENDS),
@@ -54,8 +57,9 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "learning_rate", "weight_decay", "max_grad_norm", "sft_coef", "cpo_alpha", "warmup_steps",
-    "eval_delay", "dataloader_num_workers", "logits_cache_gib", "keep_layers", "router_aux_loss_coef",
+    "eval_delay", "dataloader_num_workers", "keep_layers", "router_aux_loss_coef",
 )  # fmt: skip
+ROW_TOKENS = 8192  # of a micro-batch, by default
 BELOW_ONE = ("adam_beta1", "adam_beta2")
 
 
@@ -107,13 +111,19 @@ class AMoPOConfig(TrainingArguments):
         metadata={"help": "Pairs per optimizer step over all ranks. Default: per_device_train_batch_size * "
                   "gradient_accumulation_steps * ranks."},
     )  # fmt: skip
-    tokens_per_micro_batch: int = field(default=8192, metadata={"help": "Computed tokens of a micro-batch, at most."})
+    tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={"help": "Computed tokens of a micro-batch, at most. Default: 8192; on a CPU less where that does not "
+                  "fit into the memory that is free."},
+    )  # fmt: skip
     kernel_backend: str = field(default="auto", metadata={"help": "amopo_kernels' backend of the head."})
-    logits_cache_gib: float = field(
-        default=0.0,
+    logits_cache_gib: str = field(
+        default="auto",
         metadata={"help": "GPU memory for probabilities that the head keeps for its backward: 2 bytes per label row "
-                  "and token of the vocabulary keep all of them and save a quarter of the head's work. Not with "
-                  "backend torch; unused where the head is frozen."},
+                  "and token of the vocabulary keep all of them and save a quarter of the head's work. auto: all, "
+                  "3/4, 1/2, 1/4 or none, whichever the estimate says fits the GPU beside the longest micro-batch, "
+                  "and a resume keeps that; or GiB; 0: none. None in any case with backend torch, or where the head "
+                  "is frozen."},
     )  # fmt: skip
     attention_backend: str = field(
         default="auto",
@@ -161,6 +171,12 @@ class AMoPOConfig(TrainingArguments):
         default="device",
         metadata={"help": "With optim_in_backward: device, or host: AdamW's states live in pinned host memory and "
                   "visit the GPU layer by layer during the backward pass; the weights are bit for bit the same."},
+    )  # fmt: skip
+    weights: str = field(
+        default="device",
+        metadata={"help": "With optim_in_backward: device, or host: the decoder layers' weights live in pinned host "
+                  "memory and visit two slots on the GPU as they compute; the weights are bit for bit the same. "
+                  "Switches gradient_checkpointing on."},
     )  # fmt: skip
     keep_layers: int = field(
         default=0,
@@ -212,16 +228,19 @@ class AMoPOConfig(TrainingArguments):
             self.use_liger_kernel = not self.use_cpu and liger_by_default()
         if self.fp16 and self.bf16:
             raise OptionError("fp16 and bf16 are both true: choose one of them", "fp16")
+        if self.weights == "host" and not getattr(self, "activation_checkpointing", self.gradient_checkpointing):
+            self.gradient_checkpointing = True
+            logger.warning("weights=host: gradient checkpointing is switched on: layers are recomputed in the backward")
+        for name in self._VALID_DICT_FIELDS:
+            _check_mapping(name, getattr(self, name), file=name in ("fsdp_config", "deepspeed"))
         for name in ("checkpointing", "checkpointing_kwargs"):  # transformers < 5.24 has the former name alone
             old, new = f"gradient_{name}", f"activation_{name}"
             if getattr(self, new, False) is None and getattr(self, old) is not None:
                 setattr(self, new, getattr(self, old))
                 setattr(self, old, None)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        for name in self._VALID_DICT_FIELDS:
-            value = getattr(self, name)
-            if isinstance(value, str) and value.startswith("{"):
-                _from_json(name, value)
+        if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
+            raise OptionError("deepspeed is not installed here: pip install deepspeed, or leave it out", "deepspeed")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 named = ", ".join(filter(None, choices))
@@ -251,7 +270,12 @@ class AMoPOConfig(TrainingArguments):
         try_names(self, changed)
         if self.compat == "upstream" and self.pairs_per_step > 1:
             # The softmax of that mode runs over a call's pairs, so its loss depends on how a step is split.
-            self.tokens_per_micro_batch = max(self.tokens_per_micro_batch, 2**31)
+            self.tokens_per_micro_batch = max(self.row_tokens, 2**31)
+
+    @property
+    def row_tokens(self) -> int:
+        """`tokens_per_micro_batch`, or its default."""
+        return self.tokens_per_micro_batch or ROW_TOKENS
 
     def settle_learning_rate(self, *, adapter: bool) -> str:
         """Fill in the learning rate's default, which an adapter's presence decides. Returns a line that says so; ""
@@ -274,6 +298,27 @@ class AMoPOConfig(TrainingArguments):
             raise OptionError(f"max_steps={self.max_steps} must be positive; -1 trains num_train_epochs", "max_steps")
         if self.max_steps < 0 and not self.num_train_epochs > 0:
             raise OptionError(f"num_train_epochs={self.num_train_epochs} must be positive", "num_train_epochs")
+        if self.warmup_steps >= 1 and self.warmup_steps % 1:
+            raise OptionError(f"warmup_steps={self.warmup_steps} must be a whole number of steps, or a share of all "
+                              "steps below 1", "warmup_steps")  # fmt: skip
+
+    @property
+    def logits_cache_bytes(self) -> int | None:
+        """None: to be chosen.
+
+        Raises:
+            OptionError: no amount of memory.
+        """
+        if self.logits_cache_gib == "auto":
+            return None
+        try:
+            gib = float(self.logits_cache_gib)
+        except (TypeError, ValueError):
+            gib = math.nan
+        if not 0 <= gib < 2**20:  # NaN too
+            name = "logits_cache_gib"
+            raise OptionError(f"{name}={self.logits_cache_gib}: write auto, or GiB, 0 for none", name)
+        return int(gib * 2**30)
 
     def _settle_objective(self) -> None:
         """Fill in the objective's own defaults; refuse what it does not have."""
@@ -310,8 +355,10 @@ class AMoPOConfig(TrainingArguments):
         """The option that an error of transformers is about: the one that it names or whose value it quotes, among
         those that are not at their default."""
         named = [name for name in changed if name in text]
-        quoted = [name for name, value in changed.items() if isinstance(value, str) and value and value in text]
-        return max(named, key=len, default="") or next(iter(quoted), "")
+        texts = {name: value for name, value in changed.items() if isinstance(value, str)}
+        quoted = [name for name, value in texts.items() if repr(value) in text or (value and value in text)]
+        empty = [name for name, value in texts.items() if not value]
+        return max(named, key=len, default="") or next(iter(quoted + empty), "")
 
 
 def _from_json(option: str, text: str) -> Any:
@@ -319,4 +366,20 @@ def _from_json(option: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise OptionError(f"{option}: not JSON: {error}", option) from None
+        raise OptionError(f"{option}: not JSON: {error}; write a JSON object", option) from None
+
+
+def _check_mapping(option: str, value: Any, *, file: bool) -> None:
+    """Raises OptionError for text that is neither a JSON object nor, if `file`, the path of one."""
+    if not isinstance(value, str) or not value:
+        return
+    if not file or value.startswith("{"):
+        content = _from_json(option, value)
+    else:
+        try:
+            content = json.loads(Path(value).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OptionError(f"{option}: {value} cannot be read ({reason}); name a JSON file", option) from None
+    if not isinstance(content, dict):
+        raise OptionError(f"{option}: {value} holds {shown(content)}; write a JSON object", option)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import TrainerCallback
 
-from amopo_fast.memory.estimate import GIB, Estimate, Row, estimate
-from amopo_fast.memory.preflight import longest_micro_batch, row_of
+from amopo_fast.memory.estimate import Estimate, Row, estimate
+from amopo_fast.memory.gpus import GIB
+from amopo_fast.memory.preflight import longest_micro_batch
 from amopo_fast.memory.profile import LiveBytes
 from amopo_fast.models.choice import choice_of
-from amopo_fast.packing.plan import build_plan
 from amopo_fast.packing.schedule import Epoch, PairSizes, PlannedBatches
-from amopo_fast.training.loading import setup_of
+from amopo_fast.training.loading import run_of
 
 if TYPE_CHECKING:
     from amopo_fast.training.config import AMoPOConfig
@@ -74,21 +74,13 @@ def dry_run(trainer: AMoPOTrainer) -> DryRun:
     args, model = trainer.args, trainer.model
     pairs = trainer.train_dataset.pairs
     epoch = trainer._batches.epoch
-    layout = choice_of(model).layout
-    batch = longest_micro_batch(epoch, PairSizes.of(pairs, layout))
-    row = row_of(build_plan([pairs[i] for i in batch.pairs], layout))
+    batch = longest_micro_batch(epoch, PairSizes.of(pairs, choice_of(model).layout))
     micro_batches = epoch.accumulation
     two_steps = Epoch([replace(batch, epoch=0)] * (2 * micro_batches), micro_batches)
     trainer._batches = PlannedBatches(lambda number: two_steps)
 
-    adapters = getattr(model, "peft_config", None)
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and (adapters or p.requires_grad)}
-    setup = setup_of(
-        args, torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32,
-        lora_rank=next(iter(adapters.values())).r if adapters else None,
-        quantised=getattr(model, "is_loaded_in_4bit", False), nested=False, accumulates=micro_batches > 1,
-    )  # fmt: skip
-    prediction = estimate(model.config, row, setup)
+    row, setup = run_of(args, model, pairs, epoch)
+    prediction = estimate(model.config, row, replace(setup, head_cache=trainer.head_cache.bytes))
     live = None if args.device.type == "cuda" else LiveBytes()
     second = _SecondStep(live)
     trainer.add_callback(second)

@@ -35,10 +35,12 @@ from amopo_fast.survival.guard import Guard
 from amopo_fast.survival.safety import write_arguments
 from amopo_fast.survival.signals import EvaluationStopped, Termination
 from amopo_fast.training.arguments import check_best_metric
-from amopo_fast.training.checks import RealLogits, check_data
+from amopo_fast.training.checks import RealLogits, check_data, given_sets
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.epochs import Description, most_micro_batches, require_one_micro_batch, schedule_of
-from amopo_fast.training.loading import load_for_training
+from amopo_fast.training.head_cache import HeadCache
+from amopo_fast.training.inputs import MovesWithoutWaiting
+from amopo_fast.training.loading import load_for_training, streamed_weights
 from amopo_fast.training.loss_scale import LossScale
 from amopo_fast.training.metrics import Meter, evaluation_metrics
 from amopo_fast.training.metrics_file import MetricsFile
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class AMoPOTrainer(Trainer):
+class AMoPOTrainer(MovesWithoutWaiting, Trainer):
     """Trains a causal LM with AMoPO on tokenized pairs.
 
     Args:
@@ -89,6 +91,7 @@ class AMoPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         **kwargs,
     ):
+        evals = given_sets(args, train_dataset, eval_dataset)
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
             model = load_for_training(ModelConfig(model), args, train_dataset, adapter=peft_config is not None)
@@ -98,17 +101,16 @@ class AMoPOTrainer(Trainer):
         rate = args.settle_learning_rate(adapter=hasattr(model, "peft_config"))
         prepare_saving(model)
         self.objective = objective_of(args, dimensions)
-        base = weights_digest(model)
-        self.recipe = recipe
+        base, self.recipe = weights_digest(model), recipe
         if recipe is not None:
             self.recipe = describe_run(recipe, model, base, processing_class, self.objective)
             processing_class = prepare_serving(recipe, model, processing_class)
         prepare_model(model, args.layout)
         choice = choice_of(model)
-        self.routers = RouterLoss(args.router_aux_loss_coef, model)
+        self.streamed = streamed_weights(model, args)
+        self.routers, self.head_cache = RouterLoss(args.router_aux_loss_coef, model), HeadCache(args)
         if args.compile_layers:
             compile_layers(model)
-        evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset or ()}
         check_best_metric(args, dimensions, [name for name, pairs in evals.items() if len(pairs)])
         check_data([train_dataset or (), *evals.values()], model, processing_class, dimensions)
         callbacks = list(callbacks or [])
@@ -117,8 +119,9 @@ class AMoPOTrainer(Trainer):
             schedule = schedule_of(args, sizes)
             self._batches = PlannedBatches(schedule.epoch)
             args.gradient_accumulation_steps = self._batches.epoch.accumulation
-            lines = [schedule.describe(), rate, choice.describe(sizes.share)]
-            callbacks.insert(0, Description("\n".join(filter(None, lines))))
+            kept = self.head_cache.choose(model, train_dataset, self._batches.epoch)
+            lines = filter(None, [schedule.describe(), rate, choice.describe(sizes.share), kept])
+            callbacks.insert(0, Description("\n".join(lines)))
             if kwargs.get("optimizers", (None, None))[0] is None:
                 micro_batches = most_micro_batches(args, schedule) if args.optim_in_backward else 1
                 kwargs.setdefault("optimizer_cls_and_kwargs", choose_optimizer(args, model, micro_batches))
@@ -130,7 +133,8 @@ class AMoPOTrainer(Trainer):
         self.termination = Termination()
         self.guard = Guard(self, self.termination)
         self.checkpointer = Checkpointer(
-            self, {"meter": self.meter, "guard": self.guard, "routers": self.routers}, self.guard.stop_requested,
+            self, {name: getattr(self, name) for name in ("meter", "guard", "routers", "head_cache")},
+            self.guard.stop_requested,
             options=lambda: options_of(args, model), keep_options=lambda values: keep_options(self, values),
         )  # fmt: skip
         super().__init__(
@@ -321,12 +325,11 @@ class AMoPOTrainer(Trainer):
                 attention_backend=self.args.attention_backend,
                 router_losses=self.routers.receiver(),
                 backend=self.args.kernel_backend,
-                logits_cache_bytes=int(self.args.logits_cache_gib * 2**30),
+                logits_cache_bytes=self.head_cache.bytes,
             )
 
     def _outcome(self, model: nn.Module, inputs: dict, objective: Objective, ranks: int) -> Outcome:
         """The loss's normalisers are the step's over all ranks: divided by their number, DDP's mean is undone."""
-        inputs = {name: value.to(self.args.device) for name, value in inputs.items()}
         plan = inputs["plan"]
         references = None
         if objective.needs_reference:
@@ -337,13 +340,13 @@ class AMoPOTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum over the micro-batch's pairs / pairs of the step over all ranks; DDP's mean over ranks is undone."""
-        weight = inputs["weight"].to(self.args.device)
+        weight = inputs["weight"]
         result = self._outcome(model, inputs, self.objective, self.accelerator.num_processes)
         table = torch.where(weight > 0, result.table(), float("nan"))
         self.meter.add(table, inputs["plan"])
         self.loss_scale.add(table)
         pairs, ranks = weight * inputs["plan"].num_pairs, self.accelerator.num_processes
-        loss = result.loss * weight + self.routers.take(pairs, inputs["num_pairs"].to(weight.device) / ranks)
+        loss = result.loss * weight + self.routers.take(pairs, inputs["num_pairs"] / ranks)
         self.guard.add(loss, table, inputs["plan"].records)
         if self._steps_in_backward() and self.accelerator.sync_gradients:
             self.guard.require_finite_loss()
@@ -357,7 +360,7 @@ class AMoPOTrainer(Trainer):
         self.stop_between_rows()
         objective = self.objective.for_evaluation()
         with torch.no_grad():
-            result = self._outcome(model, inputs, objective, ranks=1)
+            result = self._outcome(model, self._prepare_inputs(inputs), objective, ranks=1)
         return result.loss, result.table(), inputs["plan"].records.to(self.args.device)
 
     def _evaluation_metrics(self, prediction) -> dict[str, float]:

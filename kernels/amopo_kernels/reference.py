@@ -109,15 +109,17 @@ def amopo_loss(stats, *, order, num_dimensions, beta, gamma, noise=None, num_pai
             softmax = torch.softmax(torch.stack([scores[pk] for pk in group]), 0).detach()
             priors = [1.0 if prior is None else prior.expand(P, K)[pk] for pk in group]
             shares = [a * b for a, b in zip(softmax, priors, strict=True)]
+            normaliser = sum(shares)
             for pk, share in zip(group, shares, strict=True):
-                weights[pk] = share / sum(shares) if sum(shares) else 0.0
+                weights[pk] = share / normaliser if normaliser else 0.0
     table = {name: torch.zeros_like(weights) for name in ("margins", "chosen", "rejected")}
     total, sft = zero, zero
+    present = [sum((p, k) in scores for k in range(K)) for p in range(P)]
     for p, k in scores:
         chosen, rejected = rewards[p, k, 0], rewards[p, k, 1]
         margin = beta * (chosen - rejected) - gamma
         total = total + weights[p, k] * F.softplus(-margin)
-        sft = sft - chosen / sum(1 for q, _ in scores if q == p)
+        sft = sft - chosen / present[p]
         table["margins"][p, k] = margin.detach()
         table["chosen"][p, k] = beta * chosen.detach()
         table["rejected"][p, k] = beta * rejected.detach()

@@ -82,7 +82,8 @@ KEYS = [
     ({"weighting": "bst"}, "choose one of gaussian, mean, uniform, worst_first, score_gap"),
     ({"compat": "old"}, "choose one of paper, upstream"),
     ({"kernel_backend": "cuda"}, "choose one of auto"),
-    ({"logits_cache_gib": -1}, "logits_cache_gib=-1.0 must not be negative"),
+    ({"logits_cache_gib": -1}, "run.yaml: logits_cache_gib: logits_cache_gib=-1: write auto, or GiB, 0 for none"),
+    ({"logits_cache_gib": "all"}, "logits_cache_gib=all: write auto, or GiB"),
     ({"attention_backend": "flash"}, "run.yaml: attention_backend"),
     ({"dimensions": []}, "dimensions must be a non-empty list"),
     ({"dimensions": ["a", "a"]}, "dimensions must differ"),
@@ -176,7 +177,7 @@ def test_a_broken_yaml_file_is_named(tmp_path, capsys, text, message):
 COMMANDS = [  # a mistake of usage, but where what is named is not there
     (["train", "--learning-rat", "1"], "did you mean '--learning-rate'?"),
     (["train", "--beta"], "argument --beta: expected one argument"),
-    (["train", "--beta", "x"], "argument --beta: invalid float value: 'x'"),
+    (["train", "--beta", "x"], "argument --beta: write a finite number, found 'x'"),
     (["train", "--config", "none.yaml"], "none.yaml: No such file"),
     (["train", "extra"], "unknown option extra"),
     (["train", "--prompt_order", "x"], "invalid choice: 'x'"),

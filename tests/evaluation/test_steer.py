@@ -183,7 +183,7 @@ def test_wins_by_scores_and_by_verdicts_in_both_positions(runs, tmp_path):
         (["base"], "none of base has an amopo_recipe.json"),
         (["run", "--dimension", "speed"], "not trained to be asked for speed: choose from helpfulness"),
         (["run", "--dimension", "no_object"], "not trained to be asked for no_object"),
-        (["run", "--levels", "1,9"], "level 9 is not in the model's range from 0 to 5"),
+        (["run", "--levels", "1,9"], "level 9 is not in the model's range: choose from 0 to 5"),
         (["run", "--levels", "5,1"], "write each once, from low to high"),
         (["run", "--levels", "1,x"], "finite number"),
         (["run", "--judge_model", "m"], "judge_model has no effect without a judge"),

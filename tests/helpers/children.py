@@ -1,12 +1,90 @@
-"""The environment of the processes that tests start."""
+"""The processes that tests start.
 
+`run` and `Child` are for programs that import torch and transformers, which is most of what they would do: they are
+forked from a process that has imported both. What an import itself does is tested in a fresh interpreter.
+"""
+
+import multiprocessing
 import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+IMPORTED = ["torch", "numpy", "safetensors.torch", "transformers.trainer", "peft", "accelerate", "datasets"]
+# Else asking whether there is a GPU initialises CUDA, which no forked process can use.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload([*IMPORTED, "amopo_fast.training.trainer", "amopo_fast.cli.train"])
 
 
 def child_environment(*folders: Path, **variables: str) -> dict[str, str]:
     """This process's, with this checkout and the folders first on PYTHONPATH, and the variables."""
     path = [*map(str, (ROOT, ROOT / "kernels", *folders)), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **variables}
+
+
+class Child:
+    """What `python *command` would be, as a subprocess.Popen: with one thread, and its output in files."""
+
+    def __init__(self, *command: str, cwd: Path = ROOT, environment: dict[str, str] | None = None):
+        self.files = [tempfile.NamedTemporaryFile("r") for _ in ("output", "errors")]
+        names = [file.name for file in self.files]
+        environment = environment or child_environment()
+        self.process = _processes.Process(target=_become, args=(command, str(cwd), environment, *names))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def output(self) -> str:
+        """What it has printed so far."""
+        return Path(self.files[0].name).read_text()
+
+    def wait(self, timeout: float | None = None) -> subprocess.CompletedProcess:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"it still ran after {timeout} s")
+        output, errors = (Path(file.name).read_text() for file in self.files)
+        return subprocess.CompletedProcess(self.pid, self.process.exitcode, output, errors)
+
+
+def run(*command: str, timeout: float | None = None, **options) -> subprocess.CompletedProcess:
+    return Child(*command, **options).wait(timeout)
+
+
+def until(condition, child: Child, seconds: float = 120) -> None:
+    """Waits for what a running child is to bring about."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert child.poll() is None and time.monotonic() < deadline, child.output()
+        time.sleep(0.02)
+
+
+def _become(command: tuple[str, ...], cwd: str, environment: dict[str, str], output: str, errors: str) -> None:
+    import torch._dynamo
+
+    for number, name in ((1, output), (2, errors)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    torch._dynamo.config.disable |= environment.get("TORCHDYNAMO_DISABLE") == "1"  # read when torch was imported
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    if command[0] == "-m":
+        sys.argv = list(command[1:])
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(command)
+        sys.path.insert(0, str(Path(command[0]).resolve().parent))
+        runpy.run_path(command[0], run_name="__main__")

@@ -1,6 +1,8 @@
 """Triton's interpreter: which kernels run in it, and what its older versions need."""
 
+import functools
 import importlib.metadata
+import inspect
 import sys
 
 
@@ -14,15 +16,18 @@ def interpreted_kernels() -> list[str]:
 
 
 def mend_the_interpreter() -> None:
-    """Before 3.7.1 it converts a bound of a `range` by int() of an array of one element, which numpy 2.5 refuses."""
+    """At every call of a kernel, and of a function in one, the interpreter looks through all of `triton.language` for
+    what is to be replaced: a third of its time. Before 3.7.1 it converts a bound of a `range` by int() of an array of
+    one element, which numpy 2.5 refuses."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return
-    if tuple(map(int, version.split(".")[:3])) >= (3, 7, 1):
-        return
     from triton.runtime import interpreter
 
+    interpreter._patch_builtin = _patch_builtin
+    if tuple(map(int, version.split(".")[:3])) >= (3, 7, 1):
+        return
     patch = interpreter._patch_lang_tensor
 
     def patch_lang_tensor(tensor, scope):
@@ -30,3 +35,20 @@ def mend_the_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+@functools.cache
+def _builtins(package: object) -> list[tuple[str, object]]:
+    """What is to be replaced, found at the first call, before anything is."""
+    from triton.language.core import is_builtin
+
+    return [(name, member) for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+
+def _patch_builtin(package, builder, scope) -> None:
+    from triton.runtime.interpreter import _patch_attr
+
+    members = _builtins(package)
+    if members and getattr(package, members[0][0]) is members[0][1]:  # else a kernel around this one replaced them
+        for name, member in members:
+            _patch_attr(package, name, member, builder, scope)

@@ -61,7 +61,7 @@ def _loss(cc: int, K: int, weighting: str, upstream: bool) -> Launch:
 def _adamw(cc: int, kind: str) -> Launch:
     codes = torch.float32 if kind == "fp32" else torch.uint8
     moments = {f"{m}_ptr": codes for m in "mv"} | {
-        f"{m}_{what}_ptr": torch.float32 for m in "mv" for what in ("scale", "map")
+        f"{m}_{what}_ptr": torch.float32 for m in "mv" for what in ("scale", "table")
     }
     scalars = dict.fromkeys(("lr", "lr_decay", "weight1", "weight2", "correction1", "correction2_sqrt", "eps"), 0.5)
     return Launch(

@@ -32,6 +32,7 @@ from amopo_fast.memory.profile import LiveBytes, profile_body
 from amopo_fast.models.check import prepare_model
 from amopo_fast.models.depth import set_layers
 from amopo_fast.models.scoring import score
+from amopo_fast.models.streaming import stream_weights
 from amopo_fast.optim import AdamW
 from amopo_fast.optim.host_states import blocks_of
 from amopo_fast.packing.plan import build_plan
@@ -207,6 +208,17 @@ def test_slots_and_host_buffers_are_those_that_an_optimizer_makes():
     host = AdamW(model.parameters(), states="8bit", in_backward=True, host_blocks=blocks_of(model))._host
     assert prediction.parts["optimizer states"] == sum(slot.memory.nbytes for slot in host._vacant)
     assert prediction.host_needed == pytest.approx(host.nbytes, rel=0.02)
+
+
+def test_weights_in_host_memory_are_those_that_stream():
+    config = Qwen2Config(vocab_size=2048, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    row, setup = Row(64, 32, 64), Setup(states="8bit", in_backward=True)
+    resident, streams = (estimate(config, row, dataclasses.replace(setup, host_weights=on)) for on in (False, True))
+    streamed = stream_weights(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), torch.device("cpu"))
+    slots = sum(slot.memory.nbytes for slot in streamed._vacant)
+    assert streams.host == {"weights": streamed.nbytes}
+    assert resident.parts["weights"] - streams.parts["weights"] == streamed.nbytes - slots
 
 
 def test_no_part_is_negative():

@@ -13,8 +13,9 @@ from model_types import config_of  # noqa: E402
 
 SWEEP = json.loads((ROOT / "benchmarks" / "results" / "models.json").read_text(encoding="utf-8"))["rows"]
 ACCEPTED = sorted({row["case"] for row in SWEEP if "error" in row})
-# Code that reads values, towers whose layers have numbers for names, mixers without a cache.
-ONCE_FAILED = ("jetmoe", "qwen3_omni_moe_thinker", "zaya")
+# A depth that is the encoder's, code that reads values, towers whose layers have numbers for names, mixers without a
+# cache.
+ONCE_FAILED = ("bart", "jetmoe", "qwen3_omni_moe_thinker", "zaya")
 ROW = Row(tokens=32, label_tokens=16, kv_tokens=48, sequence_tokens=16)
 
 
@@ -22,6 +23,8 @@ ROW = Row(tokens=32, label_tokens=16, kv_tokens=48, sequence_tokens=16)
     "name", [pytest.param(name, marks=() if name in ONCE_FAILED else pytest.mark.slow) for name in ACCEPTED]
 )
 def test_an_accepted_type_is_estimated(name):
+    if name == "inkling_mm_model":
+        pytest.importorskip("scipy", reason="transformers' InklingForConditionalGeneration imports scipy")
     config = config_of(name)
     whole = estimate(config, ROW, Setup())
     adapter = parameters_of(config, lora_rank=16)

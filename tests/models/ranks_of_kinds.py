@@ -1,5 +1,6 @@
 """Two processes (gloo, CPU) train models of other kinds than dense ones; the machinery is tests/survival/ranks.py."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "survival"), str(ROOT / "helpers")]
+import engines  # noqa: E402
 import ranks  # noqa: E402
-from kinds_of_models import model_of  # noqa: E402
+from kinds_of_models import KINDS, model_of  # noqa: E402
 from packing_cases import random_pairs  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
+from transformers.integrations import HfDeepSpeedConfig  # noqa: E402
 
 from amopo_fast.models.architecture import UnsupportedModelError  # noqa: E402
 from amopo_fast.models.check import prepare_model  # noqa: E402
@@ -42,7 +45,7 @@ def fsdp(folder, world, kind):
     model = prepare_model(model_of(kind))
     layout = choice_of(model).layout
     if world > 1:
-        model = ranks.group_like_accelerate(model)
+        model = engines.group_like_accelerate(model)
     check_real_logits(model, random_pairs(0, 1)[0], model)
     pairs = random_pairs(4, 4)
     rows = [pairs[:2], pairs[2:]]
@@ -54,15 +57,58 @@ def fsdp(folder, world, kind):
         (loss * world).backward()  # FSDP averages gradients
         total += loss.detach()
     dist.all_reduce(total)
-    gradients = {name: ranks.whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: engines.whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": total, "gradients": gradients, "trained": sum(p.requires_grad for p in model.parameters())}
+
+
+def zero(folder, world, kind, stage):
+    """Two SGD steps of two rows, a row a rank, under DeepSpeed's CPU accelerator; on one rank without DeepSpeed."""
+    config = {
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, "overlap_comm": False},
+        "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }  # fmt: skip
+    told = HfDeepSpeedConfig(config) if world > 1 else None  # transformers keeps a weak reference
+    model = prepare_model(model_of(kind))
+    layout = choice_of(model).layout
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    engine = model
+    if world > 1:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=told.config)
+    before = {name: p.detach().clone() for name, p in model_of(kind).named_parameters()}
+    pairs = random_pairs(4, 4)
+    rows = [pairs[:2], pairs[2:]]
+    for _ in range(2):
+        for row in rows if world == 1 else [rows[dist.get_rank()]]:
+            routers = [] if kind == "moe" else None
+            plan = build_plan(row, layout, min_node_tokens=4)
+            stats = score_wrapped(engine, model, plan, router_losses=routers)
+            loss = 1e-2 * stats.logp_sum.mean() + 0.1 * sum(routers or [])
+            if world > 1:  # DeepSpeed averages gradients
+                engine.backward(loss)
+            else:
+                (loss / 2).backward()
+        if world > 1:
+            engine.step()
+        else:
+            optimizer.step()
+            optimizer.zero_grad()
+    if stage == 3 and world > 1:
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            after = {name: p.detach().clone() for name, p in model.named_parameters()}
+    else:
+        after = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {"before": before, "after": after}
 
 
 def real_logits(folder, world):
     """A sharded model whose own forward has other logits than its miniature: every rank refuses it."""
     from test_real_logits import SMALL, Halved
 
-    model = ranks.group_like_accelerate(prepare_model(Halved(LlamaConfig(**SMALL))))
+    model = engines.group_like_accelerate(prepare_model(Halved(LlamaConfig(**SMALL))))
     try:
         check_real_logits(model, random_pairs(0, 1)[0], model)
         errors = [""]
@@ -79,6 +125,7 @@ ranks.SCENARIOS = {
     "fsdp-moe": lambda *args: fsdp(*args, "moe"),
     "fsdp-multimodal": lambda *args: fsdp(*args, "multimodal"),
     "real_logits": real_logits,
+    **{f"zero{stage}-{kind}": functools.partial(zero, kind=kind, stage=stage) for kind in KINDS for stage in (2, 3)},
 }
 
 

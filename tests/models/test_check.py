@@ -42,7 +42,7 @@ from transformers.integrations import use_kernel_func_from_hub_with_fallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from amopo_fast.models import attention
+from amopo_fast.models import attention, check
 from amopo_fast.models.architecture import UnsupportedModelError, position_limit
 from amopo_fast.models.check import choose_layout, prepare_model
 from amopo_fast.models.choice import choice_of
@@ -142,6 +142,17 @@ def test_the_check_leaves_the_model_and_the_random_state_alone():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.config.to_dict() == config and torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters()) and torch.get_default_dtype() == torch.float32
+
+
+def test_zero3_runs_no_layers_through_states(monkeypatch):
+    """test_two_ranks.py trains such a model under DeepSpeed, where that is installed."""
+    monkeypatch.setattr(check, "is_deepspeed_zero3_enabled", lambda: True)
+    model = on_meta(FalconH1Config(num_hidden_layers=2))
+    choice = choose_layout(model)
+    assert choice.layout is Layout.SEPARATE and "ZeRO-3 does not run recurrent layers through states" in choice.reason
+    with pytest.raises(UnsupportedModelError, match="ZeRO-2 and FSDP do"):
+        choose_layout(model, "shared")
+    assert choose_layout(on_meta(LlamaConfig(**SMALL))).layout is Layout.SHARED
 
 
 def test_a_vision_language_model_is_tried_by_its_text():

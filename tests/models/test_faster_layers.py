@@ -66,7 +66,10 @@ def test_the_option_follows_the_machine(tmp_path, monkeypatch):
 
 
 # Dynamo's part decides about recompilation; the backend "eager" then runs the graphs as they are.
-@pytest.mark.parametrize("family, checkpointing", [("llama", False), ("llama", True), ("qwen2", True)])
+@pytest.mark.parametrize(
+    "family, checkpointing",
+    [("llama", False), ("llama", True), pytest.param("qwen2", True, marks=pytest.mark.slow)],
+)
 def test_compiled_layers_serve_every_length_and_equal_the_separate_sequences(family, checkpointing):
     torch._dynamo.reset()
     faster_layers._compiled_class.cache_clear()
@@ -104,7 +107,8 @@ def test_compiled_layers_leave_padded_batches_and_the_state_dict_alone():
     assert type(model.model.layers[0]).__name__ == "LlamaDecoderLayer"
 
 
-def test_compiled_layers_under_lora():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiled_layers_under_lora(backend):
     from peft import LoraConfig, get_peft_model
 
     torch._dynamo.reset()
@@ -113,6 +117,7 @@ def test_compiled_layers_under_lora():
     pairs = random_pairs(2, 2)
     truth = loss_and_gradients(model, separate_stats(model, pairs))
     prepare_model(model)
-    compile_layers(model, backend="aot_eager")
+    counter = CompileCounterWithBackend(backend)
+    compile_layers(model, backend=counter)
     got = loss_and_gradients(model, score(model, build_plan(pairs, min_node_tokens=4)))
-    assert largest_error(got, truth) < 1e-5
+    assert largest_error(got, truth) < 1e-5 and counter.frame_count

@@ -1,12 +1,10 @@
 """Two processes train a multimodal class, a hybrid and a mixture of experts as one does; sharded models are checked."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from children import child_environment
+from children import child_environment, run
 from kinds_of_models import KINDS
 
 SCRIPT = Path(__file__).with_name("ranks_of_kinds.py")
@@ -17,8 +15,7 @@ SCENARIOS = ["ddp-multimodal:1,2", *(f"fsdp-{kind}:1,2" for kind in KINDS), "rea
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinds")
     environment = child_environment(OMP_NUM_THREADS="1")
-    command = [sys.executable, str(SCRIPT), str(folder), *SCENARIOS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = run(str(SCRIPT), str(folder), *SCENARIOS, environment=environment, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return lambda scenario, world: torch.load(folder / f"{scenario}-{world}.pt", weights_only=True)
 
@@ -53,3 +50,23 @@ def test_sharded_weights_have_the_gradients_of_one_process(results, kind):
 def test_the_real_logits_of_sharded_weights_are_compared_on_every_rank(results):
     errors = results("real_logits", 2)["errors"]
     assert len(errors) == 2 and all("its own are 0.5 times lm_head's" in each for each in errors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_deepspeed_moves_the_weights_as_one_process(kind, stage, tmp_path):
+    """DeepSpeed's CPU accelerator. Optional: it is in no extra of this project."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    environment = child_environment(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+    name = f"zero{stage}-{kind}"
+    done = run(str(SCRIPT), str(tmp_path), f"{name}:1,2", environment=environment, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    alone, together = (torch.load(tmp_path / f"{name}-{world}.pt", weights_only=True) for world in (1, 2))
+    moved = 0
+    for key, weight in alone["after"].items():
+        step = weight - alone["before"][key]
+        moved += bool(step.any())
+        assert error(weight, together["after"][key]) < 1e-5, key
+        assert (step - (together["after"][key] - together["before"][key])).norm() <= 1e-2 * step.norm() + 1e-6, key
+    assert moved > 10

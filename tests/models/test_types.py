@@ -1,5 +1,7 @@
-"""The types that people train most: each is tried in miniature, and shares its prefixes."""
+"""The types that people train most are tried in miniature, share their prefixes and have an attention backend; every
+type that the sweep accepted, as `slow`."""
 
+import json
 import re
 import sys
 from dataclasses import replace
@@ -10,9 +12,10 @@ import torch
 import transformers
 from packaging.version import Version
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 from amopo_fast.models import attention, attention_backends  # noqa: E402
-from amopo_fast.models.architecture import attention_needs  # noqa: E402
+from amopo_fast.models.architecture import attention_needs, language_model_of  # noqa: E402
 from amopo_fast.models.attention_backends import choose_backend  # noqa: E402
 from amopo_fast.models.check import choose_layout  # noqa: E402
 from amopo_fast.packing.plan import Layout  # noqa: E402
@@ -26,18 +29,26 @@ SHARED = (
 STATES = "qwen3_next qwen3_5_text granitemoehybrid nemotron_h falcon_h1 lfm2 bamba".split()
 
 
-# What "auto" picks on sm_90 in bfloat16, without flash-attn and with version 2, where it is not varlen and that.
-BACKENDS = {
-    "deepseek_v3": ("varlen", "flash_attention_2"),  # 192 wide
-    "gemma2": ("sdpa", "flash_attention_2"),  # a softcap
-    "gemma3n_text": ("varlen", "flash_attention_2"),
-    "gemma4_text": ("sdpa", "sdpa"),  # 512 wide
-    "glm4_moe": ("sdpa", "sdpa"),  # 42 wide by default; 128 as published
-    "gpt2": ("sdpa", "flash_attention_2"),  # attention dropout
-    "gpt_bigcode": ("sdpa", "flash_attention_2"),
-    "gpt_oss": ("sdpa", "sdpa"),  # sinks
-    "opt": ("varlen", "flash_attention_2"),
-}
+SWEEP = json.loads((BENCHMARKS / "results" / "models.json").read_text(encoding="utf-8"))["rows"]
+LAYOUTS = {(row["kind"], row["case"]): row["layout"] for row in SWEEP if "error" in row}
+TYPES = [("causal", name) for name in SHARED + STATES]
+OTHERS = [case for case in LAYOUTS if case not in TYPES]
+
+# What "auto" picks on sm_90 in bfloat16, without flash-attn and with version 2, where it is not varlen and that:
+# varlen has no softcap and no attention dropout,
+ONLY_FLASH = (
+    "gemma2 vaultgemma "
+    "bert bert-generation big_bird biogpt camembert data2vec-text electra emu3 ernie git gpt-sw3 gpt2 gpt_bigcode "
+    "gpt_neox_japanese kosmos-2 megatron-bert openai-gpt plbart roberta roberta-prelayernorm roc_bert roformer "
+    "seed_oss xglm xlm xlm-roberta xlm-roberta-xl xmod"
+).split()
+# and neither has heads wider than 256, of a width that 8 does not divide (GLM-4-MoE by default; published ones are
+# 128 wide), or sinks.
+NEITHER = (
+    "gemma4 gemma4_text gemma4_unified gemma4_unified_text xlstm zamba glm4_moe "
+    "deepseek_v4 flint gpt_oss granite_swa granitemoe_swa hy_v4 hy_v4_vl inkling2 inkling2_loop inkling2_loop_text "
+    "inkling2_text mimo_v2_flash"
+).split()
 
 
 @pytest.fixture
@@ -53,17 +64,22 @@ def used(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("name", SHARED + STATES)
-def test_prefixes_are_shared_and_the_backend_has_what_the_layers_ask(name, used, monkeypatch):
-    model = empty_model("causal", name)
+@pytest.mark.parametrize("kind, name", [*TYPES, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)])
+def test_the_layout_is_exact_and_the_backend_has_what_the_layers_ask(kind, name, used, monkeypatch):
+    if name == "inkling_mm_model":
+        pytest.importorskip("scipy", reason="transformers' InklingForConditionalGeneration imports scipy")
+    model = language_model_of(empty_model(kind, name))
     choice = choose_layout(model)
     if name in ("gptj", "lfm2") and Version(transformers.__version__) < Version("5.24"):
         # Their layers did not hand keywords on in 5.17; the versions between were not tried.
         assert choice.layout is not Layout.SEPARATE or re.search("did not get the row|takes no packed", choice.reason)
-    else:
+    elif (kind, name) in TYPES:
         assert choice.layout is (Layout.STATES if name in STATES else Layout.SHARED)
+    else:
+        assert choice.layout.value == LAYOUTS[kind, name]
     needs = attention_needs(model, torch.device("cpu"))
-    assert used <= {option for option in ("window", "softcap", "sinks") if getattr(needs, option)}
+    if choice.layout is not Layout.SEPARATE:
+        assert used <= {option for option in ("window", "softcap", "sinks") if getattr(needs, option)}
     assert choose_backend("auto", needs) == "sdpa"
     found = []
     for installed in (("varlen", "sdpa"), ("flash_attention_2", "varlen", "sdpa")):
@@ -71,4 +87,5 @@ def test_prefixes_are_shared_and_the_backend_has_what_the_layers_ask(name, used,
         choose_backend.cache_clear()
         found.append(choose_backend("auto", replace(needs, device="cuda", capability=(9, 0), dtype=torch.bfloat16)))
     choose_backend.cache_clear()
-    assert tuple(found) == BACKENDS.get(name, ("varlen", "flash_attention_2"))
+    assert found == ["sdpa" if name in ONLY_FLASH + NEITHER else "varlen",
+                     "sdpa" if name in NEITHER else "flash_attention_2"]  # fmt: skip

@@ -73,7 +73,7 @@ def test_an_adapter_that_lacks_a_tensor(tmp_path):
 def test_merge_says_at_once_that_it_cannot_write(tmp_path, capsys):
     get_peft_model(model(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     (tmp_path / "file").write_text("x")
-    for output, message in ((tmp_path / "file", "is a file; name a folder"), (tmp_path / "file" / "in", "be written")):
-        assert main(["merge", str(tmp_path / "adapter"), str(output)]) == 1
-        assert message in capsys.readouterr().err
+    for output in (tmp_path / "file", tmp_path / "file" / "in"):
+        assert main(["merge", str(tmp_path / "adapter"), str(output)]) == 2
+        assert f"{tmp_path / 'file'} is a file; name a folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "x"

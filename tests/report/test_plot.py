@@ -101,8 +101,8 @@ def test_a_picture_is_the_same_every_time_whatever_the_users_style(tmp_path):
     ("text", "message"),
     [
         (None, "does not exist; give the output_dir"),
-        ("", "no lines yet"),
-        ('{"step": 1, "loss"', "no lines yet"),
+        ("", "holds no whole line"),
+        ('{"step": 1, "loss"', "holds no whole line"),
         ('{"loss": 1}\n{"step": 2}\n', "line 1: no JSON object with a step"),
         ("[]\n{}\n", "line 1"),
         ('{"step": 2}\n', "no metric that could be drawn"),

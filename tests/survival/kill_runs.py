@@ -1,6 +1,6 @@
 """Runs killed by SIGKILL and resumed until they are done, against one that was left alone.
 
-    python tests/survival/kill_runs.py [--runs 20] [--while_saving 5] [--seed 0] [--device cuda]
+    python tests/survival/kill_runs.py [--runs 20] [--while_saving 5] [--seed 0] [--device cuda] [--host]
 
 Every attempt is a process of its own, forked from one that has imported torch, and killed from outside: at a random
 moment of the run, or a random moment after a save began. Ends with one line per run and exit code 1 on a difference.
@@ -33,9 +33,11 @@ TIMED = ("tokens_per_second", "pairs_per_second", "sequences_per_second", "memor
 # On a GPU attention runs in torch's variable-length kernel, which has no dropout and adds gradients in any order unless
 # asked otherwise.
 ON_A_GPU = {"use_cpu": False, "bf16": True, "full_determinism": True}
+IN_HOST_MEMORY = {"weights": "host", "optimizer_states": "host", "optim_in_backward": "adamw_8bit",
+                  "tokens_per_micro_batch": 10**6}  # fmt: skip
 
 
-def child(output_dir: Path, device: str) -> int:
+def child(output_dir: Path, device: str, host: bool) -> int:
     """Fork a process that trains in `output_dir`, from its newest checkpoint if there is one. Returns its id."""
     process = os.fork()
     if process:
@@ -47,8 +49,9 @@ def child(output_dir: Path, device: str) -> int:
         os.dup2(log, 2)
         cuda = device == "cuda"
         run = small_trainer(
-            output_dir, model=small_model(attention_dropout=0.0 if cuda else 0.1), **(ON_A_GPU if cuda else {})
-        )
+            output_dir, model=small_model(attention_dropout=0.0 if cuda else 0.1, num_hidden_layers=4 if host else 2),
+            **(ON_A_GPU if cuda else {}), **(IN_HOST_MEMORY if host else {}),
+        )  # fmt: skip
         run.train(resume_from_checkpoint="auto")
         run.save_model()
         status = 0
@@ -129,14 +132,16 @@ def main() -> int:
     parser.add_argument("--while_saving", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--host", action="store_true", help="weights and optimizer states in host memory")
     options = parser.parse_args()
+    machine = (options.device, options.host)
     torch.set_num_threads(1)
     rng = random.Random(options.seed)
     failures = caught = caught_saving = 0
     with tempfile.TemporaryDirectory() as folder:
         alone = Path(folder) / "alone"
         start = time.monotonic()
-        assert wait(child(alone, options.device)) == 0, alone.with_suffix(".log").read_text()
+        assert wait(child(alone, *machine)) == 0, alone.with_suffix(".log").read_text()
         duration = time.monotonic() - start
         expected = result(alone)
         saves = len(range(2, expected["logged"][-1]["step"] + 1, 2))
@@ -144,7 +149,7 @@ def main() -> int:
         while caught < options.runs or caught_saving < options.while_saving:
             output_dir = Path(folder) / f"run{run}"
             aim_at_save = caught_saving < options.while_saving
-            process = child(output_dir, options.device)
+            process = child(output_dir, *machine)
             if aim_at_save:
                 killed = kill_while_saving(process, output_dir, rng.randint(1, saves), rng.uniform(0, 0.05))
             else:
@@ -153,7 +158,7 @@ def main() -> int:
             at = max((checkpoint.step for checkpoint in complete_checkpoints(output_dir)), default=0)
             caught += killed
             caught_saving += saving
-            assert wait(child(output_dir, options.device)) == 0, output_dir.with_suffix(".log").read_text()
+            assert wait(child(output_dir, *machine)) == 0, output_dir.with_suffix(".log").read_text()
             found = result(output_dir)
             different = [key for key in expected if not same(expected[key], found[key])]
             failures += bool(different)

@@ -15,19 +15,21 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from small_run import small_model, small_pairs, small_trainer
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
+from engines import (
+    fsdp,
+    fsdp_goes_on,
+    fsdp_loaded,
+    fsdp_own_head,
+    fsdp_tied,
+    fsdp_units,
+    head_not_gathered,
+    zero2,
+    zero3,
+)  # fmt: skip
+from small_run import small_model, small_trainer
 from transformers import TrainerCallback
 
-from amopo_fast.models.check import prepare_model
-from amopo_fast.models.scoring import score_wrapped
-from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, Schedule
 from amopo_fast.survival.checkpoints import complete_checkpoints
-from amopo_fast.training.objective import AMoPO, Batch
-from amopo_kernels import linear_logps
-from amopo_kernels.errors import ShardedTensorError
 
 SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0.0,
        "eval_strategy": "epoch", "logging_steps": 1}  # fmt: skip
@@ -149,150 +151,10 @@ def ddp_sigterm(folder, world):
     return {"stopped": trainer.checkpointer.stopped, "step": trainer.state.global_step, "complete": complete}
 
 
-def group_like_accelerate(model):
-    """accelerate's own FSDP2 wrapping. Its Accelerator refuses FSDP without an accelerator device, so the plugin is
-    put into its state by hand."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-
-    accelerator = Accelerator(cpu=True)
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True,
-        cpu_ram_efficient_loading=False,
-    )  # fmt: skip
-    return fsdp2_prepare_model(accelerator, model)
-
-
-def step_batches(pairs, world, rank, steps):
-    schedule = Schedule(PairSizes.of(pairs), 4, 10**6, seed=0, world_size=world, rank=rank)
-    dataset, collate = PairDataset(pairs), Collator(0)
-    return [collate([dataset[batch]]) for batch in schedule.epoch(0).batches[:steps]]
-
-
-def objective(wrapped, model, batch, world):
-    """(loss to differentiate, loss of the whole step): as the trainer scales it for engines that average gradients."""
-    stats = score_wrapped(wrapped, model, batch["plan"])
-    result = AMoPO()(stats, Batch(2, batch["num_pairs"] / world, batch["noise"]))
-    loss = result.loss * batch["weight"]
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    return loss, total / world
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
-
-
-def fsdp(folder, world, *, tied=False):
-    """Three optimizer steps of AdamW under FSDP2, then a sharded checkpoint."""
-    rank = dist.get_rank()
-    model = prepare_model(small_model(attention_dropout=0.0, tie_word_embeddings=tied))
-    if world > 1:
-        model = group_like_accelerate(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses, gradients = [], []
-    for batch in step_batches(small_pairs(12), world, rank, 3):
-        optimizer.zero_grad()
-        loss, total = objective(model, model, batch, world)
-        loss.backward()
-        losses.append(total)
-        gradients.append({name: whole(p.grad) for name, p in model.named_parameters()})
-        optimizer.step()
-    if world > 1:
-        weights, states = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": states}, checkpoint_id=folder / f"sharded-{world}-{tied}")
-    return {
-        "losses": torch.stack(losses),
-        "gradients": gradients,
-        "weights": {name: whole(p) for name, p in model.named_parameters()},
-        "moments": [whole(optimizer.state[p]["exp_avg_sq"]) for p in model.parameters()],
-        "sharded": isinstance(next(model.parameters()), DTensor),
-    }
-
-
-def fsdp_tied(folder, world):
-    return fsdp(folder, world, tied=True)
-
-
-def fsdp_loaded(folder, world):
-    """The checkpoint that two ranks saved, on `world` ranks, and one more step."""
-    model = prepare_model(small_model(seed=5, attention_dropout=0.0))
-    if world > 1:
-        model = group_like_accelerate(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    weights, states = get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": states}
-    dcp.load(state, checkpoint_id=folder / "sharded-2-False")
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    loaded = {name: whole(p).clone() for name, p in model.named_parameters()}
-    moments = [whole(optimizer.state[p]["exp_avg_sq"]).clone() for p in model.parameters()]
-    return {"weights": loaded, "moments": moments}
-
-
-def head_not_gathered(folder, world):
-    """What `score` does with a head that is sharded, outside of the wrapped forward and inside."""
-    from torch.distributed.fsdp import fully_shard
-
-    batch = step_batches(small_pairs(12), 1, 0, 1)[0]
-    model = prepare_model(small_model(attention_dropout=0.0))
-    fully_shard(model.lm_head)
-    try:
-        linear_logps(torch.randn(3, 16), model.lm_head.weight, torch.tensor([1, 2, 3]))
-        error = ""
-    except ShardedTensorError as caught:
-        error = str(caught)
-    original = model.lm_head.forward
-    score_wrapped(model, model, batch["plan"])
-    assert model.lm_head.forward == original
-    return {"error": error}
-
-
-def zero(folder, world, stage=None):
-    """Three SGD steps under DeepSpeed's CPU accelerator; without a stage, or on one rank, without DeepSpeed."""
-    rank = dist.get_rank()
-    model = prepare_model(small_model(attention_dropout=0.0))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    losses = []
-    if world > 1:
-        import deepspeed
-
-        deepspeed.init_distributed("gloo")
-        config = {
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, "overlap_comm": False},
-            "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        }  # fmt: skip
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    for batch in step_batches(small_pairs(12), world, rank, 3):
-        loss, total = objective(engine if world > 1 else model, model, batch, world)
-        losses.append(total)
-        if world > 1:
-            engine.backward(loss)
-            engine.step()
-        else:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    if stage == 3 and world > 1:
-        with deepspeed.zero.GatheredParameters(list(model.parameters())):
-            weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    else:
-        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return {"losses": torch.stack(losses), "weights": weights}
-
-
-def zero2(folder, world):
-    return zero(folder, world, 2)
-
-
-def zero3(folder, world):
-    return zero(folder, world, 3)
-
-
 SCENARIOS = {
     f.__name__: f
     for f in (ddp, ddp_saved, ddp_resumed, ddp_goes_on, ddp_ends, ddp_bad_loss, ddp_sigterm, fsdp, fsdp_tied,
-              fsdp_loaded, head_not_gathered, zero2, zero3)
+              fsdp_loaded, fsdp_units, fsdp_own_head, fsdp_goes_on, head_not_gathered, zero2, zero3)
 }  # fmt: skip
 
 

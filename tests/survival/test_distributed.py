@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import child_environment
+from children import child_environment, run
+from engines import VOCABULARY
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 ROOT = SCRIPT.parents[2]
@@ -14,13 +15,13 @@ TOLERANCE = 1e-6  # relative, float32
 
 
 SCENARIOS = ["ddp:1,2,4", "ddp_saved:2", "ddp_goes_on:3", "ddp_ends:1", "ddp_resumed:1,4", "ddp_bad_loss:2",
-             "ddp_sigterm:2", "fsdp:1,2,4", "fsdp_tied:1,2", "fsdp_loaded:1,2,4", "head_not_gathered:2"]  # fmt: skip
+             "ddp_sigterm:2", "fsdp:1,2,4", "fsdp_tied:1,2", "fsdp_loaded:1,2,4", "fsdp_units:1,2,3",
+             "fsdp_own_head:1,2", "fsdp_goes_on:2", "head_not_gathered:2"]  # fmt: skip
 
 
 def run_groups(folder, scenarios, **variables):
     environment = child_environment(**{"OMP_NUM_THREADS": "1", **variables})
-    command = [sys.executable, str(SCRIPT), str(folder), *scenarios]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = run(str(SCRIPT), str(folder), *scenarios, environment=environment, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return lambda scenario, world: torch.load(folder / f"{scenario}-{world}.pt", weights_only=True)
 
@@ -117,10 +118,35 @@ def test_a_sharded_checkpoint_loads_on_another_world_size(groups, world):
     assert all(map(torch.equal, saved["moments"], loaded["moments"]))
 
 
+@pytest.mark.parametrize("scenario, worlds", [("fsdp_units", (2, 3)), ("fsdp_own_head", (2,))])
+def test_the_vocabulary_matrices_are_reduced_one_by_one(groups, scenario, worlds):
+    """Each a unit of its own, whose gradients are one piece, of a vocabulary that no number of ranks divides."""
+    alone = groups(scenario, 1)
+    for world in worlds:
+        result = groups(scenario, world)
+        assert not result["in_the_root_unit"]
+        padded = -(-VOCABULARY // world) * world * result["hidden"]
+        norm = -(-result["hidden"] // world) * world  # shares the head's unit
+        assert {padded, padded + norm} <= set(result["reduced"]) and max(result["reduced"]) < 2 * padded
+        close(alone["loss"], result["loss"])
+        for name, gradient in alone["gradients"].items():
+            close(gradient, result["gradients"][name])
+
+
+def test_a_sharded_run_goes_on_bit_by_bit_from_its_files(groups):
+    """By the functions of accelerate that Trainer saves and loads with; the final file holds whole matrices."""
+    result = groups("fsdp_goes_on", 2)
+    assert len(result["expected"]) > 60 and all(map(torch.equal, result["expected"], result["found"]))
+    assert result["final"]["lm_head.weight"].shape[0] == VOCABULARY
+    for name, weight in result["weights"].items():
+        assert torch.equal(weight, result["final"][name]), name
+
+
 def test_a_sharded_head_is_refused_outside_of_its_forward_and_gathered_inside(groups):
     result = groups("head_not_gathered", 2)
     assert "weight is a DTensor. If FSDP shards it" in result["error"]
     assert "call this inside the wrapped forward" in result["error"]
+    assert result["in_the_root_unit"] == ["embeddings"]
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from amopo_fast.cli import main
 from amopo_fast.demo.model import demo_model
 from amopo_fast.demo.tokenizer import demo_tokenizer
-from amopo_fast.memory.estimate import GIB, Row, Setup
+from amopo_fast.memory.estimate import Row, Setup
+from amopo_fast.memory.gpus import GIB
 from amopo_fast.memory.preflight import DoesNotFit, require_fit
 from amopo_fast.memory.profile import LiveBytes
 from amopo_fast.models.config import ModelConfig

@@ -93,6 +93,7 @@ ACTS = {
     "optim_in_backward": ("adamw_8bit", "optimizer", {"pairs_per_step": 1}),
     "clip_in_backward": ("per_tensor", "optimizer", {"pairs_per_step": 1, "optim_in_backward": "adamw"}),
     "optimizer_states": ("host", "optimizer", {"pairs_per_step": 1, "optim_in_backward": "adamw"}),
+    "weights": ("host", "streamed", {"pairs_per_step": 1, "optim_in_backward": "adamw"}),
 }  # fmt: skip
 if not hasattr(AMoPOConfig, "activation_checkpointing"):  # transformers < 5.24 has gradient_checkpointing alone
     for name in ("activation_checkpointing", "activation_checkpointing_kwargs"):
@@ -135,7 +136,7 @@ def test_the_table_holds_every_field():
 
 # Parts of `observe` that are there before a run trains.
 SET_UP = ("output", "checkpointing_options", "verbosity", "callbacks", "evaluation_rows",
-          "loader", "layers", "layout")  # fmt: skip
+          "loader", "layers", "layout", "streamed")  # fmt: skip
 
 
 def observe(folder, monkeypatch, trains=True, **options):
@@ -201,6 +202,7 @@ def observe(folder, monkeypatch, trains=True, **options):
         "loader": (loader.num_workers, loader.persistent_workers, loader.prefetch_factor,
                    str(loader.multiprocessing_context)),
         "backends": {key: count for key, count in runs().items() if count != kernels.get(key)}.keys(),
+        "streamed": trainer.streamed is not None,
         "layers": [type(layer) is before for layer, before in zip(model.model.layers, layers, strict=True)],
     }  # fmt: skip
 
@@ -255,7 +257,7 @@ NEEDED = {  # (option, value, other options) without which it has no effect
     "hub_private_repo": True, "hub_model_id": "a/b", "hub_always_push": True, "hub_revision": "a",
     "gradient_checkpointing_kwargs": {"use_reentrant": False}, "keep_layers": 1,
     "activation_checkpointing_kwargs": {"use_reentrant": False}, "liger_kernel_config": {"rope": False},
-    "tau": 2.0, "clip_in_backward": "per_tensor", "optimizer_states": "host",
+    "tau": 2.0, "clip_in_backward": "per_tensor", "optimizer_states": "host", "weights": "host",
     "optim_target_modules": ["q_proj"], "fsdp_config": {"min_num_params": 1},
     "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2,
     "dataloader_multiprocessing_context": "fork",

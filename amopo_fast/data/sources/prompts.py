@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from amopo_fast.data.checking import check_conversation
+from amopo_fast.data.sources.candidate import MISSING, Candidate
 from amopo_fast.data.sources.raw import raw_records
 from amopo_fast.data.sources.spec import Source
-from amopo_fast.errors import DataError, shown
+from amopo_fast.errors import DataError
 
 
 def read_prompts(name: str) -> list[list[dict[str, Any]]]:
@@ -23,16 +25,12 @@ def read_prompts(name: str) -> list[list[dict[str, Any]]]:
             raise raw
         value = raw.value if isinstance(raw.value, Mapping) else {}
         field = "messages" if "messages" in value and "prompt" not in value else "prompt"
-        prompt = value.get(field)
-        if isinstance(prompt, str) and prompt.strip():
-            found.append([{"role": "user", "content": prompt}])
-            continue
-        messages = list(prompt) if isinstance(prompt, (list, tuple)) else []
-        while messages and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
-            messages.pop()
-        if not messages or not all(isinstance(m, Mapping) and "role" in m and "content" in m for m in messages):
-            remedy = "write the prompt as a string, or as a list of messages with role and content"
-            kind, seen = ("missing field", "nothing") if prompt is None else ("wrong type", shown(prompt))
-            raise DataError(kind, seen, remedy, source=str(source), record=raw.record, line=raw.line, field=field)
-        found.append([dict(message) for message in messages])
+        prompt = value.get(field, MISSING)
+        if isinstance(prompt, (list, tuple)):
+            messages = list(prompt)
+            while messages and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
+                messages.pop()
+            prompt = messages
+        candidate = Candidate(raw.record, prompt, MISSING, MISSING, {}, {}, line=raw.line, names={"prompt": field})
+        found.append([message.as_dict() for message in check_conversation(candidate, source=str(source))])
     return found

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from amopo_fast.errors import OptionError
+
 _OPTION = re.compile(r",(?=\s*\w+\s*=)")
 
 
@@ -51,7 +53,7 @@ class Source:
 
     def __post_init__(self):
         if self.name and not re.fullmatch(r"\w[\w. +-]*", self.name):  # it becomes part of file names
-            raise ValueError(f"{self.path}: name={self.name!r} may hold letters, digits, spaces and . _ + - only")
+            raise OptionError(f"{self.path}: name={self.name!r} may hold letters, digits, spaces and . _ + - only")
 
     @property
     def is_file(self) -> bool:
@@ -72,7 +74,7 @@ class Source:
         """A Source from a path with ",option=value" behind it, or from a mapping with the key path.
 
         Raises:
-            ValueError: names the option that is unknown or has an impossible value.
+            OptionError: names the option that is unknown or has an impossible value.
         """
         if isinstance(value, Source):
             return value
@@ -82,14 +84,15 @@ class Source:
             path, *given = _OPTION.split(value)
             value = {"path": path.strip(), **{k.strip(): v.strip() for k, v in (item.split("=", 1) for item in given)}}
         if not isinstance(value, Mapping):
-            raise ValueError(f"{value!r} is no data set: write a path, or a mapping with the key path")
+            raise OptionError(f"{value!r} is no data set: write a path, or a mapping with the key path")
         known = {f.name: f.type for f in fields(cls)}
         for key in value:
             if key not in known:
-                raise ValueError(f"{value.get('path', 'a data set')}: unknown option {key!r}{did_you_mean(key, known)}")
+                meant = did_you_mean(key, known)
+                raise OptionError(f"{value.get('path', 'a data set')}: unknown option {key!r}{meant}")
         path = value.get("path")
         if not isinstance(path, str) or not path.strip():
-            raise ValueError(f"path must be a file, folder or Hub name, got {path!r}")
+            raise OptionError(f"path must be a file, folder or Hub name, got {path!r}")
         options: dict[str, Any] = {}
         for key, given in value.items():
             if key in ("weight", "score_min", "score_max"):
@@ -99,14 +102,16 @@ class Source:
             elif key == "scores" and isinstance(given, list) and all(isinstance(item, str) for item in given):
                 options[key] = ";".join(given)
             else:
-                raise ValueError(f"{path}: {key} must be text, got {given!r}")
+                raise OptionError(f"{path}: {key} must be text, got {given!r}")
         source = cls(**options)
         if source.weight <= 0:
-            raise ValueError(f"{path}: weight={source.weight:g} must be positive; leave the data set out instead")
+            raise OptionError(f"{path}: weight={source.weight:g} must be positive; leave the data set out instead")
         if source.pairs not in ("best_worst", "all"):
-            raise ValueError(f"{path}: pairs={source.pairs!r}; choose best_worst or all")
+            raise OptionError(f"{path}: pairs={source.pairs!r}; choose best_worst or all")
         if (source.score_min is None) != (source.score_max is None):
-            raise ValueError(f"{path}: give both score_min and score_max, or neither")
+            raise OptionError(f"{path}: give both score_min and score_max, or neither")
+        if source.score_min is not None and source.score_min >= source.score_max:
+            raise OptionError(f"{path}: score_min={source.score_min:g} must be below score_max={source.score_max:g}")
         return source
 
 
@@ -117,7 +122,7 @@ _FILE_SUFFIXES = (*_TEXT_SUFFIXES, ".parquet", ".gz")
 def parse_sources(value: Any, *, named: bool = True) -> list[Source]:
     """Sources of a configuration key: one, a list of them, or (`named`) a mapping of names to them.
 
-    Raises ValueError as `Source.parse`.
+    Raises OptionError as `Source.parse`.
     """
     if value is None:
         return []
@@ -140,5 +145,5 @@ def _number(what: str, value: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{what} must be a number, got {value!r}")
+        raise OptionError(f"{what} must be a number, got {value!r}")
     return number

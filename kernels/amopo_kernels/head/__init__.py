@@ -2,6 +2,7 @@
 
 logps, validation, options     linear_logps: checks, and what a call computes and how, decided once
 torch_slices                   backend `torch`: vocabulary slices in plain torch
+kept_scores                    what it keeps of its forward on a CPU, in the memory of the gradient of weight
 operators                      backends `fused` and `chunked` as torch operators
 passes, layout                 their order of work, forward and backward, and how they cut the vocabulary
 engines                        the kernels of each:

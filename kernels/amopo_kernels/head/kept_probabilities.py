@@ -6,6 +6,9 @@ log_sum), dS is then elementwise:
 
     dS = g (1[y] (1 - p_y) cap'_y - Q share)           reads 2 N, writes 2 N bytes per column in bf16
 
+The gradients of the other outputs are made of Q too, with log p = log(Q share): Q's rounding moves it by 2^-9 in bf16.
+Where a softcap's slope is in Q, those of entropy and mean logit need the logit and are recomputed.
+
 Frozen head. The forward accumulates dX32 += P W over the slices, P = 2^((z - reference) scale) cap', and no backward
 pass over the vocabulary is left. The reference of a row, a logit, is raised when a strip exceeds it by more than the
 dtype can hold:
@@ -24,7 +27,13 @@ from torch import Tensor
 
 from ..numerics import LOG2E
 from . import launch
-from .logit_gradient import LogitGradient, store_gradient
+from .logit_gradient import (
+    LogitGradient,
+    add_mean,
+    gradient_at_label,
+    gradient_of_others,
+    store_gradient,
+)
 from .problem import Problem, RowStatistics, StripStatistics
 from .tiles import load_labels, load_scale, narrow, rows_to_compute
 
@@ -42,10 +51,10 @@ def _label_slope(rows, r, real, scale, softcap):
 
 
 @triton.jit
-def _share(rows, r, real, scale, reference):
-    """(ROWS,) 2^((reference - maximum) scale - log_sum), which makes probabilities of exponentials."""
+def _share_in_bits(rows, r, real, scale, reference):
+    """(ROWS,) (reference - maximum) scale - log_sum; 2^ of it makes probabilities of exponentials."""
     distance = reference - tl.load(rows.maximum + r, mask=real, other=0.0)
-    return tl.exp2(distance * scale - tl.load(rows.log_sum + r, mask=real, other=0.0))
+    return distance * scale - tl.load(rows.log_sum + r, mask=real, other=0.0)
 
 
 @triton.jit
@@ -60,13 +69,16 @@ def _cached_gradient_kernel(
     scale = load_scale(scoring, row, ROWS)
     strip = (begin // STRIP + tl.program_id(1)).to(tl.int64)
     reference = tl.load(strip_maximum + strip * scoring.rows + r, mask=real, other=0.0)
-    share = _share(out.rows, r, real, scale, reference)
+    share = _share_in_bits(out.rows, r, real, scale, reference)[:, None]
     q = tl.load(cache + r.to(tl.int64)[:, None] * cache_stride + c[None, :], mask=real[:, None], other=0.0)
-    miss = tl.load(out.rows.miss + r, mask=real, other=0.0)
-    at_label = miss * _label_slope(out.rows, r, real, scale, scoring.softcap)
+    q = q.to(tl.float32)
+    log_p = share
+    if out.entropy is not None:  # then there is no softcap, and q has no slope in it
+        log_p += tl.log2(q)
+    gradient = gradient_of_others(q * tl.exp2(share), log_p, r, real, out)
+    at_label = gradient_at_label(r, real, out) * _label_slope(out.rows, r, real, scale, scoring.softcap)
     is_label = c[None, :] == load_labels(scoring, row, ROWS)[:, None]
-    gradient = tl.where(is_label, at_label[:, None], -q.to(tl.float32) * share[:, None])
-    gradient *= tl.load(out.probability + r, mask=real, other=0.0)[:, None]
+    gradient = add_mean(tl.where(is_label, at_label[:, None], gradient), r, real, c, scoring, out)
     gradient = tl.where((c < scoring.vocabulary)[None, :], gradient, 0.0)
     store_gradient(gradient, row, place, tl.program_id(0), scoring, out, ROWS)
 
@@ -115,7 +127,7 @@ def _finish_kernel(d_hidden, weight, scoring, rows, reference, features, weight_
     scale = load_scale(scoring, n, 1)
     label = load_labels(scoring, n, 1)
     at_label = tl.load(rows.miss + r, mask=real, other=0.0) * _label_slope(rows, r, real, scale, scoring.softcap)
-    share = _share(rows, r, real, scale, tl.load(reference + r, mask=real, other=0.0))
+    share = tl.exp2(_share_in_bits(rows, r, real, scale, tl.load(reference + r, mask=real, other=0.0)))
     inside = (h < features)[None, :] & real[:, None]
     readable = (h < features)[None, :] & (label >= 0)[:, None]
     places = weight + label.to(tl.int64)[:, None] * weight_stride + h[None, :]
@@ -132,7 +144,7 @@ def cached_gradient(
     strip_maximum: Tensor,  # (strips of C, N) float32
     out: LogitGradient,
 ) -> launch.SliceLaunch:
-    """Makes dS of a slice that lies in the cache; with a gradient of the log-probabilities alone."""
+    """Makes dS of a slice that lies in the cache; with a softcap, without gradients of entropy and mean logit."""
     block = _block_rows(strip)
     return launch.SliceLaunch(
         _cached_gradient_kernel,

@@ -110,27 +110,45 @@ class SliceLaunch:
     """The launches of one kernel, `(begin, end, *arguments, constants)`, that differ in the slice of columns alone.
 
     For every launch Triton looks its compiled kernel up by all arguments, which takes longer than the launch where they
-    are tuples of many. What it compiles in of an integer is whether 16 divides it and whether it is 1; after the first
-    launch of a kind, the kernel is launched directly.
+    are tuples of many, and asks the driver about each pointer. What it compiles in of an integer is whether 16 divides
+    it and whether it is 1; after the first launch of a kind, the kernel is launched directly, by addresses of tensors
+    that this keeps alive, on the stream that is current then.
     """
 
     def __init__(self, kernel, grid: Callable[[int], Grid], *arguments, **constants):
         self._kernel, self._grid, self._arguments, self._constants = kernel, grid, arguments, constants
         self._compiled: dict[tuple[bool, ...], Any] = {}
+        self._launchers: dict[tuple[bool | int, ...], Any] = {}  # of a kind for a number of columns
 
     def __call__(self, begin: int, end: int) -> None:
-        grid = self._grid(end - begin)
-        kind = begin % 16 == 0, end % 16 == 0, begin == 1, end == 1
-        compiled = self._compiled.get(kind)
-        if compiled is None:
-            self._compiled[kind] = self._kernel[grid](begin, end, *self._arguments, **self._constants)
-        else:
-            compiled[grid](begin, end, *self._arguments, *self._values)
+        columns = end - begin
+        key = begin % 16 == 0, end % 16 == 0, begin == 1, end == 1, columns
+        launcher = self._launchers.get(key)
+        if launcher is None:
+            kind, grid = key[:4], self._grid(columns)
+            if self._compiled.get(kind) is None:  # always, in the interpreter
+                self._compiled[kind] = self._kernel[grid](begin, end, *self._arguments, **self._constants)
+                return
+            launcher = self._launchers[key] = self._compiled[kind][grid]
+        launcher(begin, end, *self._values, stream=self._stream)
 
     @functools.cached_property
     def _values(self) -> list:
-        """Of the constants that are the kernel's arguments, in its order."""
-        return [self._constants[name] for name in self._kernel.arg_names[2 + len(self._arguments) :]]
+        """The arguments, and the constants that are the kernel's arguments, in its order."""
+        constants = [self._constants[name] for name in self._kernel.arg_names[2 + len(self._arguments) :]]
+        return [*map(_address, self._arguments), *constants]
+
+    @functools.cached_property
+    def _stream(self) -> int:
+        driver = triton.runtime.driver.active
+        return driver.get_current_stream(driver.get_current_device())
+
+
+def _address(argument: Any) -> Any:
+    """What a kernel that is compiled takes in the place of a tensor, or of those in a tuple."""
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return tuple(map(_address, argument)) if isinstance(argument, tuple) else argument
 
 
 def matmul(configuration: Configuration, tile: Tile, dtype: torch.dtype) -> dict:

@@ -44,16 +44,18 @@ def finish_log_sum_exp(products, row, column, begin, scoring, out, ROWS: tl.cons
     rows = rows_to_compute(scoring)
     z, slope = logit_tile(products, c, scoring)
     label = load_labels(scoring, row, ROWS)
-    is_label = c[None, :] == label[:, None]
     here = (label >= column) & (label < column + STRIP)
-    tl.store(out.label_logit + r, tl.sum(tl.where(is_label, z, 0.0), 1), mask=here & (r < rows))
     place = (column // STRIP).to(tl.int64) * scoring.rows + r
     # The last tile may have whole strips past the vocabulary.
     counts = r < tl.where(column < scoring.vocabulary, rows, 0)
     if out.tables.mean is not None:
         shares = load_mean_shares(scoring, c)[None, :]
         tl.store(out.tables.mean + place, tl.sum(tl.where(shares != 0, z * shares, 0.0), 1), mask=counts)
-    z = tl.where(is_label | (c >= scoring.vocabulary)[None, :], float("-inf"), z)
+    z = tl.where((c >= scoring.vocabulary)[None, :], float("-inf"), z)
+    if tl.max(here.to(tl.int32), 0) > 0:
+        is_label = c[None, :] == label[:, None]
+        tl.store(out.label_logit + r, tl.sum(tl.where(is_label, z, 0.0), 1), mask=here & (r < rows))
+        z = tl.where(is_label, float("-inf"), z)
     maximum = tl.maximum(tl.max(z, 1), -1e30)  # finite, so that a strip of nothing but the label gives 0 and not NaN
     if out.tables.top is not None:
         best = tl.where(z == maximum[:, None], c[None, :], 2147483647)

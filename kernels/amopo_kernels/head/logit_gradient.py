@@ -42,6 +42,41 @@ class LogitGradient(NamedTuple):
 
 
 @triton.jit
+def gradient_of_others(p, log_p, r, real, out):
+    """(ROWS, STRIP) of dS but the mean's part and cap', where no label is. log_p in bits; not read without entropy."""
+    gradient = -p * tl.load(out.probability + r, mask=real, other=0.0)[:, None]
+    if out.entropy is not None:
+        entropy = tl.load(out.rows.entropy + r, mask=real, other=0.0)
+        g_entropy = tl.load(out.entropy + r, mask=real, other=0.0)
+        slope_of_entropy = p * (log_p * LN2 + entropy[:, None]) * g_entropy[:, None]
+        gradient -= tl.where(p > 0, slope_of_entropy, 0.0)  # 0 log 0 = 0
+    return gradient
+
+
+@triton.jit
+def gradient_at_label(r, real, out):
+    """(ROWS,) the same at the label."""
+    miss = tl.load(out.rows.miss + r, mask=real, other=0.0)
+    gradient = miss * tl.load(out.probability + r, mask=real, other=0.0)
+    if out.entropy is not None:
+        entropy = tl.load(out.rows.entropy + r, mask=real, other=0.0)
+        g_entropy = tl.load(out.entropy + r, mask=real, other=0.0)
+        logp = tl.load(out.rows.logps + r, mask=real, other=0.0)
+        gradient -= tl.where(miss < 1, (1 - miss) * (logp + entropy) * g_entropy, 0.0)
+    if out.label is not None:
+        gradient += tl.load(out.label + r, mask=real, other=0.0)
+    return gradient
+
+
+@triton.jit
+def add_mean(gradient, r, real, c, scoring, out):
+    if out.mean is not None:
+        g_mean = tl.load(out.mean + r, mask=real, other=0.0)
+        gradient += load_mean_shares(scoring, c)[None, :] * g_mean[:, None]
+    return gradient
+
+
+@triton.jit
 def finish_logit_gradient(products, row, column, begin, scoring, out, ROWS: tl.constexpr, STRIP: tl.constexpr):
     """One strip, (ROWS, STRIP) products x . w at (row, column); `begin` is the first column of the slice."""
     r = row + tl.arange(0, ROWS)
@@ -51,25 +86,12 @@ def finish_logit_gradient(products, row, column, begin, scoring, out, ROWS: tl.c
     maximum = tl.load(out.rows.maximum + r, mask=real, other=0.0)
     log_sum = tl.load(out.rows.log_sum + r, mask=real, other=0.0)
     log_p = (z - maximum[:, None]) * load_scale(scoring, row, ROWS)[:, None] - log_sum[:, None]
-    p = tl.exp2(log_p)
-    miss = tl.load(out.rows.miss + r, mask=real, other=0.0)
-    g = tl.load(out.probability + r, mask=real, other=0.0)
-    at_label = miss * g
-    gradient = -p * g[:, None]
-    if out.entropy is not None:
-        entropy = tl.load(out.rows.entropy + r, mask=real, other=0.0)
-        g_entropy = tl.load(out.entropy + r, mask=real, other=0.0)
-        slope_of_entropy = p * (log_p * LN2 + entropy[:, None]) * g_entropy[:, None]
-        gradient -= tl.where(p > 0, slope_of_entropy, 0.0)  # 0 log 0 = 0
-        logp = tl.load(out.rows.logps + r, mask=real, other=0.0)
-        at_label -= tl.where(miss < 1, (1 - miss) * (logp + entropy) * g_entropy, 0.0)
-    if out.label is not None:
-        at_label += tl.load(out.label + r, mask=real, other=0.0)
-    is_label = c[None, :] == load_labels(scoring, row, ROWS)[:, None]
-    gradient = tl.where(is_label, at_label[:, None], gradient)
-    if out.mean is not None:
-        g_mean = tl.load(out.mean + r, mask=real, other=0.0)
-        gradient += load_mean_shares(scoring, c)[None, :] * g_mean[:, None]
+    gradient = gradient_of_others(tl.exp2(log_p), log_p, r, real, out)
+    label = load_labels(scoring, row, ROWS)
+    here = (label >= column) & (label < column + STRIP)
+    if tl.max(here.to(tl.int32), 0) > 0:
+        gradient = tl.where(c[None, :] == label[:, None], gradient_at_label(r, real, out)[:, None], gradient)
+    gradient = add_mean(gradient, r, real, c, scoring, out)
     if scoring.softcap is not None:
         gradient *= slope
     # Not a product with the mask: a row whose log_sum is NaN must not leak into the columns past the vocabulary.

@@ -28,6 +28,7 @@ def linear_logps(
     process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
     validate: bool | None = None,
+    logits_cache_bytes: int = 0,
 ) -> Tensor | tuple[Tensor, ...]:
     """log softmax(cap(hidden @ weight.T + bias) / temperature)[labels].
 
@@ -49,6 +50,8 @@ def linear_logps(
         backend: "fused" (Triton matmuls), "chunked" (vendor matmuls over slices of the vocabulary, Triton epilogues),
             "torch" (slices in plain torch: any device and dtype) or "auto", the rule in `dispatch`.
         validate: read label values, which synchronises; default: on the CPU only. Unchecked bad labels give NaN.
+        logits_cache_bytes: memory for probabilities that the forward keeps for the backward, as in
+            `linear_sequence_stats`. With a softcap, gradients of entropy and mean logit make no use of them.
 
     Returns:
         logps (...), or (logps, *outputs): float32, float64 for float64 inputs. Differentiable once, in reverse mode,
@@ -67,7 +70,7 @@ def linear_logps(
     outputs = ("entropy",) if return_entropy else tuple(outputs)
     options = choose_options(
         hidden, weight, bias, softcap=softcap, temperature=temperature, ignore_index=ignore_index, outputs=outputs,
-        backend=backend, validate=validate, shard=shard,
+        backend=backend, validate=validate, cache_bytes=logits_cache_bytes, shard=shard,
     )  # fmt: skip
     found = label_logps(hidden, weight, labels, bias, temperature, options)
     results = [getattr(found, name).reshape(labels.shape) for name in ("logps", *outputs)]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..errors import ReleasedTensorError
+from . import kept_scores
 from .kept_rows import KeptRows
 from .options import SCHEMA, Options
 from .problem import Forward, Gradients, Problem, RowStatistics
@@ -120,9 +121,11 @@ def _forward(*arguments):
         rows.logps, rows.entropy, rows.lse, rows.mean_logit, rows.top1, rows.log_sum_p2, rows.maximum, rows.log_sum,
         rows.miss, forward.unit_d_hidden,
     ]  # fmt: skip
+    strip_maximum = forward.strip_maximum
     if kept is not None:
         of_rows = [kept.put(x) for x in of_rows]
-    return tuple(_empty(hidden, 0) if x is None else x for x in (*of_rows, forward.cache, forward.strip_maximum))
+        strip_maximum = kept.put(strip_maximum) if options.keep_scores else strip_maximum
+    return tuple(_empty(hidden, 0) if x is None else x for x in (*of_rows, forward.cache, strip_maximum))
 
 
 @torch.library.register_fake("amopo_kernels::linear_logps", lib=_LIBRARY)
@@ -143,6 +146,11 @@ def _fake_forward(*arguments):
         if layout.cached:
             cache = _empty(hidden, N, layout.cache_width, dtype=options.dtype)
             strip_maximum = _empty(hidden, layout.cached_strips, N)
+    if options.keep_scores:
+        from .torch_slices import slice_columns
+
+        cache = _empty(hidden, inputs.weight.numel() + 1, dtype=options.dtype)
+        strip_maximum = _empty(hidden, N, -(-inputs.weight.shape[0] // slice_columns(hidden.device)), dtype=result)
     return Outputs(
         logps=per_row(), entropy=per_row("entropy"), lse=per_row("lse"), mean_logit=per_row("mean_logit"),
         top1=per_row("top1", torch.int64), log_sum_p2=per_row("log_sum_p2"),
@@ -163,13 +171,22 @@ def _backward(*arguments):
     kept = KeptRows.of(inputs.labels, options)
     entropy = saved.entropy if options.wants("entropy") else None
     rows = RowStatistics(saved.logps, saved.maximum, saved.log_sum, saved.miss, entropy)
+    cache, strip_maximum = saved.cache, saved.strip_maximum
     if kept is not None:
         gradients, rows = Gradients(*map(kept.take, gradients)), RowStatistics(*map(kept.take, rows))
-    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if needed[1] else None
+        strip_maximum = kept.take(strip_maximum) if options.keep_scores else strip_maximum
+    problem, implementation = _problem(inputs, options, kept), _implementation(options.backend)
     d_bias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device) if needed[2] else None
     with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
-        d_hidden = _implementation(options.backend).backward(
-            _problem(inputs, options, kept), Forward(rows, cache=saved.cache, strip_maximum=saved.strip_maximum),
+        if options.keep_scores and kept_scores.are_spent(cache):
+            cache = implementation.keep_again(problem, strip_maximum)
+        d_weight = None
+        if needed[1] and options.keep_scores:
+            cache, d_weight = kept_scores.become_gradient(cache, weight)
+        elif needed[1]:
+            d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        d_hidden = implementation.backward(
+            problem, Forward(rows, cache=cache, strip_maximum=strip_maximum),
             gradients, need_hidden=needed[0], d_weight=d_weight, d_bias=d_bias,
         )  # fmt: skip
     if d_hidden is not None:

@@ -33,6 +33,7 @@ class Options:
     group: str = ""  # as VocabularyShard has them, for a vocabulary that is sharded
     first: int = 0
     vocabulary: int = 0
+    keep_scores: bool = False  # from the forward on, in the memory of the weight's gradient
 
     def flat(self) -> tuple:
         """The fields in order, as a torch operator takes them; Options(*flat) is the way back."""
@@ -96,8 +97,19 @@ def choose_options(
         mode = "exact"  # which keeps nothing
     on_cpu = hidden.device.type == "cpu"
     read = on_cpu if validate is None else validate
+    keep_scores = mode == "exact" and backend == "torch" and needed[1] and on_cpu and softcap is None
+    keep_scores &= hidden.dtype == weight.dtype == dtype and _can_keep(dtype, outputs)
+    keep_scores &= not torch.compiler.is_compiling()  # it takes no output for the memory of an input
     return Options(
         softcap, number, ignore_index, ",".join(outputs), dtype, backend, mode, cache_bytes,
-        check_labels=read, read_rows=read or on_cpu and backend == "torch",
-        group=shard.group, first=shard.first, vocabulary=shard.vocabulary,
+        # Whose kept rows would be as many as labels say, which nothing that is traced can know.
+        check_labels=read, read_rows=mode != "cached" and (read or on_cpu and backend == "torch"),
+        group=shard.group, first=shard.first, vocabulary=shard.vocabulary, keep_scores=keep_scores,
     )  # fmt: skip
+
+
+def _can_keep(dtype: torch.dtype, outputs: Sequence[str]) -> bool:
+    """Exponentials may be rounded to bfloat16, as what becomes of them is; an entropy's scores may not."""
+    if dtype == torch.bfloat16:
+        return "entropy" not in outputs and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype in (torch.float32, torch.float64)

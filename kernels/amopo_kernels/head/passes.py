@@ -104,7 +104,7 @@ def backward(
 ) -> Tensor | None:
     """Write d_weight (V, H) and d_bias (V,) where given; return dX (N, H) float32 where needed. For modes but "frozen".
 
-    Kept exponentials serve the gradient of log-probabilities; with others everything is recomputed.
+    Kept exponentials serve every gradient but, with a softcap, entropy's and the mean logit's: there all is recomputed.
     """
     if not (problem.rows and problem.vocabulary):
         for gradient in (d_weight, d_bias):
@@ -148,7 +148,7 @@ def backward(
         )
 
     cached, recomputed = layout.cached_slices(), layout.other_slices()
-    if not of_logps_alone:
+    if options.softcap is not None and (upstream.entropy is not None or upstream.mean is not None):
         cached, recomputed = [], cached + recomputed
     gradients_of(cached, kept_probabilities.row_blocks(problem, layout.strip), read_cache)
     gradients_of(recomputed, engine.scores.row_blocks(problem), recompute)

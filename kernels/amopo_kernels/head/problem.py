@@ -165,7 +165,7 @@ class Forward:
     rows: RowStatistics
     unit_d_hidden: Tensor | None = None  # (N, H) float32: dX per unit of upstream gradient / temperature
     cache: Tensor | None = None  # (N, C) matmul dtype: label-excluded exponentials of the first C columns
-    strip_maximum: Tensor | None = None  # (strips, N) float32: what each is relative to
+    strip_maximum: Tensor | None = None  # (strips, N) float32: what each is relative to; of `torch` (N, slices)
 
 
 class Gradients(NamedTuple):

@@ -6,7 +6,7 @@ with scores s = cap(X W^T + b) / temperature. Forward: per slice of columns the 
 exponentials relative to it, without the label, and the label's logit; a few operations on (slices, N) tables end it.
 Backward, vocabulary outermost: recompute the slice's logits, turn them into dS in place, write dW[slice] once and add
 dS W[slice] to dX. One slice of logits (N x 1024, float32; x 8192 on a GPU) is alive at a time. 8 N V H FLOP in all, no
-atomics.
+atomics; 6 where the forward may keep its exponentials in the memory of dW (`kept_scores`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .kept_scores import KeptScores
 from .problem import LOWEST, Forward, Gradients, Problem, RowStatistics, Tables, Upstream
 from .vocabulary_shard import gather_strips
 
-SLICE_COLUMNS = 1024  # on a CPU the fastest of 256, 512, 1024 and 2048; docs/kernels.md has the figures
+SLICE_COLUMNS = 1536  # on a CPU; what 1024 or 2048 take differs by less than two measurements of one
 # Fewer slices, fewer launches: with 1024 the host took 38 ms to launch an H100's 149 slices of a forward pass.
 SLICE_COLUMNS_ON_A_GPU = 8192
 
@@ -34,6 +35,13 @@ def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.is_cuda else x.to(_accumulator(dtype))
 
 
+def _is_for_onednn(x: Tensor) -> bool:
+    """Whether oneDNN multiplies x, in float32 as MKL does, which torch.mm is: an AMD EPYC takes 7 to 12 % less time,
+    but more where x is transposed."""
+    on_cpu = x.dtype == torch.float32 and x.device.type == "cpu"
+    return on_cpu and x.stride(1) == 1 and x.numel() > 0 and torch.backends.mkldnn.is_available()
+
+
 def _native_bfloat16(problem: Problem, d_weight: Tensor) -> bool:
     """Whether dW can be had from a CPU's own bfloat16 products, which accumulate in float32 and round once to dW's
     dtype; logits and dX are needed in float32, for which no CPU product takes bfloat16."""
@@ -44,12 +52,14 @@ def _native_bfloat16(problem: Problem, d_weight: Tensor) -> bool:
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(a, b, out_dtype=torch.float32)
+    if _is_for_onednn(a):
+        return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
     return torch.mm(a, b)
 
 
 def _mm_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b; without a temporary where the dtypes allow it (one pass over out less)."""
-    if a.dtype == out.dtype:
+    """out = a @ b, or out += a @ b; without a temporary where the dtypes allow it and the product is no faster so."""
+    if a.dtype == out.dtype and not _is_for_onednn(a):
         torch.addmm(out, a, b, beta=int(add), out=out)
     elif add:
         out += _mm(a, b)
@@ -67,8 +77,10 @@ def _slices(problem: Problem) -> Iterator[tuple[int, int]]:
     return ((begin, min(begin + step, problem.vocabulary)) for begin in range(0, problem.vocabulary, step))
 
 
-def _logits(problem: Problem, x: Tensor, begin: int, end: int) -> Tensor:
-    z = _mm(x, _operand(problem.weight[begin:end], problem.options.dtype).T)
+def _logits(problem: Problem, x: Tensor, begin: int, end: int, *, by_token: bool = False) -> Tensor:
+    """(N, end - begin); by_token: of which the first dimension is contiguous, as it is where scores are kept."""
+    w = _operand(problem.weight[begin:end], problem.options.dtype)
+    z = _mm(w, x.T).T if by_token else _mm(x, w.T)
     if problem.bias is not None:
         z += problem.bias[begin:end].to(z.dtype)
     if problem.options.softcap is not None:
@@ -89,8 +101,8 @@ def _replace_(z: Tensor, inside: Tensor, column: Tensor, value: Tensor | float) 
 
 def _exponentials_(scores: Tensor) -> Tensor:
     """In place, of scores of at most 0. What is no normal number is 0: exp takes 13 times longer where it makes one."""
-    lowest, smallest = (-708.0, 3.4e-308) if scores.dtype == torch.float64 else (-87.3, 1.23e-38)
-    return torch.nn.functional.threshold_(scores.clamp_(min=lowest).exp_(), smallest, 0.0)
+    lowest = -708.0 if scores.dtype == torch.float64 else -87.3
+    return torch.nn.functional.threshold_(scores, lowest, float("-inf")).exp_()
 
 
 def _cap_slope(capped: Tensor, softcap: float | None) -> Tensor | None:
@@ -114,8 +126,10 @@ def forward(problem: Problem) -> Forward:
     label_logit = torch.full((problem.rows,), float("nan"), dtype=result, device=x.device)  # outside the vocabulary
     maximum = torch.full_like(label_logit, LOWEST)[:, None]
     expected = torch.zeros(x.shape, dtype=result, device=x.device) if options.mode == "frozen" else None
+    kept = KeptScores.empty(problem.weight, problem.rows) if options.keep_scores else None
     for i, (begin, end) in enumerate(slices):
-        z = _logits(problem, x, begin, end)
+        keep = None if kept is None else kept.slice(begin, end)
+        z = _logits(problem, x, begin, end, by_token=keep is not None)
         cap_slope = None if expected is None else _cap_slope(z, options.softcap)
         inside, column = _label_column(problem.labels, begin, end)
         label_logit = torch.where(inside, z.gather(1, column), label_logit[:, None]).squeeze(1)
@@ -125,27 +139,46 @@ def forward(problem: Problem) -> Forward:
         if tables.top is not None:
             tables.top[i] = z.argmax(1) + begin
         before, maximum = maximum, torch.maximum(maximum, z.amax(1, keepdim=True))  # so far
-        scores = _scale_(z.sub_(maximum), problem.inverse_temperature)
+        there = keep is not None and keep.dtype == z.dtype
+        scores = _scale_(torch.sub(z, maximum, out=keep if there else z), problem.inverse_temperature)
         exponentials = _exponentials_(scores if tables.weighted is None else scores.clone())
         tables.maximum[i] = maximum.squeeze(1)
         tables.total[i] = exponentials.sum(1)
         if tables.weighted is not None:
-            tables.weighted[i] = scores.clamp_(min=LOWEST).mul_(exponentials).sum(1)
+            tables.weighted[i] = torch.linalg.vecdot(scores.clamp_(min=LOWEST), exponentials)
         if tables.squares is not None:
             tables.squares[i] = exponentials.square().sum(1)
+        if keep is not None and not there:
+            keep.copy_(exponentials)
         if expected is not None:
             expected.mul_(_scale_(before - maximum, problem.inverse_temperature).exp_())
             exponentials = exponentials if cap_slope is None else exponentials.mul_(cap_slope)
             w = _operand(problem.weight[begin:end], options.dtype)
             _mm_into(expected, exponentials.to(x.dtype), w, add=True)
         del z, scores, exponentials, cap_slope  # or two slices would be alive when the next is made
+    strip_maximum = tables.maximum.T
     if options.group:
         tables, label_logit = gather_strips(problem, tables, label_logit, problem.inverse_temperature, torch.exp)
     rows = merge(tables, label_logit, problem.labels_of_all_ranks, problem.inverse_temperature)
+    if kept is not None:
+        return Forward(rows, cache=kept.memory, strip_maximum=strip_maximum)
     if expected is None:
         return Forward(rows)
     share = _scale_((maximum - rows.maximum[:, None]), problem.inverse_temperature).sub_(rows.log_sum[:, None]).exp_()
     return Forward(rows, _unit_d_hidden(problem, rows, label_logit, expected.mul_(share)))
+
+
+def keep_again(problem: Problem, strip_maximum: Tensor) -> Tensor:
+    """The memory with what `forward` kept in it, to the bit."""
+    x = _operand(problem.hidden, problem.options.dtype)
+    kept = KeptScores.empty(problem.weight, problem.rows)
+    for i, (begin, end) in enumerate(_slices(problem)):
+        keep = kept.slice(begin, end)
+        if keep is not None:
+            z = _logits(problem, x, begin, end, by_token=True).sub_(strip_maximum[:, i, None])
+            scores = _scale_(z, problem.inverse_temperature)
+            keep.copy_(scores if problem.options.wants("entropy") else _exponentials_(scores))
+    return kept.memory
 
 
 def _unit_d_hidden(problem: Problem, rows: RowStatistics, label_logit: Tensor, expected: Tensor) -> Tensor:
@@ -212,11 +245,23 @@ def backward(
     x = _operand(problem.hidden, problem.options.dtype)
     d_hidden = torch.zeros(x.shape, dtype=rows.logps.dtype, device=x.device) if need_hidden else None
     native = d_weight is not None and _native_bfloat16(problem, d_weight)
-    for begin, end in _slices(problem):
-        z = _logits(problem, x, begin, end)
-        cap_slope = _cap_slope(z, problem.options.softcap)
-        scores = _scale_(z.sub_(rows.maximum[:, None]), problem.inverse_temperature)
-        ds = _logit_gradient_(scores, rows, upstream)
+    kept = None if not problem.options.keep_scores else KeptScores(forward.cache, problem.rows, problem.features)
+
+    def logit_gradient(i: int, begin: int, end: int) -> Tensor:
+        """(N, end - begin) of dS, and its part of d_bias."""
+        cap_slope = None
+        scores = None if kept is None else kept.slice(begin, end)
+        if scores is None:
+            scores = _logits(problem, x, begin, end)
+            cap_slope = _cap_slope(scores, problem.options.softcap)
+            scores = _scale_(scores.sub_(rows.maximum[:, None]), problem.inverse_temperature)
+            ds = _logit_gradient_(scores, rows, upstream)
+        else:
+            raised = _scale_((forward.strip_maximum[:, i] - rows.maximum)[:, None], problem.inverse_temperature)
+            if rows.entropy is not None:
+                ds = _logit_gradient_(scores + raised, rows, upstream)
+            else:
+                ds = scores * (raised - rows.log_sum[:, None]).exp_().mul_(upstream.probability[:, None]).neg_()
         _replace_(ds, *_label_column(problem.labels, begin, end), at_label)
         if upstream.mean is not None:
             ds.addr_(upstream.mean, _shares(problem, begin, end, ds))
@@ -224,12 +269,27 @@ def backward(
             ds.mul_(cap_slope)
         if d_bias is not None:
             d_bias[begin:end] = ds.sum(0)
-        ds = ds.to(x.dtype)
+        return ds
+
+    slices = list(enumerate(_slices(problem)))
+    if native and kept is not None:
+        # Of one bfloat16 product of all that is kept dX is rounded once.
+        here = [(i, (begin, end)) for i, (begin, end) in slices if kept.slice(begin, end) is not None]
+        slices = slices[len(here) :]
+        for i, (begin, end) in here:
+            kept.slice(begin, end).copy_(logit_gradient(i, begin, end))
+        if need_hidden and here:
+            last = here[-1][1][1]
+            d_hidden += kept.slice(0, last) @ problem.weight[:last]
+        for _, (begin, end) in here:
+            torch.mm(kept.slice(begin, end).T.contiguous(), problem.hidden, out=d_weight[begin:end])
+    for i, (begin, end) in slices:
+        ds = logit_gradient(i, begin, end).to(x.dtype)
         if d_weight is not None:
             _mm_into(d_weight[begin:end], (ds.bfloat16() if native else ds).T, problem.hidden if native else x)
         if need_hidden:
             _mm_into(d_hidden, ds, _operand(problem.weight[begin:end], problem.options.dtype), add=True)
-        del z, scores, ds, cap_slope
+        del ds  # or two slices would be alive when the next is made
     return d_hidden
 
 

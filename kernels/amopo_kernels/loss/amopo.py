@@ -156,7 +156,7 @@ def _scores(mean: Tensor, std: Tensor, noise: Tensor | None, weighting: str) -> 
         return torch.zeros_like(mean[..., 0])
     if weighting == "mean":
         return mean.sum(-1)
-    return (mean + std * noise.to(mean)).sum(-1)
+    return (mean + std * noise.to(mean.dtype)).sum(-1)
 
 
 def linear_amopo_loss(

@@ -29,7 +29,7 @@ def _offsets_are_bad(cu_seqlens, sequences, rows, BLOCK: tl.constexpr):
     return bad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "sequences"])
 def _sequences_kernel(
     logps, cu_seqlens, logp_sum, length, prob_mean, prob_std, rows, sequences, BLOCK: tl.constexpr
 ):
@@ -62,7 +62,7 @@ def _sequences_kernel(
     tl.store(length + sequence, tl.where(bad, 1, end - begin).to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "sequences"])
 def _rows_kernel(grad_sum, cu_seqlens, grad, rows, sequences, BLOCK: tl.constexpr):
     sequence = tl.program_id(0)
     bad = _offsets_are_bad(cu_seqlens, sequences, rows, BLOCK)

@@ -33,6 +33,7 @@ CASES = {
     "exact": {},
     "all options": {"bias": True, "softcap": 30.0, "outputs": "entropy,lse,mean_logit,top1,log_sum_p2"},
     "cached": {"cached": True, "bias": True, "softcap": 30.0},
+    "cached, outputs": {"cached": True, "outputs": "entropy,lse,mean_logit,top1,log_sum_p2"},
     "frozen": {"frozen": True},
     "frozen, all options": {"frozen": True, "bias": True, "softcap": 30.0},
     "temperatures and ignored rows": {"counted": True},

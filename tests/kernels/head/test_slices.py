@@ -1,9 +1,11 @@
 """How the vocabulary is cut for a GPU, and how the launches of its slices are made, without one."""
 
 import random
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from amopo_kernels.head import launch, layout
@@ -22,6 +24,11 @@ def test_a_slice_is_whole_tiles_whatever_the_rows(configuration):
         columns = layout._slice_columns(rows, features, configuration, chosen.choice([108, 132, 148]))
         assert columns % layout.BUFFER == 0 and 3072 <= columns <= 49152
         assert columns * rows <= max(6144 * rows, 3 * 2**23 + layout.BUFFER * rows)  # dS of 48 MB in 16 bits
+
+
+class _Pair(NamedTuple):
+    first: torch.Tensor
+    others: tuple
 
 
 class _Kernel:
@@ -44,19 +51,35 @@ class _Kernel:
 
         class compiled:
             def __class_getitem__(cls, grid):
-                return lambda *arguments: launches.append((grid, arguments))
+                def launched(*arguments, stream):
+                    assert stream == 7
+                    launches.append((grid, arguments))
+
+                return launched
 
         return look_up
 
 
 def test_a_kernel_is_looked_up_once_for_slices_that_compile_alike():
-    kernel, x = _Kernel(), object()
-    run = launch.SliceLaunch(kernel, lambda columns: (columns // 16, 1, 1), x, 64, FLAG=True, ROWS=32, num_warps=4)
+    kernel, x = _Kernel(), torch.ones(3)
+    descriptor = object()
+    x_and_others = _Pair(x, (x, None, descriptor))
+    run = launch.SliceLaunch(
+        kernel, lambda columns: (columns // 16, 1, 1), x_and_others, 64, FLAG=True, ROWS=32, num_warps=4
+    )
     slices = [(0, 256), (256, 512), (512, 768), (768, 777), (1024, 1033), (1, 16), (0, 1)]
-    for begin, end in slices:
-        run(begin, end)
+    driver = mock.Mock(get_current_device=lambda: 1, get_current_stream=lambda device: 6 + device)
+    with mock.patch.object(launch.triton.runtime, "driver", mock.Mock(active=driver)):
+        for begin, end in slices:
+            run(begin, end)
     assert kernel.lookups == 4  # divisible by 16 or not, and 1
-    assert kernel.launches == [(((end - begin) // 16, 1, 1), (begin, end, x, 64, 32, True)) for begin, end in slices]
+    assert [(grid, values[:2]) for grid, values in kernel.launches] == [
+        (((end - begin) // 16, 1, 1), (begin, end)) for begin, end in slices
+    ]
+    assert {values[3:] for _, values in kernel.launches} == {(64, 32, True)}
+    by_address = [values[2] for _, values in kernel.launches if values[2] is not x_and_others]
+    address = x.data_ptr()
+    assert by_address == [(address, (address, None, descriptor))] * (len(slices) - 4)
 
 
 def test_the_number_of_columns_is_worked_out_once():

@@ -1,6 +1,8 @@
 """The head under torch's transforms: torch.func, checkpointing, saved-tensor hooks, fake tensors, export, released
 weights. What it cannot do is refused by name, in every backend."""
 
+from unittest import mock
+
 import pytest
 import torch
 from head_cases import ALL_BACKENDS, DEVICE, problem
@@ -16,6 +18,7 @@ from amopo_kernels import (
     linear_sequence_stats,
     sequence_stats,
 )
+from amopo_kernels.head.kept_scores import KeptScores
 
 pytest.importorskip("triton")
 # vmap says that it runs the operators in a loop
@@ -43,7 +46,8 @@ def test_func_grad_is_the_gradient(backend, frozen):
     found = torch.func.grad(loss, tuple(range(len(wanted))))(hidden, weight, bias)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     _, pull = torch.func.vjp(loss, hidden, weight, bias)
-    assert torch.equal(pull(torch.ones((), device=DEVICE))[0], expected[0])
+    # With a gradient of weight the torch backend keeps scores, which gives other last digits.
+    torch.testing.assert_close(pull(torch.ones((), device=DEVICE))[0], expected[0], rtol=1e-5, atol=1e-6)
 
 
 @each_backend
@@ -165,8 +169,11 @@ def test_the_torch_backend_compiles_without_graph_breaks():
         return (logps + 0.1 * entropy).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with mock.patch.object(KeptScores, "empty", side_effect=AssertionError("an output would be an input's memory")):
+        compiled(hidden, weight, bias)
     gradients = [torch.autograd.grad(f(hidden, weight, bias), (hidden, weight, bias)) for f in (compiled, step)]
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for found, expected in zip(*gradients, strict=True):  # of scores that are kept, which compiled code does not do
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         assert torch.equal(compiled(hidden, weight, bias), step(hidden, weight, bias))
 

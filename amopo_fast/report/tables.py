@@ -48,8 +48,17 @@ class NumbersTable:
             if index < self.keys:
                 table.add_column(self.columns[index], overflow="fold", max_width=max(width // 3, 8))
                 continue
-            numbers = all(row[index].isdigit() or not row[index] for row in self.rows)
+            numbers = all(_is_number(row[index]) for row in self.rows)
             table.add_column(self.columns[index], justify="right" if numbers else "left", no_wrap=True)
         for row in self.rows:
             table.add_row(*(Text(row[index]) for index in shown))
         return table
+
+
+def _is_number(cell: str) -> bool:
+    """Also one with its interval (81.0 ±2.1), and what stands in the place of one."""
+    try:
+        float(cell.partition(" ")[0].replace(",", "") or "nan")
+    except ValueError:
+        return cell in ("absent", "None")
+    return True
