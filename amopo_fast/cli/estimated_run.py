@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from amopo_fast.cli.options import parse_options
 from amopo_fast.data.config import DataConfig
-from amopo_fast.errors import DataError, OptionError
+from amopo_fast.errors import OptionError
 from amopo_fast.memory.estimate import HEAD_SLICE, Row, Setup, estimate
 from amopo_fast.memory.profile import meta_model
 from amopo_fast.models.check import choose_layout
@@ -117,7 +117,7 @@ def _of_run(arguments: argparse.Namespace, name: str | None, setups: dict, fits)
     elif data_config.train_data:
         try:
             row, accumulates, epoch = _of_data(data_config, model_config, args, config)
-        except (DataError, OSError) as error:
+        except (ValueError, OSError) as error:  # of a file, a record or a tokenizer
             if arguments.train_data:
                 raise
             notes = (f"the data of {arguments.config} cannot be read here ({error}): a micro-batch is taken to have "

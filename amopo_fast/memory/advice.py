@@ -159,7 +159,7 @@ def cheapest_change(
             if fits(prediction):
                 slower = seconds(prediction, row) / now - 1
                 flags = " ".join([*way.flags, *filter(None, [shorter])])
-                rank = (round(slower / _ALIKE), way.coarser, len(way.flags))
+                rank = (round(slower / _ALIKE), bool(prediction.pinned), way.coarser, len(way.flags))
                 found.append((rank, Change(flags, prediction, slower)))
         return min(found, key=lambda each: each[0])[1] if found else None
 

@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from amopo_fast.memory.estimate import Row, Setup, estimate, parameters_of  # noqa: E402
+from amopo_fast.memory.estimate import Row, Setup, estimate  # noqa: E402
+from amopo_fast.memory.parameters import parameters_of  # noqa: E402
 from model_types import config_of  # noqa: E402
 
 SWEEP = json.loads((ROOT / "benchmarks" / "results" / "models.json").read_text(encoding="utf-8"))["rows"]
