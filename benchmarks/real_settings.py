@@ -46,11 +46,11 @@ class Trial:
 
 TRIALS = (
     Trial("LoRA", 1e-3),
-    *(Trial("all weights", rate) for rate in (1e-5, 3e-5, 1e-4, 3e-6)),
+    *(Trial("all weights", rate) for rate in (3e-5, 1e-4, 1e-5)),
     Trial("LoRA", 1e-3, beta=2.0),
     Trial("LoRA", 1e-3, beta=10.0),
-    Trial("all weights", 3e-5, epochs=3),
     Trial("LoRA", 1e-3, epochs=3),
+    Trial("all weights", 3e-5, epochs=2),
     Trial("LoRA", 3e-4, epochs=3),
 )
 SMOKE = (Trial("LoRA", 1e-3), Trial("all weights", 1e-5, epochs=2))
