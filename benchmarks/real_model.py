@@ -235,7 +235,7 @@ class Bench:
         self, pairs: list[PairTokens], dimensions: tuple[str, ...], steps: int, seed: int, options: dict[str, Any],
         *, adapter: bool = True, callbacks: Sequence[TrainerCallback] = (),
     ) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
-        """The model after `steps` on pairs, and what it cost. Without an adapter all weights are trained, in float32."""
+        """The model after `steps` on pairs, and what it cost. Without an adapter all weights learn, in float32."""
         model = self.load("bfloat16" if adapter else "float32")
         layers = model.config.get_text_config().num_hidden_layers
         first = layers - round(layers * self.setting.adapted_layers)
