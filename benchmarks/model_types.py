@@ -34,6 +34,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _HALF_MROPE = {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
 _QSA = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048,
         "indexer_compress_ratio": 32}  # fmt: skip
+_SPARSE_M3 = {"layer_types": ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57}
 # Of a part of the configuration, or of the whole.
 PARTS: dict[str, dict[str, Any]] = {
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}},
@@ -65,6 +66,11 @@ ADJUSTED: dict[str, dict[str, Any]] = {
     "hunyuan_vl": {"head_dim": 128, "rope_parameters": {**_ROPE, "mrope_section": [16, 16, 16, 16]}},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    # Their defaults have layers of one kind alone; what is published mixes two.
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "granitemoehybrid": {"layer_types": (["mamba"] * 5 + ["attention"] + ["mamba"] * 2) * 4},
+    "minimax_m3_vl": _SPARSE_M3,
+    "minimax_m3_vl_text": _SPARSE_M3,
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
     "qwen4_exp": _QSA,

@@ -39,7 +39,8 @@ DeepSpeed too. What differs is named. `compile_layers` is for shared layouts and
 DeepSpeed ZeRO-3 recurrent layers do not run through states: such models are trained on separate rows there, and said.
 
 Doge is exact up to `keep_window_size` tokens, Llama 4 in a shared row up to `attention_chunk_size`; longer sequences
-are refused by length. Refused is what is not causal by its own forward (that is tried, and how it shows is said), what
+are refused by length. The 45 types that people train most, as tests/models/test_types.py
+lists them, all share. Refused is what is not causal by its own forward (that is tried, and how it shows is said), what
 has an encoder, and what text alone is no input of; *why* has the error's words, which tests/models/test_refusals.py
 shows on the model itself. Encoders that can be decoders are tried with
 `is_decoder: true`. *Tokens* are those that the trial's pairs compute, of the separate sequences' tokens (padding

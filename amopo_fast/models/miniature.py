@@ -120,6 +120,8 @@ def tiny_config(config: PretrainedConfig, layers: Sequence[int] | None = None) -
     for name, value in small.items():
         if isinstance(getattr(config, name, None), (int, float)) and not isinstance(getattr(config, name), bool):
             set_field(tiny, name, value)
+    if getattr(config, "index_topk_blocks", None):  # MiniMax-M3's heads of keys each have one that chooses their blocks
+        tiny.index_n_heads = tiny.num_key_value_heads
     for name in ("attention_hidden_size", "lru_width"):
         if isinstance(getattr(config, name, None), int):
             set_field(tiny, name, _scaled(HIDDEN, getattr(config, name), config.hidden_size))

@@ -138,10 +138,13 @@ def test_a_type_that_transformers_does_not_find_is_loaded():
     assert "model.protein_encoder, model.layers.*.adapter (" in choice_of(model).frozen
 
 
-@pytest.mark.parametrize("name", known(["glm5_next", "idefics"]))
+@pytest.mark.parametrize("name", known(["glm5_next", "idefics", "minimax_m3_vl_text"]))
 def test_what_separate_rows_train(name):
     """Blocks of keys that a query chooses among; layers that are told that no token sees an image."""
-    assert choose_layout(empty(name)).layout is Layout.SEPARATE
+    choice = choose_layout(empty(name))
+    assert choice.layout is Layout.SEPARATE
+    if name == "minimax_m3_vl_text":
+        assert "MiniMaxM3VLAttention gives its attention block_indices, which packed" in choice.reason
 
 
 def test_a_package_that_is_missing_is_named():
