@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -36,7 +38,7 @@ REFUSED = {
     "prophetnet": "it is not causal: how many tokens follow moves the logits of those before them",
     "blip": f"{NO_TEXT} .*missing 1 required positional argument: 'pixel_values'",
     "gemma4_assistant": f"{NO_TEXT} .*shared_kv_states cannot be None",
-    "gemma4_unified_assistant": f"{NO_TEXT} .*(shared_kv_states cannot be None|no attribute 'vocab_size')",  # 5.17
+    "gemma4_unified_assistant": f"{NO_TEXT} .*shared_kv_states cannot be None",
     "blt": "it is put together of decoder_config, encoder_config, global_config, patcher_config, none of which is its",
     "pi0": "it is put together of dit_config, vlm_config, none of which is its language model",
 }
@@ -51,12 +53,19 @@ def empty(name):
     return empty_model("causal" if name in type_names("causal") else "image-text", name)
 
 
+# Defaults of 5.17 do not build, or transformers does not find the class at all; the versions between were not tried.
+LATER = {"diffusion_gemma", "evolla", "gemma4_unified_assistant", "musicgen", "musicgen_melody"}
+OLD = Version(transformers.__version__) < Version("5.24")
+
+
 def known(names):
     """The types that this version of transformers has."""
     return [
-        pytest.param(each, marks=pytest.mark.skipif(each not in CONFIG_MAPPING, reason="a type of later transformers"))
+        pytest.param(each, marks=pytest.mark.skipif(
+            each not in CONFIG_MAPPING or (OLD and each in LATER), reason="a type of later transformers"
+        ))
         for each in names
-    ]
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", known(REFUSED))
@@ -65,16 +74,18 @@ def test_the_error_says_why(name):
         choose_layout(empty(name))
 
 
+def encoder_decoder(name):
+    parts = {each: CONFIG_MAPPING[kind]().to_dict() for each, kind in (("encoder", "vit"), ("decoder", "bert"))}
+    return CONFIG_MAPPING[name](**(parts if name == "vision-encoder-decoder" else {}))
+
+
 @pytest.mark.parametrize("name", known(ENCODERS))
 def test_encoders_with_decoders_are_refused(name):
-    parts = {each: CONFIG_MAPPING[kind]().to_dict() for each, kind in (("encoder", "vit"), ("decoder", "bert"))}
-    config = CONFIG_MAPPING[name](**(parts if name == "vision-encoder-decoder" else {}))
-    assert "it is an encoder-decoder model" in refusal(config)
+    assert "it is an encoder-decoder model" in refusal(encoder_decoder(name))
 
 
 def test_an_encoder_with_a_decoder_is_refused_before_it_is_loaded(tmp_path):
-    config = CONFIG_MAPPING["musicgen"]()
-    config.save_pretrained(tmp_path)
+    encoder_decoder("vision-encoder-decoder").save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="trained: it is an encoder-decoder model"), model_errors("some"):
         load_shape(ModelConfig(str(tmp_path)))
     assert refusal_unloaded(CONFIG_MAPPING["bart"]()) is None  # whose decoder is a class of its own
@@ -128,9 +139,10 @@ def test_reformer_sorts_hashes_of_what_follows_too(small):
     assert torch.equal(logits(model, short), logits(model, short))
 
 
-def test_a_type_that_transformers_does_not_find_is_loaded():
+@pytest.mark.parametrize("name", known(["evolla"]))
+def test_a_type_that_transformers_does_not_find_is_loaded(name):
     """Evolla's configuration is another type's too, so the auto classes say that they do not know it."""
-    config = config_of("evolla")
+    config = config_of(name)
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
     prepare_model(model)
