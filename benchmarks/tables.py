@@ -33,7 +33,7 @@ TARGETS = {
 }  # of case C there is none: a larger A
 PLOTTED = ROOT / "benchmarks" / "results" / "head_sweeps.png"
 PLOTTED_OPTIMIZERS = ROOT / "benchmarks" / "results" / "optimizers.png"
-GRAPH = ", graph"  # head_host.py's replays of a CUDA graph, which the tables of the head leave out
+APART = (", graph", ", direct")  # of head_host.py, which the tables of the head leave out
 # Not shown in a plain table: they only refine or repeat another column.
 HIDDEN = ("p20_ms", "p80_ms", "min_ms", "runs", "dtype", "options", "losses", "shape", "tokens", "predicted_parts",
           "flop", "reserved_bytes", "heldout_accuracy", "loss_at_end")  # fmt: skip
@@ -147,7 +147,7 @@ def _head_table(case: str, reports: list[dict]) -> str:
     for report in reports:
         for row in report["rows"]:
             key = row["variant"], row["mode"]
-            if row["case"] == case and not row["variant"].endswith(GRAPH):
+            if row["case"] == case and not row["variant"].endswith(APART):
                 found[key] = found.get(key, {}) | row  # errors and memory of a first report stay where a later has none
     rows = list(found.values())
     heading = ["variant", "forward+backward, ms", "forward, ms", "frozen head, ms", "extra memory, MiB",
@@ -177,7 +177,7 @@ def _head_table(case: str, reports: list[dict]) -> str:
 def _measured_again(case: str, report: dict) -> str:
     modes: dict[str, list[str]] = {}
     for row in report["rows"]:
-        if row["case"] == case and not row["variant"].endswith(GRAPH):
+        if row["case"] == case and not row["variant"].endswith(APART):
             modes.setdefault(row["mode"], []).append(row["variant"])
     commit = (report["environment"]["commit"] or "unknown")[:9]
     return f"At commit {commit}: " + "; ".join(f"{mode} of {', '.join(names)}" for mode, names in modes.items()) + "."
