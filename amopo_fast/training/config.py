@@ -184,7 +184,8 @@ class AMoPOConfig(TrainingArguments):
                   "recomputing them."},
     )  # fmt: skip
     memory_check: bool = field(
-        default=True, metadata={"help": "Before loading: refuse a run that the estimate says does not fit the GPU."}
+        default=True,
+        metadata={"help": "Before loading: refuse a run that by the estimate does not fit its GPU, or a CPU's memory."},
     )
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
