@@ -7,8 +7,6 @@ import json
 
 from amopo_fast.cli.numbers import above_zero, share, whole, whole_or_zero
 
-EVERY_ROW = "every row"
-
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
@@ -76,7 +74,8 @@ def run(arguments) -> int:
     advice = None
     if not rows[0]["fits"] and (rows[0]["optimizer"] == THIS_RUN or not any(row["fits"] for row in rows)):
         change = cheapest_change(asked.config, asked.row, last, room.fits, room.gpu)
-        advice = {"flags": change.flags, "needed": change.prediction.needed, "slower": change.slower} if change else {}
+        advice = change and {"flags": change.flags, "fewer_pairs": change.fewer_pairs, "text": str(change),
+                             "needed": change.prediction.needed, "slower": change.slower}  # fmt: skip
     report = {"model": asked.name, "gpu": dataclasses.asdict(room.gpu), "host_memory": room.host,
               "row": dataclasses.asdict(asked.row), "efficiency": efficiency,
               "efficiency_source": "given" if arguments.efficiency else "assumed", "reserve": RESERVE,
@@ -121,5 +120,7 @@ def _speed(result, asked, gpu, gpus: int, efficiency: float, price: float | None
 def _reference(setup, result) -> dict:
     """When the reference model's log-probs are computed, and their share of the FLOP: of a row's under an adapter, of
     an epoch's in full training."""
+    from amopo_fast.cli.estimated_run import EVERY_ROW
+
     when = EVERY_ROW if setup.lora_rank is not None else "once, before the first step"
     return {"when": when, "share_of_flops": result.forward_flops / result.flops}

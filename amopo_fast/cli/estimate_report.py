@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from amopo_fast.cli.estimate import EVERY_ROW
-from amopo_fast.cli.estimated_run import THIS_RUN
+from amopo_fast.cli.estimated_run import EVERY_ROW, THIS_RUN
 from amopo_fast.memory.gpus import GIB
 from amopo_fast.report.tables import NumbersTable
 
@@ -34,7 +33,7 @@ def print_report(report: dict) -> None:
     if report["advice"]:
         advice = report["advice"]
         slower = f", {advice['slower']:.0%} slower by arithmetic" if advice["slower"] > 0.02 else ""
-        say(f"The cheapest change that fits, in {advice['needed'] / GIB:.1f} GiB{slower}: {advice['flags']}")
+        say(f"The cheapest change that fits, in {advice['needed'] / GIB:.1f} GiB{slower}: {advice['text']}")
     fitting = [entry for entry in rows if entry["fits"]]
     others = [entry for entry in fitting if entry["optimizer"] != THIS_RUN]
     if others:

@@ -51,7 +51,7 @@ class Asked:
         return OBJECTIVES[self.objective].needs_reference
 
 
-THIS_RUN = "this run"
+THIS_RUN, EVERY_ROW = "this run", "every row"
 
 
 def asked_of(arguments: argparse.Namespace, setups: dict[str, tuple[Setup, str]], fits) -> Asked:
@@ -122,7 +122,10 @@ def _of_run(arguments: argparse.Namespace, name: str | None, setups: dict, fits)
                 raise
             notes = (f"the data of {arguments.config} cannot be read here ({error}): a micro-batch is taken to have "
                      f"{row.tokens:,} computed tokens; --pairs and --pair_tokens give an epoch",)  # fmt: skip
-    changes = changes_of(arguments)
+    changes = changes_of(arguments) | {"accumulates": accumulates}
+    if accumulates:
+        notes = (f"a step of {args.pairs_per_step} pairs has several micro-batches; the ways that step in the backward "
+                 "pass take one: lower pairs_per_step",)  # fmt: skip
     if arguments.config:
         changes["liger"] = not arguments.no_liger and (args.use_liger_kernel or "use_liger_kernel" not in own.given)
         setup = _setup(args, model_config, config, row, accumulates, arguments, fits)

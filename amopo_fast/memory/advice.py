@@ -45,11 +45,16 @@ _ALIKE = 0.02  # differences of speed below it decide nothing
 
 @dataclass(frozen=True)
 class Change:
-    """Options beside the present ones, and what they lead to. slower: time per token over the present one's, less 1."""
+    """Options beside the present ones, and what they lead to. slower: time per token over the present one's, less 1.
+    fewer_pairs: a step must have fewer, as one that is taken in the backward pass is one micro-batch."""
 
     flags: str
     prediction: Estimate
     slower: float
+    fewer_pairs: bool = False
+
+    def __str__(self) -> str:
+        return self.flags + ("; lower pairs_per_step until a step is one micro-batch" if self.fewer_pairs else "")
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def _adapters(setup: Setup, on_gpu: bool) -> Iterator[list[_Way]]:
     if setup.lora_rank is None:
         adapter = Setup(lora_rank=16, gpus=setup.gpus, liger=setup.liger, reference=setup.reference,
                         autocast=setup.autocast, head_slice=setup.head_slice, weights="bf16" if on_gpu else "fp32",
-                        checkpointing=setup.checkpointing)  # fmt: skip
+                        checkpointing=setup.checkpointing, accumulates=setup.accumulates)  # fmt: skip
         way = _Way(adapter, ("--use_peft true",))
         yield list(_activations(way, on_gpu))
     if not setup.quantised and on_gpu:
@@ -138,36 +143,45 @@ def cheapest_change(
 ) -> Change | None:
     """The change with which a run fits that costs least, if there is one.
 
-    What is trained weighs most, then the row's length, which is that of a step; then speed, the copies from and to the
-    host included; then the bits of weights and states; then how many options it takes.
+    What is trained weighs most, then the pairs of a step, then the row's length; then speed, the copies from and to the
+    host included; then pinned memory, the bits of weights and states, and how many options it takes.
 
     Args:
         fits: whether an estimate fits. gpu: that computes, of an unknown one the H100's figures; None: a CPU, where
             nothing lies on another side.
     """
     on_gpu, speed = gpu is not None, gpu if gpu is not None and gpu.flops else GPUS["h100"]
+    rows = list(shorter_rows(row))
+
+    def of(way: _Way, row: Row) -> Estimate:
+        # A step of shorter rows has several, whose gradients are added up where they are not used at once.
+        adds = way.setup.accumulates or (row is not rows[0] and not way.setup.in_backward)
+        return estimate(config, row, replace(way.setup, accumulates=adds))
 
     def seconds(prediction: Estimate, row: Row) -> float:
         return time_of(prediction, speed).total / row.tokens
 
     now = seconds(estimate(config, row, setup), row)
 
-    def best(ways: list[_Way], row: Row, shorter: str = "") -> Change | None:
+    def best(ways: list[_Way], row: Row, fewer_pairs: bool = False) -> Change | None:
         found = []
         for way in ways:
-            prediction = estimate(config, row, way.setup)
+            prediction = of(way, row)
             if fits(prediction):
                 slower = seconds(prediction, row) / now - 1
-                flags = " ".join([*way.flags, *filter(None, [shorter])])
+                shorter = [] if row is rows[0] else [f"--tokens_per_micro_batch {row.tokens}"]
                 rank = (round(slower / _ALIKE), bool(prediction.pinned), way.coarser, len(way.flags))
-                found.append((rank, Change(flags, prediction, slower)))
+                found.append((rank, Change(" ".join([*way.flags, *shorter]), prediction, slower, fewer_pairs)))
         return min(found, key=lambda each: each[0])[1] if found else None
 
     ways = list(_all_weights(_Way(setup), on_gpu) if setup.lora_rank is None else _activations(_Way(setup), on_gpu))
-    for number, shorter in enumerate(shorter_rows(row)):
-        flag = f"--tokens_per_micro_batch {shorter.tokens} (and fewer pairs_per_step)" if number else ""
-        if change := best(ways, shorter, flag):
-            return change
+    ways = [way for way in ways if fits(of(way, rows[-1]))]  # what does not fit there fits nowhere
+    for fewer_pairs in (False, True):
+        for each in rows:
+            several = setup.accumulates or each is not rows[0]
+            alike = [way for way in ways if (way.setup.in_backward and several) == fewer_pairs]
+            if change := best(alike, each, fewer_pairs):
+                return change
     for adapters in _adapters(setup, on_gpu):
         if change := best(adapters, row):
             return change

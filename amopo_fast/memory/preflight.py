@@ -88,7 +88,7 @@ def require_fit(name: str, config: PretrainedConfig, row: Row, setup: Setup, roo
     if change:
         slower = f", {change.slower:.0%} slower by arithmetic" if change.slower > 0.02 else ""
         size = change.prediction.needed if room.gpu else change.prediction.needed_on_cpu
-        advice = f"what fits, in {size / GIB:.1f} GiB{slower}: {change.flags}"
+        advice = f"what fits, in {size / GIB:.1f} GiB{slower}: {change}"
     raise DoesNotFit(
         f"{name}: this run {_shortage(prediction, row, room)}; {advice}. `amopo-fast estimate` compares all ways; "
         "--memory_check false skips this check"

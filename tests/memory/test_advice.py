@@ -15,6 +15,7 @@ from amopo_fast.memory.speed import time_of, tokens_per_second
 QWEN_32B = Qwen2Config(vocab_size=152064, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64,
                        num_attention_heads=40, num_key_value_heads=8, tie_word_embeddings=False)  # fmt: skip
 STEP = Row(tokens=8192, label_tokens=4096, kv_tokens=16384)
+SHORT = Row(tokens=1024, label_tokens=512, kv_tokens=2048)
 FOUR = Setup(states="4bit", in_backward=True)
 
 
@@ -25,19 +26,22 @@ def advised(setup, gpu, host=None, row=STEP):
     return change and change.flags
 
 
+def test_what_stays_on_the_gpu_is_advised_first():
+    flags = advised(Setup(weights="fp32", checkpointing=False), "h200", row=SHORT)
+    assert "--optim_in_backward adamw_8bit" in flags and "host" not in flags
+
+
 def test_the_cheapest_change_that_fits_is_named():
     whole = Setup(weights="fp32")
-    flags = advised(dataclasses.replace(whole, checkpointing=False), "h200")
-    assert "--optim_in_backward adamw_8bit" in flags and "--gradient_checkpointing true" in flags
-    assert "host" not in flags
     assert advised(whole, "h100").endswith("--optim_in_backward adamw_8bit --optimizer_states host")
     # 62 GiB of states do not fit into 60 of the host; half of them do.
     assert advised(whole, "h100", 60 * GIB).endswith("--optim_in_backward adamw_4bit --optimizer_states host")
     flags = advised(whole, "4090", 128 * GIB)
     assert "--optimizer_states host --weights host" in flags and "tokens_per_micro_batch" not in flags
-    assert advised(whole, "l40s", 16 * GIB).startswith("--use_peft true")
-    # In 64 GiB of host memory all weights find no place, nor does an adapter over bfloat16 weights on the card.
-    assert "--load_in_4bit true" in advised(Setup(lora_rank=16), "l40s")
+
+def test_an_adapter_is_advised_where_all_weights_find_no_place():
+    assert advised(Setup(weights="fp32"), "l40s", 16 * GIB, SHORT).startswith("--use_peft true")
+    assert "--load_in_4bit true" in advised(Setup(lora_rank=16), "l40s", row=SHORT)
 
 
 def test_shorter_rows_are_advised_before_less_is_trained():
@@ -46,14 +50,37 @@ def test_shorter_rows_are_advised_before_less_is_trained():
     assert "--weights host" in flags and "--tokens_per_micro_batch" in flags and "use_peft" not in flags
 
 
+def test_a_step_in_the_backward_pass_is_one_micro_batch():
+    """So one that had several needs fewer pairs, and that is said; a shorter row, whose gradients add up, needs none."""
+    small = Qwen2Config(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=8,
+                        num_attention_heads=4, tie_word_embeddings=False)  # fmt: skip
+    row, after = Row(2048, 1024, 4096), Setup(weights="fp32")
+
+    def change(setup, size):
+        return cheapest_change(small, row, setup, lambda prediction: prediction.peak < size, GPUS["h100"])
+
+    def peak(row, **changes):
+        return estimate(small, row, dataclasses.replace(after, **changes)).peak
+
+    half = Row(1024, 512, 2048)
+    assert peak(half, accumulates=True) < peak(row)
+    found = change(dataclasses.replace(after, accumulates=True), peak(half, weights="bf16", accumulates=True) + 1)
+    assert not found.fewer_pairs and found.flags == "--weight_precision bf16_stochastic --tokens_per_micro_batch 1024"
+    for accumulates in (False, True):
+        found = change(dataclasses.replace(after, accumulates=accumulates), peak(row, weights="bf16", states="8bit",
+                                                                                 in_backward=True) + 1)  # fmt: skip
+        assert "optim_in_backward" in found.flags and found.fewer_pairs == accumulates
+        assert ("lower pairs_per_step" in str(found)) == accumulates
+
+
 def test_what_does_not_fit_into_the_host_is_refused_with_its_numbers():
     setup = dataclasses.replace(FOUR, host_states=True)
     with pytest.raises(DoesNotFit, match=r"pins 32.4 GiB of host memory .* 16.0 GiB are free there"):
-        require_fit("qwen", QWEN_32B, STEP, setup, Room(GPUS["h100"], 16 * GIB))
-    prediction = estimate(QWEN_32B, STEP, setup)
-    require_fit("qwen", QWEN_32B, STEP, setup, Room(GPUS["h100"], prediction.host_pinned + HOST_PROCESS))
+        require_fit("qwen", QWEN_32B, SHORT, setup, Room(GPUS["h100"], 16 * GIB))
+    prediction = estimate(QWEN_32B, SHORT, setup)
+    require_fit("qwen", QWEN_32B, SHORT, setup, Room(GPUS["h100"], prediction.host_pinned + HOST_PROCESS))
     with pytest.raises(DoesNotFit):
-        require_fit("qwen", QWEN_32B, STEP, setup, Room(GPUS["h100"], prediction.host_pinned + HOST_PROCESS - 1))
+        require_fit("qwen", QWEN_32B, SHORT, setup, Room(GPUS["h100"], prediction.host_pinned + HOST_PROCESS - 1))
     # On a CPU all of it is one memory, and there is nothing to move.
     with pytest.raises(DoesNotFit, match=r"needs about .* GiB of memory .* 8.0 GiB are free; .*more memory"):
         require_fit("qwen", QWEN_32B, Row(64, 32, 128), dataclasses.replace(FOUR, autocast=False), Room(None, 8 * GIB))
