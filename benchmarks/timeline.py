@@ -24,6 +24,7 @@ import harness
 from amopo_fast.memory.estimate import GPUS, Estimate, Gpu, Row, Setup, estimate, parameters_of
 from amopo_fast.optim.host_states import SLOTS, parcel_bytes, slot_bytes
 from amopo_fast.optim.update import PIECE
+from amopo_fast.training.loading import weight_slots
 from memory import SHAPES
 from timeline_plot import Panel, draw
 from timeline_simulation import TO_GPU, TO_HOST, Parcel, Work, simulate
@@ -87,7 +88,7 @@ class Way:
 
     name: str
     setup: Setup
-    streams_weights: bool
+    weight_slots: int  # 0: weights on the GPU
     prediction: Estimate
     needed: int  # bytes of the GPU
     host: int
@@ -98,25 +99,25 @@ def layer_bytes(config: PretrainedConfig) -> int:
     return 2 * sum(p.numel for p in parameters_of(config) if p.place == "layer") // config.num_hidden_layers
 
 
-def ways(config: PretrainedConfig, states: str):
-    """From the least change on."""
+def ways(config: PretrainedConfig, states: str, gpu: Gpu):
+    """From the least change on. With as many slots as training takes on that card, if it has room for two."""
     for name, on_host, streams, offload in (
         (ON_GPU, False, False, False), (STATES, True, False, False), (BOTH, True, True, False), (ALL, True, True, True),
     ):  # fmt: skip
-        setup = Setup(states=states, in_backward=True, host_states=on_host, offload=offload, liger=True)
+        setup = Setup(states=states, in_backward=True, host_states=on_host, host_weights=streams, offload=offload,
+                      liger=True)  # fmt: skip
+        if streams:
+            sizes = [layer_bytes(config)] * config.num_hidden_layers
+            setup = dataclasses.replace(setup, weight_slots=weight_slots(config, ROW, setup, sizes, gpu.memory))
         prediction = estimate(config, ROW, setup)
         needed, host = prediction.needed, prediction.host_needed
-        if streams:
-            layer, layers = layer_bytes(config), config.num_hidden_layers
-            needed -= (layers - 2) * layer  # two slots
-            host += layers * layer
         if offload:
             host += config.num_hidden_layers * 2 * TOKENS * config.hidden_size
-        yield Way(name, setup, streams, prediction, needed, host)
+        yield Way(name, setup, setup.weight_slots if streams else 0, prediction, needed, host)
 
 
 def first_that_fits(config: PretrainedConfig, gpu: Gpu, states: str) -> Way | None:
-    return next((way for way in ways(config, states) if way.needed <= gpu.memory), None)
+    return next((way for way in ways(config, states, gpu) if way.needed <= gpu.memory), None)
 
 
 def pieces(name: str, numel: int, states: str, room: int) -> list[Parcel]:
@@ -152,13 +153,13 @@ def work_of(config: PretrainedConfig, way: Way, gpu: Gpu, rates: Rates, tokens: 
         weight_bytes=layer_bytes(config), head=head, embedding=embedding,
         layer_states=parcel_bytes(layer_block, way.setup.states),
         checkpoint_bytes=2 * tokens * config.hidden_size if way.setup.offload else 0,
-        state_slots=SLOTS if way.setup.host_states else 0, streams_weights=way.streams_weights,
+        state_slots=SLOTS if way.setup.host_states else 0, weight_slots=way.weight_slots,
     )  # fmt: skip
 
 
 def on_the_gpu(work: Work) -> Work:
     """The same step with all of it there."""
-    return dataclasses.replace(work, checkpoint_bytes=0, state_slots=0, streams_weights=False)
+    return dataclasses.replace(work, checkpoint_bytes=0, state_slots=0, weight_slots=0)
 
 
 def speed(work: Work, rates: Rates, lanes: float) -> float:
@@ -189,7 +190,7 @@ def row_of(model: str, card: str, rates: Rates, config: PretrainedConfig) -> tup
         "tokens per s": round(TOKENS / own.seconds),
     }  # fmt: skip
     if way.name != ON_GPU:
-        eight = next(each for each in ways(config, "8bit") if each.name == way.name)
+        eight = next(each for each in ways(config, "8bit", gpu) if each.name == way.name)
         for generation, share in LANES.items():
             row[f"speed, PCIe {generation}"] = speed(work, rates, share)
             row[f"from tokens, PCIe {generation}"] = hides_from(

@@ -94,6 +94,7 @@ class Setup:
     in_backward: bool = False
     host_states: bool = False  # states in pinned host memory
     host_weights: bool = False  # the decoder layers' weights too
+    weight_slots: int = streaming.SLOTS  # layers of those that are on the GPU at once
     checkpointing: bool = True
     keep_layers: int = 0
     offload: bool = False
@@ -266,9 +267,9 @@ def body_of(config: PretrainedConfig, row: Row, setup: Setup, checkpointing: boo
 
 @functools.cache
 def _streamed(shape: _Shape, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of the layers that stream, on the host, and of their slots on the device."""
+    """Bytes of the layers that stream, on the host, and of the largest, which is that of a slot on the device."""
     sizes = streaming.host_bytes(meta_model(shape.config, dtype))
-    return sum(sizes), streaming.SLOTS * max(sizes)
+    return sum(sizes), max(sizes)
 
 
 def cache_bytes(config: PretrainedConfig, row: Row) -> int:
@@ -292,8 +293,8 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     all_gradients = per_gradient * sum(p.numel for p in trained)
     host = {}
     if setup.host_weights:
-        host["weights"], slots = _streamed(_Shape(config), torch.float32 if setup.weights == "fp32" else torch.bfloat16)
-        weights += slots - host["weights"]
+        host["weights"], slot = _streamed(_Shape(config), torch.float32 if setup.weights == "fp32" else torch.bfloat16)
+        weights += setup.weight_slots * slot - host["weights"]
     states = sum(4 * p.numel if setup.states == "bf16" else moment_bytes(p.numel, setup.states) for p in trained)
     if setup.host_states:
         blocks: dict[int | None, list[int]] = {}
