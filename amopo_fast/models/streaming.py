@@ -4,8 +4,8 @@
     backward   i is recomputed and differentiated in its slot, its parameters are stepped there (optim.AdamW with
                in_backward); meanwhile i + 1 is written back with its updates, and a layer below i fetched in its place
 
-What is needed last leaves first, so layers stay where the passes turn: of S slots and L layers, a pass fetches L - S. Two
-slots suffice; more let the copies run ahead of the computation, and with as many as layers nothing is copied.
+What is needed last leaves first, so layers stay where the passes turn: of S slots and L layers, a pass fetches L - S.
+Two slots suffice; more let the copies run ahead of the computation, and with as many as layers nothing is copied.
 
 A parameter's `data` is a view of the slot while its layer is there, and of host memory else, so that what reads a model
 (state_dict, saving, numbers of parameters) reads the host, layer by layer. A step moves each layer to the device twice
@@ -186,8 +186,8 @@ class StreamedWeights:
     # ----- coming and going -----
 
     def _enter(self, layer: _Layer, direction: int) -> None:
-        """Have a layer in a slot for what the current stream is given next, and fetch what follows it in a pass that goes
-        upwards (1) or downwards (-1), as far as slots hold what is needed later."""
+        """Have a layer in a slot for what the current stream is given next, and fetch what follows it in a pass that
+        goes upwards (1) or downwards (-1), as far as slots hold what is needed later."""
 
         def until_used(other: _Layer) -> int:
             """Orders layers by their next use: this pass goes on, and the next one turns."""
