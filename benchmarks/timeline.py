@@ -26,6 +26,7 @@ from amopo_fast.memory.gpus import GPUS, Gpu
 from amopo_fast.memory.parameters import parameters_of
 from amopo_fast.optim.host_states import SLOTS, parcel_bytes, slot_bytes
 from amopo_fast.optim.update import PIECE
+from amopo_fast.training.loading import weight_slots
 from memory import SHAPES
 from timeline_plot import Panel, draw
 from timeline_simulation import TO_GPU, TO_HOST, Parcel, Work, simulate
@@ -48,7 +49,9 @@ LANES = {"4": 0.5, "5": 1.0}  # PCIe generation -> its rate in that of generatio
 OWN_PCIE = {"RTX 4090": "4", "H100 80 GB": "5", "H200": "5"}
 HIDDEN = 0.95  # of the speed with everything on the GPU
 LONGEST = 1 << 16  # tokens, where the search for a row that hides the transfers ends
-PICTURED = (("32B", "H100 80 GB"), ("32B", "RTX 4090"), ("70B", "H100 80 GB"))
+SLOTS_TOLD = (2, 3, 6, 12, 24)  # of weights, for SLOTS_OF
+SLOTS_OF = ("32B", "H100 80 GB")
+PICTURED = (("32B", "H100 80 GB"), ("32B", "RTX 4090"), ("70B", "RTX 4090"))
 ON_GPU, STATES, BOTH, ALL = (
     "on the GPU", "states in host memory", "weights and states in host memory", "weights, states and checkpoints there"
 )  # fmt: skip
@@ -89,7 +92,7 @@ class Way:
 
     name: str
     setup: Setup
-    streams_weights: bool
+    weight_slots: int  # 0: weights on the GPU
     prediction: Estimate
     needed: int  # bytes of the GPU
     host: int
@@ -100,19 +103,23 @@ def layer_bytes(config: PretrainedConfig) -> int:
     return 2 * sum(p.numel for p in parameters_of(config) if p.place == "layer") // config.num_hidden_layers
 
 
-def ways(config: PretrainedConfig, states: str):
-    """From the least change on."""
+def ways(config: PretrainedConfig, states: str, gpu: Gpu):
+    """From the least change on. With as many slots as training takes on that card, if it has room for two."""
     for name, on_host, streams, offload in (
         (ON_GPU, False, False, False), (STATES, True, False, False), (BOTH, True, True, False), (ALL, True, True, True),
     ):  # fmt: skip
         setup = Setup(states=states, in_backward=True, host_states=on_host, host_weights=streams, offload=offload,
                       liger=True)  # fmt: skip
+        if streams:
+            sizes = [layer_bytes(config)] * config.num_hidden_layers
+            setup = dataclasses.replace(setup, weight_slots=weight_slots(config, ROW, setup, sizes, gpu.memory))
         prediction = estimate(config, ROW, setup)
-        yield Way(name, setup, streams, prediction, prediction.needed, prediction.host_pinned)
+        slots = setup.weight_slots if streams else 0
+        yield Way(name, setup, slots, prediction, prediction.needed, prediction.host_pinned)
 
 
 def first_that_fits(config: PretrainedConfig, gpu: Gpu, states: str) -> Way | None:
-    return next((way for way in ways(config, states) if way.needed <= gpu.memory), None)
+    return next((way for way in ways(config, states, gpu) if way.needed <= gpu.memory), None)
 
 
 def pieces(name: str, numel: int, states: str, room: int) -> list[Parcel]:
@@ -148,13 +155,13 @@ def work_of(config: PretrainedConfig, way: Way, gpu: Gpu, rates: Rates, tokens: 
         weight_bytes=layer_bytes(config), head=head, embedding=embedding,
         layer_states=parcel_bytes(layer_block, way.setup.states),
         checkpoint_bytes=2 * tokens * config.hidden_size if way.setup.offload else 0,
-        state_slots=SLOTS if way.setup.host_states else 0, streams_weights=way.streams_weights,
+        state_slots=SLOTS if way.setup.host_states else 0, weight_slots=way.weight_slots,
     )  # fmt: skip
 
 
 def on_the_gpu(work: Work) -> Work:
     """The same step with all of it there."""
-    return dataclasses.replace(work, checkpoint_bytes=0, state_slots=0, streams_weights=False)
+    return dataclasses.replace(work, checkpoint_bytes=0, state_slots=0, weight_slots=0)
 
 
 def speed(work: Work, rates: Rates, lanes: float) -> float:
@@ -170,22 +177,36 @@ def hides_from(work_at: Callable[[int], Work], rates: Rates, lanes: float) -> in
     return 1024 * kibitokens[place] if place < len(kibitokens) else None
 
 
-def row_of(model: str, card: str, rates: Rates, config: PretrainedConfig) -> tuple[dict, Panel | None]:
+def with_slots(config: PretrainedConfig, gpu: Gpu, states: str, slots: int) -> Way:
+    """Weights and states in host memory, with so many layers on the GPU at once."""
+    way = next(each for each in ways(config, states, gpu) if each.name == BOTH)
+    slots = min(slots, config.num_hidden_layers)
+    needed = way.needed - (way.weight_slots - slots) * layer_bytes(config)
+    return dataclasses.replace(way, name=f"{BOTH}, {slots} slots", weight_slots=slots, needed=needed)
+
+
+def row_of(
+    model: str, card: str, rates: Rates, config: PretrainedConfig, slots: int = 0
+) -> tuple[dict, Panel | None]:
+    """`slots`: of weights; 0: the first way that fits, with as many as there is room for."""
     gpu = GPUS[CARDS[card]]
     case = {"case": f"{model}, {card}"}
-    way = first_that_fits(config, gpu, "4bit")
+    way = with_slots(config, gpu, "4bit", slots) if slots else first_that_fits(config, gpu, "4bit")
     if way is None:
         return {**case, "status": "does not fit"}, None
     work = work_of(config, way, gpu, rates)
     lanes = LANES[OWN_PCIE[card]]
     own = simulate(work, lanes * rates.to_gpu, lanes * rates.to_host)
     row = {
-        **case, "variant": way.name, "status": "predicted", "GPU_bytes": way.needed, "host_bytes": way.host,
+        **case, "variant": way.name, "status": "predicted", "slots": way.weight_slots or None,
+        "GPU_bytes": way.needed, "host_bytes": way.host,
         "to_GPU_bytes": own.moved(TO_GPU), "back_bytes": own.moved(TO_HOST), "step, s": own.seconds,
         "tokens per s": round(TOKENS / own.seconds),
     }  # fmt: skip
     if way.name != ON_GPU:
-        eight = next(each for each in ways(config, "8bit") if each.name == way.name)
+        eight = with_slots(config, gpu, "8bit", slots) if slots else next(
+            each for each in ways(config, "8bit", gpu) if each.name == way.name
+        )
         for generation, share in LANES.items():
             row[f"speed, PCIe {generation}"] = speed(work, rates, share)
             row[f"from tokens, PCIe {generation}"] = hides_from(
@@ -206,6 +227,9 @@ def main() -> int:
         for card in CARDS:
             row, panels[model, card] = row_of(model, card, rates, config)
             report.add(**row)
+    for slots in SLOTS_TOLD if not arguments.smoke else ():
+        row, _ = row_of(*SLOTS_OF, rates, MODELS[SLOTS_OF[0]], slots)
+        report.add(**row)
     if not arguments.smoke:
         draw([panels[each] for each in PICTURED], PICTURE)
     return 0

@@ -15,7 +15,6 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 TO_GPU, TO_HOST, COMPUTE = "to the GPU", "to the host", "GPU"
-WEIGHT_SLOTS = 2
 STEADY = 3  # steps that are simulated; the last one is told: it begins as the one before it ended
 
 
@@ -45,7 +44,7 @@ class Work:
     layer_states: int  # bytes of one layer's
     checkpoint_bytes: int = 0  # of a layer's input, where it waits in host memory
     state_slots: int = 0  # 0: states on the GPU
-    streams_weights: bool = False
+    weight_slots: int = 0  # 0: weights on the GPU
 
 
 @dataclass(eq=False)
@@ -130,29 +129,36 @@ class _Slot:
 
 
 class _Weights:
-    """Layers in WEIGHT_SLOTS slots; see models/streaming.py."""
+    """Layers in slots; see models/streaming.py."""
 
-    def __init__(self, program: Program, nbytes: int):
-        self._program, self._nbytes = program, nbytes
+    def __init__(self, program: Program, nbytes: int, layers: int, slots: int):
+        self._program, self._nbytes, self._layers = program, nbytes, layers
         self._resident: dict[int, _Slot] = {}
-        self._vacant = [_Slot(number) for number in range(WEIGHT_SLOTS)]
+        self._vacant = [_Slot(number) for number in range(min(slots, layers))]
         self._changed: set[int] = set()
         self._written: dict[int, Operation] = {}
 
-    def enter(self, layer: int, following: int | None, changes: bool = False) -> Operation | None:
-        """The event behind which a layer is there; the one that follows is on its way."""
-        if layer not in self._resident:
-            self._fetch(layer)
-        ready = self._resident[layer].ready
-        if following is not None and following not in self._resident:
-            self._fetch(following, beside=layer)
-        if changes:
-            self._changed.add(layer)
-        return ready
+    def enter(self, layer: int, direction: int) -> Operation | None:
+        """The event behind which a layer is there; those that follow are on their way."""
 
-    def _fetch(self, layer: int, beside: int | None = None) -> None:
-        if not self._vacant:
-            self._evict(next(each for each in self._resident if each != beside))
+        def until_used(other: int) -> int:
+            ahead = (other - layer) * direction
+            return ahead if ahead >= 0 else self._layers - ahead
+
+        for coming in range(self._layers)[layer::direction]:
+            if coming in self._resident:
+                continue
+            if not self._vacant:
+                last = max(self._resident, key=until_used)
+                if until_used(last) < until_used(coming):
+                    break
+                self._evict(last)
+            self._fetch(coming)
+        if direction < 0:
+            self._changed.add(layer)
+        return self._resident[layer].ready
+
+    def _fetch(self, layer: int) -> None:
         slot = self._vacant.pop(0)
         after = (slot.free, self._written.get(layer))
         slot.ready = self._program.copy("weights", layer, self._nbytes, TO_GPU, slot.number, after)
@@ -219,7 +225,7 @@ class Timeline:
 def simulate(work: Work, to_gpu: float, to_host: float) -> Timeline:
     """A step in its steady state; `to_gpu` and `to_host` are bytes/s."""
     program = Program(to_gpu, to_host)
-    weights = _Weights(program, work.weight_bytes) if work.streams_weights else None
+    weights = _Weights(program, work.weight_bytes, work.layers, work.weight_slots) if work.weight_slots else None
     layers = [Parcel(("layer", layer), work.layer_numel, work.layer_states) for layer in range(work.layers)]
     states = None
     if work.state_slots:
@@ -238,7 +244,7 @@ def simulate(work: Work, to_gpu: float, to_host: float) -> Timeline:
 def _step(program: Program, work: Work, weights, states, layers: Sequence[Parcel]) -> None:
     numbers = range(work.layers)
     for layer in numbers:
-        ready = weights.enter(layer, layer + 1 if layer + 1 in numbers else None) if weights else None
+        ready = weights.enter(layer, 1) if weights else None
         if work.checkpoint_bytes:
             program.copy_checkpoint(layer, work.checkpoint_bytes, TO_HOST)
         program.compute("forward", layer, work.forward, ready)
@@ -247,7 +253,7 @@ def _step(program: Program, work: Work, weights, states, layers: Sequence[Parcel
     program.compute("head", 1, work.head_backward)
     _update(program, work, states, work.head)
     for layer in reversed(numbers):
-        ready = weights.enter(layer, layer - 1 if layer else None, changes=True) if weights else None
+        ready = weights.enter(layer, -1) if weights else None
         if work.checkpoint_bytes:
             program.copy_checkpoint(layer, work.checkpoint_bytes, TO_GPU)
         program.compute("recomputation", layer, work.forward, ready)

@@ -55,6 +55,7 @@ class Setup:
     in_backward: bool = False
     host_states: bool = False  # states in pinned host memory
     host_weights: bool = False  # the decoder layers' weights too
+    weight_slots: int = streaming.SLOTS  # layers of those that are on the GPU at once
     checkpointing: bool = True
     keep_layers: int = 0
     offload: bool = False
@@ -232,7 +233,7 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     streamed = _streamed(Shape(config), setup.weights) if setup.host_weights else ()
     if streamed:
         pinned["weights"] = sum(streamed)
-        weights += streaming.SLOTS * max(streamed) - sum(streamed)
+        weights += setup.weight_slots * max(streamed) - sum(streamed)
     if setup.host_states:
         parcels: dict[int | None, list[int]] = {}
         for p in trained:
@@ -313,19 +314,20 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     forward_flops = body.forward_flops + 2 * products + attention
     if setup.reference and setup.lora_rank is not None:
         flops += forward_flops
+    traffic = _traffic(pinned, streamed[: setup.weight_slots])
     return Estimate(
-        parts, pinned, {"process": HOST_PROCESS}, moment, flops, forward_flops, _traffic(pinned, streamed),
+        parts, pinned, {"process": HOST_PROCESS}, moment, flops, forward_flops, traffic,
         sum(p.numel for p in parameters), sum(p.numel for p in trained),
     )  # fmt: skip
 
 
-def _traffic(pinned: dict[str, int], streamed: tuple[int, ...]) -> Traffic:
+def _traffic(pinned: dict[str, int], slots: tuple[int, ...]) -> Traffic:
     """Layers go to the device in each pass, but for those in the slots where the passes turn; each returns once."""
     weights, states, activations = (pinned.get(name, 0) for name in ("weights", "optimizer states", "activations"))
-    once = weights - sum(streamed[: streaming.SLOTS])
+    once = weights - sum(slots)
     return Traffic(
         forward_in=once, forward_out=activations, backward_in=once + states + activations,
-        backward_out=weights + states, first=max(streamed, default=0),
+        backward_out=weights + states, first=max(slots, default=0),
     )  # fmt: skip
 
 

@@ -1,12 +1,15 @@
-"""Decoder layers whose weights live in pinned host memory and visit two slots of GPU memory while they compute.
+"""Decoder layers whose weights live in pinned host memory and visit slots of GPU memory while they compute.
 
-    forward    layer i computes in its slot while i + 1 is fetched into the other one
+    forward    layer i computes in its slot while the next ones that are not there are fetched into those of i - 1, ...
     backward   i is recomputed and differentiated in its slot, its parameters are stepped there (optim.AdamW with
-               in_backward); meanwhile i + 1 is written back with its updates and i - 1 is fetched in its place
+               in_backward); meanwhile i + 1 is written back with its updates, and a layer below i fetched in its place
+
+What is needed last leaves first, so layers stay where the passes turn: of S slots and L layers, a pass fetches L - S.
+Two slots suffice; more let the copies run ahead of the computation, and with as many as layers nothing is copied.
 
 A parameter's `data` is a view of the slot while its layer is there, and of host memory else, so that what reads a model
 (state_dict, saving, numbers of parameters) reads the host, layer by layer. A step moves each layer to the device twice
-and back once, less what stays in the slots where the passes turn.
+and back once, less what stays in slots.
 
 Hooks do it: a layer comes in its forward pre-hook, and again in a hook on its output's gradient, which runs before the
 layer is recomputed. So every layer has to be checkpointed: what it kept for its backward would be views of a slot that
@@ -29,7 +32,7 @@ from amopo_fast.errors import OptionError
 from amopo_fast.models.architecture import causal_lm, decoder_of, language_model_of
 from amopo_fast.optim.host_memory import HostMemory, Transfers, aligned
 
-SLOTS = 2
+SLOTS = 2  # at least: one in use, one on its way
 
 
 def streamed_layers(model: nn.Module) -> list[tuple[str, nn.Module, list[nn.Parameter]]]:
@@ -61,11 +64,16 @@ def streamed_layers(model: nn.Module) -> list[tuple[str, nn.Module, list[nn.Para
 
 
 def host_bytes(model: nn.Module) -> list[int]:
-    """Of host memory for each decoder layer, at its parameters' dtypes; the largest is the size of one of SLOTS slots.
+    """Of host memory for each decoder layer, at its parameters' dtypes; the largest is the size of a slot.
 
     The model may be on the meta device. Raises as `streamed_layers`.
     """
     return [_block_bytes(parameters) for _, _, parameters in streamed_layers(model)]
+
+
+def slots_within(sizes: Sequence[int], room: float) -> int:
+    """Slots for layers of so many bytes: SLOTS, and as many more as fit into `room` bytes beside those."""
+    return min(len(sizes), SLOTS + max(0, int(room)) // max(sizes))
 
 
 def _block_bytes(parameters: Sequence[Tensor]) -> int:
@@ -87,6 +95,7 @@ class _Slot:
 @dataclass(eq=False)
 class _Layer:
     name: str
+    number: int
     parameters: list[nn.Parameter]
     block: Tensor  # (bytes,) uint8, in host memory
     homes: list[Tensor]  # views of it, by parameter
@@ -103,27 +112,24 @@ class _Layer:
 class StreamedWeights:
     """Moves the decoder layers' parameters into host memory and lets them visit the device. See `stream_weights`."""
 
-    def __init__(self, model: nn.Module, device: torch.device, memory: HostMemory | None = None):
+    def __init__(self, model: nn.Module, device: torch.device, memory: HostMemory | None = None, slots: int = SLOTS):
         layers = streamed_layers(model)
         sizes = [_block_bytes(parameters) for _, _, parameters in layers]
         if memory is None or memory.sizes != sizes:
             memory = memory_for(sizes, device)
         self._memory = memory
         self._layers: list[_Layer] = []
-        for (name, module, parameters), block in zip(layers, memory.blocks, strict=True):
-            layer = _Layer(name, parameters, block[: _block_bytes(parameters)], _views(parameters, block))
+        for number, ((name, module, parameters), block) in enumerate(zip(layers, memory.blocks, strict=True)):
+            layer = _Layer(name, number, parameters, block[: _block_bytes(parameters)], _views(parameters, block))
             with torch.no_grad():
                 for parameter, home in zip(parameters, layer.homes, strict=True):
                     home.copy_(parameter)
             layer.bind(layer.homes)  # and what the parameters were before is free
             self._layers.append(layer)
             self._hook(module, layer)
-        self._following = dict(zip(self._layers, self._layers[1:], strict=False))
-        self._preceding = dict(zip(self._layers[1:], self._layers, strict=False))
-        self._resident: dict[_Layer, _Slot] = {}  # the oldest first
-        self._vacant = [
-            _Slot(torch.zeros(max(sizes), dtype=torch.uint8, device=device)) for _ in self._layers[:SLOTS]
-        ]
+        self._resident: dict[_Layer, _Slot] = {}
+        self.slots = min(max(slots, SLOTS), len(layers))
+        self._vacant = [_Slot(torch.zeros(max(sizes), dtype=torch.uint8, device=device)) for _ in range(self.slots)]
         self._transfers = Transfers(device)
         self.parameters = {parameter for layer in self._layers for parameter in layer.parameters}
 
@@ -145,7 +151,7 @@ class StreamedWeights:
 
     def _before_forward(self, layer: _Layer) -> None:
         if not _in_backward():
-            self._enter(layer, self._following.get(layer))
+            self._enter(layer, 1)
 
     def _after_forward(self, layer: _Layer, module: nn.Module, output: Any) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]
@@ -160,7 +166,7 @@ class StreamedWeights:
         hidden.register_hook(lambda _: self._before_backward(layer))
 
     def _before_backward(self, layer: _Layer) -> None:
-        self._enter(layer, self._preceding.get(layer))
+        self._enter(layer, -1)
         layer.changed = any(parameter.requires_grad for parameter in layer.parameters)
 
     def _require(self, layer: _Layer) -> None:
@@ -179,17 +185,27 @@ class StreamedWeights:
 
     # ----- coming and going -----
 
-    def _enter(self, layer: _Layer, following: _Layer | None) -> None:
-        """Have a layer in a slot for what the current stream is given next, and fetch the one that follows."""
-        if layer.slot is None:
-            self._fetch(layer)
-        self._transfers.wait_for(self._resident[layer].ready)
-        if following is not None and following.slot is None:
-            self._fetch(following, beside=layer)
+    def _enter(self, layer: _Layer, direction: int) -> None:
+        """Have a layer in a slot for what the current stream is given next, and fetch what follows it in a pass that
+        goes upwards (1) or downwards (-1), as far as slots hold what is needed later."""
 
-    def _fetch(self, layer: _Layer, beside: _Layer | None = None) -> None:
-        if not self._vacant:
-            self._evict(next(each for each in self._resident if each is not beside))
+        def until_used(other: _Layer) -> int:
+            """Orders layers by their next use: this pass goes on, and the next one turns."""
+            ahead = (other.number - layer.number) * direction
+            return ahead if ahead >= 0 else len(self._layers) - ahead
+
+        for coming in self._layers[layer.number :: direction]:
+            if coming.slot is not None:
+                continue
+            if not self._vacant:
+                last = max(self._resident, key=until_used)
+                if until_used(last) < until_used(coming):
+                    break
+                self._evict(last)
+            self._fetch(coming)
+        self._transfers.wait_for(self._resident[layer].ready)
+
+    def _fetch(self, layer: _Layer) -> None:
         slot = self._vacant.pop(0)
         pairs = [(slot.memory[: layer.block.nbytes], layer.block)]
         slot.ready = self._transfers.fetch(pairs, (slot.free, layer.written))
@@ -231,7 +247,9 @@ class StreamedWeights:
         return sum(self._memory.sizes)
 
 
-def stream_weights(model: nn.Module, device: torch.device, memory: HostMemory | None = None) -> StreamedWeights:
+def stream_weights(
+    model: nn.Module, device: torch.device, memory: HostMemory | None = None, slots: int = SLOTS
+) -> StreamedWeights:
     """Keep the weights of a causal LM's decoder layers in host memory, in place; model.to(device) moves what is left.
 
     The model computes as before, evaluation and generation included. For a backward pass all layers have to be
@@ -239,11 +257,12 @@ def stream_weights(model: nn.Module, device: torch.device, memory: HostMemory | 
 
     Args:
         model: on the CPU. device: where it computes. memory: of `memory_for`, if it was taken already.
+        slots: layers that are on the device at once; SLOTS at least, and no more than there are layers.
 
     Raises:
         OptionError: `streamed_layers`. RuntimeError: host memory that cannot be had, with its size.
     """
-    streamed = StreamedWeights(model, device, memory)
+    streamed = StreamedWeights(model, device, memory, slots)
     language_model_of(model).amopo_streamed = streamed
     return streamed
 

@@ -175,7 +175,7 @@ class AMoPOConfig(TrainingArguments):
     weights: str = field(
         default="device",
         metadata={"help": "With optim_in_backward: device, or host: the decoder layers' weights live in pinned host "
-                  "memory and visit two slots on the GPU as they compute; the weights are bit for bit the same. "
+                  "memory and visit slots on the GPU as they compute; the weights are bit for bit the same. "
                   "Switches gradient_checkpointing on."},
     )  # fmt: skip
     keep_layers: int = field(

@@ -24,7 +24,7 @@ from amopo_fast.models.choice import choice_of
 from amopo_fast.models.head import head_of
 from amopo_fast.packing.schedule import Epoch
 from amopo_fast.prompts.tokens import PairTokens
-from amopo_fast.training.loading import run_of
+from amopo_fast.training.loading import FILLED, run_of
 from amopo_kernels.dispatch import choose_backend
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of all probabilities of the longest micro-batch
-FILLED = 0.95  # of a GPU's memory, which what nobody asked for may fill
 
 
 def bytes_that_fit(config: PretrainedConfig, row: Row, setup: Setup, memory: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from amopo_fast.memory.estimate import HEAD_SLICE, Row, Setup, estimate
+from amopo_fast.memory.estimate import HEAD_SLICE, Row, Setup, cache_bytes, estimate
 from amopo_fast.memory.gpus import GIB, gpu_here
 from amopo_fast.memory.parameters import parameters_of
 from amopo_fast.memory.preflight import (
@@ -31,7 +31,15 @@ from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.depth import depth_of
 from amopo_fast.models.loading import load_model, load_shape
 from amopo_fast.models.precision import weights_dtype
-from amopo_fast.models.streaming import StreamedWeights, host_bytes, memory_for, stream_weights, streamed_of
+from amopo_fast.models.streaming import (
+    SLOTS,
+    StreamedWeights,
+    host_bytes,
+    memory_for,
+    slots_within,
+    stream_weights,
+    streamed_of,
+)
 from amopo_fast.optim.choose import IN_BACKWARD, STATES_OF_OPTIM
 from amopo_fast.packing.plan import Layout, build_plan
 from amopo_fast.packing.schedule import Epoch, PairSizes
@@ -42,6 +50,8 @@ from amopo_kernels.head.torch_slices import slice_columns
 
 if TYPE_CHECKING:
     from amopo_fast.training.config import AMoPOConfig
+
+FILLED = 0.95  # of a GPU's memory, which what nobody asked for may fill
 
 
 def setup_of(
@@ -92,6 +102,8 @@ def run_of(args: AMoPOConfig, model: nn.Module, pairs: Sequence[PairTokens], epo
         lora_rank=next(iter(adapters.values())).r if adapters else None,
         quantised=getattr(model, "is_loaded_in_4bit", False), nested=False, accumulates=epoch.accumulation > 1,
     )  # fmt: skip
+    if streamed := streamed_of(model):
+        setup = replace(setup, weight_slots=streamed.slots)
     return row_of(build_plan([pairs[i] for i in batch.pairs], layout)), setup
 
 
@@ -116,6 +128,16 @@ def surely_fits(config: PretrainedConfig, args: AMoPOConfig, longest: int, free:
     text = config.get_text_config()
     rows = max(args.row_tokens, longest) * (400 * depth_of(text) * text.hidden_size + 8 * text.vocab_size)
     return 16 * sum(p.numel for p in parameters_of(config)) + rows < free / 4
+
+
+def weight_slots(shape: PretrainedConfig, row: Row, setup: Setup, sizes: Sequence[int], free: int) -> int:
+    """Layers of `sizes` bytes (`host_bytes`) that are on a GPU of `free` bytes at once, with `weights` host: what the
+    estimate leaves of FILLED of it, beside a head that keeps all that it can.
+
+    The more, the less is copied, and the further ahead of the computation.
+    """
+    whole = replace(setup, head_cache=max(setup.head_cache, cache_bytes(shape, row)))
+    return slots_within(sizes, FILLED * (free // GIB * GIB) - estimate(shape, row, whole).needed)
 
 
 def load_for_training(
@@ -173,9 +195,14 @@ def load_for_training(
                 print(copies, flush=True)
     if args.weights != "host":
         return load_model(config, args, dtype)
-    memory = memory_for(host_bytes(meta_model(shape, dtype)), args.device)
+    sizes = host_bytes(meta_model(shape, dtype))
+    slots = SLOTS
+    if checks and args.memory_check and room.gpu:
+        slots = weight_slots(shape, row, setup(dtype, accumulates), sizes, room.gpu.memory)
+        print(f"weights: {slots} of {len(sizes)} layers are on the GPU at once", flush=True)
+    memory = memory_for(sizes, args.device)
     model = load_model(config, args, dtype)  # in the file's own dtype it is the file, mapped: there is no second copy
-    stream_weights(model, args.device, memory)
+    stream_weights(model, args.device, memory, slots)
     return model
 
 

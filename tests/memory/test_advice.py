@@ -51,7 +51,7 @@ def test_shorter_rows_are_advised_before_less_is_trained():
 
 
 def test_a_step_in_the_backward_pass_is_one_micro_batch():
-    """So one that had several needs fewer pairs, and that is said; a shorter row, whose gradients add up, needs none."""
+    """So one that had several needs fewer pairs, which is said; a shorter row, whose gradients add up, needs none."""
     small = Qwen2Config(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=8,
                         num_attention_heads=4, tie_word_embeddings=False)  # fmt: skip
     row, after = Row(2048, 1024, 4096), Setup(weights="fp32")

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from amopo_fast.errors import OptionError
 from amopo_fast.models.miniature import tiny_config
-from amopo_fast.models.streaming import SLOTS, StreamedWeights, host_bytes, stream_weights, streamed_layers
+from amopo_fast.models.streaming import StreamedWeights, host_bytes, stream_weights, streamed_layers
 from amopo_fast.optim import AdamW
 from amopo_fast.optim.host_states import blocks_of
 
@@ -73,19 +73,19 @@ def weights_equal(a, b):
 
 
 @pytest.mark.parametrize(
-    "family, dtype, host, states",
+    "family, dtype, host, states, slots",
     [
-        ("llama", torch.float32, False, "fp32"), ("qwen2", torch.bfloat16, False, "8bit"),  # the latter is tied
-        ("gemma2", torch.bfloat16, True, "4bit"), ("qwen3_moe", torch.float32, True, "8bit"),
-        ("hybrid", torch.bfloat16, True, "8bit"), ("multimodal", torch.bfloat16, False, "4bit"),
+        ("llama", torch.float32, False, "fp32", 3), ("qwen2", torch.bfloat16, False, "8bit", 2),  # the latter is tied
+        ("gemma2", torch.bfloat16, True, "4bit", 3), ("qwen3_moe", torch.float32, True, "8bit", 2),
+        ("hybrid", torch.bfloat16, True, "8bit", 3), ("multimodal", torch.bfloat16, False, "4bit", 9),
     ],
 )  # fmt: skip
-def test_equals_a_resident_model_bit_for_bit(family, dtype, host, states):
+def test_equals_a_resident_model_bit_for_bit(family, dtype, host, states, slots):
     resident, streamed = made(family, dtype), made(family, dtype)
     for model in (resident, streamed):
         layers = streamed_layers(model)
         layers[1][2][0].requires_grad_(False)
-    stream_weights(streamed, CPU)
+    stream_weights(streamed, CPU, slots=slots)
     first = resident.get_input_embeddings().weight.detach().clone()
     a, b = optimizer_of(resident, states=states), optimizer_of(streamed, host, states)
     assert train(resident, a, 3) == train(streamed, b, 3)
@@ -132,9 +132,10 @@ def test_experts_without_gradients_and_frozen_layers_change_nothing():
     assert weights_equal(*models)
 
 
-def test_after_an_exception_in_the_backward_pass_every_update_is_kept_and_training_goes_on():
+@pytest.mark.parametrize("slots", [2, 3])
+def test_after_an_exception_in_the_backward_pass_every_update_is_kept_and_training_goes_on(slots):
     models = [made("qwen2"), made("qwen2")]
-    streamed = stream_weights(models[1], CPU)
+    streamed = stream_weights(models[1], CPU, slots=slots)
     optimizers = [optimizer_of(models[0]), optimizer_of(models[1], True)]
 
     def fail(grad):
@@ -146,14 +147,14 @@ def test_after_an_exception_in_the_backward_pass_every_update_is_kept_and_traini
             train(model, optimizer, 1)
         hook.remove()
         optimizer.step()
-    assert weights_equal(*models) and len(streamed._vacant) == SLOTS
+    assert weights_equal(*models) and len(streamed._vacant) == slots
     assert train(models[0], optimizers[0], 2, 1) == train(models[1], optimizers[1], 2, 1)
     assert weights_equal(*models)
 
 
 def test_a_checkpoint_resumes_exactly_and_streamed_and_resident_exchange_theirs():
     whole, resumed = made("qwen2"), made("qwen2")
-    stream_weights(whole, CPU)
+    stream_weights(whole, CPU, slots=3)
     stream_weights(resumed, CPU)
     optimizer, other = optimizer_of(whole), optimizer_of(resumed, True)
     train(whole, optimizer, 2)
@@ -172,27 +173,47 @@ def test_a_checkpoint_resumes_exactly_and_streamed_and_resident_exchange_theirs(
     assert weights_equal(whole, resumed) and weights_equal(whole, resident)
 
 
-def test_a_layer_travels_twice_in_and_once_out_and_the_next_is_fetched_while_it_computes(monkeypatch):
-    model = made("qwen3", depth=6)
-    streamed = stream_weights(model, CPU)
+@pytest.mark.parametrize("slots", range(2, 8))
+def test_each_pass_fetches_what_is_not_in_slots_ahead_of_its_use(monkeypatch, slots):
+    depth = 6
+    model = made("qwen3", depth=depth)
+    streamed = stream_weights(model, CPU, slots=slots)
+    slots = min(slots, depth)
+    assert len(streamed._vacant) == streamed.slots == slots
     optimizer, events = optimizer_of(model), []
     fetch, evict, copy = streamed._fetch, streamed._evict, streamed._transfers.write_back
     numbers = {layer: number for number, layer in enumerate(streamed._layers)}
-    streamed._fetch = lambda layer, *a, **k: (events.append(("fetch", numbers[layer])), fetch(layer, *a, **k))[1]
+    streamed._fetch = lambda layer: (events.append(("fetch", numbers[layer])), fetch(layer))[1]
     streamed._evict = lambda layer: (events.append(("leave", numbers[layer])), evict(layer))[1]
     streamed._transfers.write_back = lambda *a: (events.append(("write", None)), copy(*a))[1]
     for number, layer in enumerate(model.model.layers):
         layer.mlp.register_forward_pre_hook(lambda *_, number=number: events.append(("use", number)))
-    for step in range(2):
+    upwards, downwards = list(range(slots, depth)), list(range(depth - slots - 1, -1, -1))
+    for step in range(3):
         events.clear()
         train(model, optimizer, 1, step)
         fetched = [number for what, number in events if what == "fetch"]
-        assert fetched == ([0] if step == 0 else []) + ([1] if step == 0 else []) + [2, 3, 4, 5, 3, 2, 1, 0]
-        assert sum(what == "write" for what, _ in events) == (4 if step == 0 else 6)  # the last two stay in the slots
-        for number in (2, 3, 4):
-            assert events.index(("fetch", number + 1)) < events.index(("use", number))
+        assert fetched == (list(range(slots)) if step == 0 else []) + upwards + downwards
+        assert [number for what, number in events if what == "leave"] == downwards[::-1] + upwards[::-1]
+        # What the passes changed is written once; what they left in slots in a later step, or never.
+        written = len(upwards) + (sum(number < slots for number in downwards) if step else 0)
+        assert sum(what == "write" for what, _ in events) == written
+        for number in upwards:  # as soon as the layer that many below has been used
+            above = events.index(("fetch", number))
+            assert events.index(("use", number - slots)) < above < events.index(("use", number - slots + 1))
     streamed.settle()
-    assert len(streamed._vacant) == SLOTS and not streamed._resident
+    assert len(streamed._vacant) == slots and not streamed._resident
+
+
+def test_a_pass_without_a_backward_pass_fetches_ahead_too():
+    model = made("qwen3", depth=5)
+    streamed = stream_weights(model, CPU, slots=3)
+    fetched, fetch = [], streamed._fetch
+    streamed._fetch = lambda layer: (fetched.append(layer.number), fetch(layer))[1]
+    with torch.no_grad():
+        for _ in range(2):
+            loss_of(model, 0)
+    assert fetched == [0, 1, 2, 3, 4] + [0, 1, 3, 4]  # 2 is there still
 
 
 def test_host_memory_holds_the_layers_and_saving_sees_tensors_of_their_own():

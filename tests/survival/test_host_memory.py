@@ -1,18 +1,23 @@
 """Runs of AMoPOTrainer with weights and optimizer states in host memory are those on the device, resumes included."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from small_run import V, small_model, small_pairs, small_trainer
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen2Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from amopo_fast.errors import NumbersError, OptionError
+from amopo_fast.memory.estimate import Row, Setup, cache_bytes, estimate
+from amopo_fast.memory.profile import meta_model
 from amopo_fast.models.config import ModelConfig
-from amopo_fast.models.streaming import host_bytes, streamed_of
+from amopo_fast.models.streaming import host_bytes, stream_weights, streamed_of
 from amopo_fast.training import loading
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.host_memory import refuse_in_host_memory
+from amopo_fast.training.loading import weight_slots
 
 DEVICE = {"optim_in_backward": "adamw_8bit", "tokens_per_micro_batch": 10**6, "num_train_epochs": 1}
 HOST = {**DEVICE, "weights": "host", "optimizer_states": "host"}
@@ -154,3 +159,32 @@ def test_checkpointing_is_switched_on_and_said(tmp_path, caplog):
     args = AMoPOConfig(str(tmp_path), use_cpu=True, **HOST)
     assert getattr(args, "activation_checkpointing", args.gradient_checkpointing)
     assert "gradient checkpointing is switched on" in caplog.text
+
+
+def test_slots_fill_what_the_estimate_leaves_of_a_gpu():
+    """32B with all of it in host memory: 1.2 GiB of the head's probabilities and layers of 0.91 GiB."""
+    sizes_32b = dict(num_hidden_layers=64, hidden_size=5120, intermediate_size=27648, num_attention_heads=40,
+                     num_key_value_heads=8, vocab_size=152064, tie_word_embeddings=False)  # fmt: skip
+    shape = Qwen2Config(**sizes_32b)
+    row = Row(tokens=8192, label_tokens=4096, kv_tokens=16384)
+    setup = Setup(states="4bit", in_backward=True, host_states=True, host_weights=True)
+    sizes = host_bytes(meta_model(shape))
+    found = {}
+    for gpu in (12.0, 23.5, 79.0, 139.0):
+        slots = found[gpu] = weight_slots(shape, row, setup, sizes, int(gpu * 2**30))
+        prediction = estimate(shape, row, replace(setup, weight_slots=slots, head_cache=cache_bytes(shape, row)))
+        room = loading.FILLED * int(gpu) * 2**30 - prediction.needed
+        assert slots in (2, 64) or 0 <= room < max(sizes)
+    assert found[12.0] == 2 < found[23.5] < 8 and 40 < found[79.0] < 64 == found[139.0]
+
+
+def test_a_loaded_model_has_the_slots_that_fit_and_its_estimate_counts_them(tmp_path):
+    run = small_trainer(tmp_path, model=stream_deep(3), pairs=small_pairs(8), **HOST)
+    _, setup = loading.run_of(run.args, run.model, run.train_dataset.pairs, run._batches.epoch)
+    assert setup.weight_slots == run.streamed.slots == 3
+
+
+def stream_deep(slots):
+    model = small_model(num_hidden_layers=4)
+    stream_weights(model, torch.device("cpu"), slots=slots)
+    return model
