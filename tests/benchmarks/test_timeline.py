@@ -20,7 +20,7 @@ from timeline_simulation import TO_GPU, TO_HOST, simulate  # noqa: E402
 
 CONFIG = Qwen2Config(vocab_size=3000, hidden_size=64, intermediate_size=160, num_hidden_layers=5,
                      num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
-TWO_SLOTS = timeline.Gpu("full", 0, 1e15)
+TWO_SLOTS = timeline.Gpu("full", 0, 1e15, 5e10, 5e10)
 RATES = timeline.Rates(0.5, {"4bit": 1e-11, "8bit": 1.5e-11}, 50e9, 40e9)
 
 
