@@ -118,7 +118,7 @@ def test_all_of_the_states_move_once_and_weights_twice_but_for_where_the_passes_
     for link, nbytes in copies(result, "states"):
         states[link == TO_HOST] += nbytes
     way = next(each for each in timeline.ways(CONFIG, "8bit", TWO_SLOTS) if each.name == timeline.STATES)
-    assert states[0] == states[1] == pytest.approx(way.prediction.host_needed, rel=0.01)
+    assert states[0] == states[1] == pytest.approx(way.prediction.host_pinned, rel=0.01)
     moved = copies(result, "weights")
     count = CONFIG.num_hidden_layers
     assert moved.count((TO_GPU, there.weight_bytes)) == 2 * (count - 2)
