@@ -1,7 +1,7 @@
 """The GPU tests and benchmarks in order of value, each within its seconds.
 
     python benchmarks/gpu_suite.py --plan first --out DIR        tests, memory, tuning: 7.5 minutes
-    python benchmarks/gpu_suite.py --plan second --out DIR       head, step, attention: 6 minutes
+    python benchmarks/gpu_suite.py --plan second --out DIR       head, step, attention: 7.5 minutes
     python benchmarks/gpu_suite.py --plan frontier --out DIR     14B and 32B from host memory: 6 minutes
     python benchmarks/gpu_suite.py --plan rest --minutes 90 --out DIR [--only NAME ...] [--smoke]
 
@@ -67,6 +67,8 @@ PLANS = {
         Entry("step_2_layers", "python benchmarks/step.py --model 7B --layers 2 --pairs 4 --quick", 45),
         Entry("step", "python benchmarks/step.py --model 7B --pairs 2 --quick --only reference --only unpadded "
               "--only side-shared --only 'fused head'", 60),
+        Entry("direct_launch", "python -m pytest -n0 --timeout 40 -m gpu tests/kernels/head/test_direct_launch.py", 35),
+        Entry("head_host", "python benchmarks/head_host.py", 40),
         Entry("memory_14B", "python benchmarks/memory.py --model 14B --only 'in backward' --steps 3", 80),
         Entry("attention", "python benchmarks/attention.py", 25),
     ],
@@ -92,7 +94,7 @@ PLANS = {
         Entry("quality", "python benchmarks/quality.py", 800),
     ],
 }  # fmt: skip
-MINUTES = {"first": 7.5, "second": 6, "frontier": 6, "rest": 60}
+MINUTES = {"first": 7.5, "second": 7.5, "frontier": 6, "rest": 60}
 SMOKE_PATIENCE = 3  # with tiny shapes imports are all there is, and a machine without a GPU may be slow
 MINIMUM_SECONDS = 10  # what an entry is begun for
 START_SECONDS = 8  # of an entry, for its imports; a benchmark begins no measurement in its last ones

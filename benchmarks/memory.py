@@ -208,7 +208,7 @@ def predict(config, row, setup) -> dict:
 
     prediction = estimate(config, row, setup)
     return {"predicted_bytes": prediction.peak, "predicted_parts": prediction.parts,
-            "predicted_host_bytes": prediction.host_needed, "flop": prediction.flops}  # fmt: skip
+            "predicted_host_bytes": prediction.host_pinned, "flop": prediction.flops}  # fmt: skip
 
 
 def predict_only(shape: str, options: dict, budget: int) -> dict:
@@ -232,7 +232,7 @@ def predict_only(shape: str, options: dict, budget: int) -> dict:
     dtype = torch.float32 if options.get("weight_precision") == "fp32" else torch.bfloat16
     setup = setup_of(args, dtype, lora_rank=rank, quantised=four_bits, nested=False, accumulates=accumulates)
     config = Qwen2Config(**SHAPES[shape], max_position_embeddings=8192)
-    return {"longest_tokens": row.tokens, **predict(config, row, replace(setup, liger=True))}
+    return {"longest_tokens": row.tokens, **predict(config, row, replace(setup, liger=True, autocast=True))}
 
 
 def plain(shape: str, device: str, steps: int) -> dict:

@@ -34,14 +34,19 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _HALF_MROPE = {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
 _QSA = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048,
         "indexer_compress_ratio": 32}  # fmt: skip
+_SPARSE_M3 = {"layer_types": ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57}
 # Of a part of the configuration, or of the whole.
 PARTS: dict[str, dict[str, Any]] = {
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}},
     "chameleon": {"vocabulary_map": {"<image>": 8711}},
+    "diffusion_gemma": {"text_config": {"model_type": "diffusion_gemma_text", "num_experts": 128, "top_k_experts": 8,
+                                        "moe_intermediate_size": 704}},
     "dbrx": {"attn_config": {"rope_theta": 500000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "emu3": {"vocabulary_map": {"<image>": 8711, "<|extra_200|>": 5}},
     "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0,
                                          "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 30}},
+    "perception_lm": {"vision_config": {"model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336",
+                                        "model_args": {"embed_dim": 1024}}},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "4/8"},
 }  # fmt: skip
 # Of the text model.
@@ -61,6 +66,11 @@ ADJUSTED: dict[str, dict[str, Any]] = {
     "hunyuan_vl": {"head_dim": 128, "rope_parameters": {**_ROPE, "mrope_section": [16, 16, 16, 16]}},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    # Their defaults have layers of one kind alone; what is published mixes two.
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "granitemoehybrid": {"layer_types": (["mamba"] * 5 + ["attention"] + ["mamba"] * 2) * 4},
+    "minimax_m3_vl": _SPARSE_M3,
+    "minimax_m3_vl_text": _SPARSE_M3,
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
     "qwen4_exp": _QSA,
@@ -71,25 +81,8 @@ ADJUSTED: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"rope_parameters": _HALF_MROPE, "head_dim": 128},
 }
 
-# Why a type is refused that is no causal decoder of text, or not as transformers has it; tests/models/test_refusals.py
-# shows each.
-NOT_TRAINED = {
-    "blip": "its forward asks for an image",
-    "blt": "bytes go through an encoder of patches, whose bounds a second model chooses",
-    "cpmant": "not causal: what follows a token changes its logits",
-    "diffusion_gemma": "denoises a block of tokens at once",
-    "evolla": "transformers' auto classes do not find its class",
-    "gemma4_assistant": "drafts for another model, from that one's keys and values",
-    "gemma4_unified_assistant": "drafts for another model, from that one's keys and values",
-    "glm5_next": "the logits of a block's last token depend on whether another token follows",
-    "idefics": "every layer of its text part asks for an image",
-    "musicgen": "predicts four codebooks of audio at once, from as many rows of codes",
-    "musicgen_melody": "predicts four codebooks of audio at once, from as many rows of codes",
-    "pi0": "a policy of a robot: no head predicts tokens",
-    "prophetnet": "all of its logits depend on how many tokens follow",
-    "reformer": "not causal beyond a chunk: sorted hashes choose the keys, and what follows moves them",
-    "xlnet": "a permutation language model: attention to both sides",
-}
+# Packages that transformers builds a type with, beside torch.
+PACKAGES = {"fast_vlm": "timm", "gemma3n": "timm", "inkling_mm_model": "scipy", "perception_lm": "timm"}
 
 
 def type_names(kind: str) -> list[str]:

@@ -17,12 +17,14 @@ import torch
 import transformers
 
 import harness
-from amopo_fast.memory.estimate import GIB, Row, Setup, estimate, parameters_of
+from amopo_fast.memory.estimate import Row, Setup, estimate
+from amopo_fast.memory.gpus import GIB
+from amopo_fast.memory.parameters import parameters_of
 from amopo_fast.memory.profile import meta_model
-from amopo_fast.models.architecture import UnsupportedModelError, language_model_of
+from amopo_fast.models.architecture import UnsupportedModelError, language_model_of, refusal_unloaded
 from amopo_fast.models.check import Trial, check_pairs, choose_layout
 from amopo_fast.packing.schedule import PairSizes
-from model_types import KINDS, NOT_TRAINED, config_of, empty_model, type_names
+from model_types import KINDS, config_of, empty_model, type_names
 
 SMOKE = ("llama", "qwen3_5", "bert", "gemma3")
 ROW = Row(tokens=4096, label_tokens=2048, kv_tokens=8192)
@@ -31,22 +33,20 @@ ROW = Row(tokens=4096, label_tokens=2048, kv_tokens=8192)
 def try_type(kind: str, name: str, estimates: bool) -> dict[str, Any]:
     """The row of one type."""
     row: dict[str, Any] = {"kind": kind, "case": name, "status": "ok", "layout": "refused"}
+    if reason := refusal_unloaded(config_of(name)):
+        return row | {"reason": reason}
     try:
         model = empty_model(kind, name)
     except Exception as error:
-        layout = "refused" if name in NOT_TRAINED else "does not build"
-        return row | {"layout": layout, "reason": _short(error), "note": NOT_TRAINED.get(name, "")}
+        return row | {"layout": "does not build", "reason": _short(error)}
     row["class"] = type(model).__name__
-    try:
-        meta_model(config_of(name))
-    except Exception as error:
-        return row | {"reason": _short(error), "note": NOT_TRAINED.get(name, "")}
     begin, wall = time.process_time(), time.perf_counter()
     try:
         choice = choose_layout(model)
     except UnsupportedModelError as error:
-        return row | {"reason": _short(error), "note": NOT_TRAINED.get(name, "")}
+        return row | {"reason": _short(error).partition(" cannot be trained: ")[2]}
     row["cpu_ms"], elapsed = 1e3 * (time.process_time() - begin), 1e3 * (time.perf_counter() - wall)
+    meta_model(config_of(name))  # the auto classes find it too
     row |= dict.fromkeys(("p20_ms", "median_ms", "p80_ms"), elapsed)  # one run: a sweep of hundreds
     torch.manual_seed(0)
     trial = Trial(language_model_of(model))
@@ -56,6 +56,7 @@ def try_type(kind: str, name: str, estimates: bool) -> dict[str, Any]:
         "states": sorted(each.__name__ for each in choice.recurrent),
         "share": PairSizes.of(check_pairs(), choice.layout).share,
         "error": trial.error,
+        "unreached": sorted(choice.unreached),
         "head": "own" if choice.head is None else "fused",
         "reason": choice.reason,
     }

@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 from peft import LoraConfig
 from torch import nn
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 sys.path.insert(0, str(Path(__file__).parent))
 import harness  # noqa: E402
@@ -177,7 +177,7 @@ class Bench:
             "tokens_digest": digest.hexdigest(),
             "dimensions": list(DIMENSIONS),
             "methods": {name: {"dimensions": len(own), **options} for name, (own, options) in METHODS.items()},
-            "tokens_a_pair": round(statistics.mean(build_plan([each]).num_tokens for each in own), 1),
+            "tokens_a_pair": round(tokens_a_pair(own), 1),
             "untied": {name: int((gaps[:, k] != 0).sum()) for k, name in enumerate(DIMENSIONS) if k},
             "score_gaps": {str(each.record): row for each, row in zip(own, gaps[:, 1:].tolist(), strict=True)},
         }
@@ -219,36 +219,41 @@ class Bench:
         model, row = self.train_and_judge(method, self.folds[fold], others, self.setting.steps, fold, rate)
         return {"learning_rate": rate, **row, **self.asked(model, fold), **self.answers(model, fold)}
 
-    def load(self) -> nn.Module:
-        return load_trained(self.model_name, dtype="bfloat16", device=self.device)
+    def load(self, dtype: str = "bfloat16") -> nn.Module:
+        return load_trained(self.model_name, dtype=dtype, device=self.device)
 
     def train_and_judge(
         self, method: str, heldout: list[PairTokens], pairs: list[PairTokens], steps: int, seed: int, rate: float
     ) -> tuple[nn.Module, dict[str, Any]]:
         dimensions, options = METHODS[method]
-        cost = [
-            statistics.mean(build_plan([each]).num_tokens for each in some)
-            for some in (first_dimensions(pairs, len(dimensions)), pairs)
-        ]
-        steps = round(steps * cost[1] / cost[0])
-        model = self.load()
+        own = first_dimensions(pairs, len(dimensions))
+        steps = round(steps * tokens_a_pair(pairs) / tokens_a_pair(own))
+        model, row = self.trained(own, dimensions, steps, seed, {**options, "learning_rate": rate})
+        return model, {**row, **self.judged(model, heldout)}
+
+    def trained(
+        self, pairs: list[PairTokens], dimensions: tuple[str, ...], steps: int, seed: int, options: dict[str, Any],
+        *, adapter: bool = True, callbacks: Sequence[TrainerCallback] = (),
+    ) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
+        """The model after `steps` on pairs, and what it cost. Without an adapter all weights learn, in float32."""
+        model = self.load("bfloat16" if adapter else "float32")
         layers = model.config.get_text_config().num_hidden_layers
         first = layers - round(layers * self.setting.adapted_layers)
         adapted = "|".join(map(str, range(first, layers)))
-        adapter = LoraConfig(
+        lora = LoraConfig(
             task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=rf".*\.layers\.({adapted})\..*_proj"
         )
         with tempfile.TemporaryDirectory() as folder:
             config = AMoPOConfig(
                 output_dir=folder, seed=seed, max_steps=steps, pairs_per_step=self.setting.pairs_per_step,
-                tokens_per_micro_batch=3072, max_grad_norm=1.0, learning_rate=rate, weight_decay=0.0, warmup_steps=0.1,
+                tokens_per_micro_batch=3072, max_grad_norm=1.0, weight_decay=0.0, warmup_steps=0.1,
                 use_cpu=self.device == "cpu", save_strategy="no", logging_strategy="steps", logging_steps=1,
                 disable_tqdm=True, report_to="none", **options,
             )  # fmt: skip
             set_seed(seed)
             trainer = AMoPOTrainer(
-                model, config, dimensions=dimensions, train_dataset=first_dimensions(pairs, len(dimensions)),
-                processing_class=self.tokenizer, peft_config=adapter,
+                model, config, dimensions=dimensions, train_dataset=pairs, processing_class=self.tokenizer,
+                peft_config=lora if adapter else None, callbacks=list(callbacks),
             )  # fmt: skip
             trainer.remove_callback(PrinterCallback)
             began = time.process_time()
@@ -257,14 +262,13 @@ class Bench:
             seconds = time.process_time() - began
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
         fifth = max(1, len(losses) // 5)
-        row = {
+        return trainer.model, {
             "steps": steps,
-            "computed_tokens": round(steps * self.setting.pairs_per_step * cost[0]),
+            "computed_tokens": round(steps * self.setting.pairs_per_step * tokens_a_pair(pairs)),
             "train_cpu_seconds": round(seconds, 1),
             "loss_first": round(statistics.mean(losses[:fifth]), 4),
             "loss_last": round(statistics.mean(losses[-fifth:]), 4),
         }
-        return trainer.model, {**row, **self.judged(trainer.model, heldout)}
 
     def judged(self, model: nn.Module, pairs: Sequence[PairTokens]) -> dict[str, Any]:
         """By record, of each dimension the sums of the label log-probs of both sides; and the tokens of both."""
@@ -318,6 +322,11 @@ def question_alone(pair: Pair) -> Pair:
         return pair
     text = question.rpartition("Question: ")[2].strip()
     return dataclasses.replace(pair, messages=(*pair.messages[:-1], first._replace(content=text)))
+
+
+def tokens_a_pair(pairs: Sequence[PairTokens]) -> float:
+    """Computed tokens, the mean."""
+    return statistics.mean(build_plan([each]).num_tokens for each in pairs)
 
 
 def first_dimensions(pairs: Sequence[PairTokens], count: int) -> list[PairTokens]:

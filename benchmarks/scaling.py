@@ -20,7 +20,8 @@ from pathlib import Path
 
 from transformers import LlamaConfig, Qwen2Config
 
-from amopo_fast.memory.estimate import GIB, GPUS, Row, Setup, estimate
+from amopo_fast.memory.estimate import Row, Setup, estimate
+from amopo_fast.memory.gpus import GIB, GPUS
 
 GPUS_PER_NODE = 8
 CARD = 50e9  # bytes/s each way of a GPU's network card: 400 Gb/s, as in torchtitan's published runs

@@ -33,7 +33,7 @@ TARGETS = {
 }  # of case C there is none: a larger A
 PLOTTED = ROOT / "benchmarks" / "results" / "head_sweeps.png"
 PLOTTED_OPTIMIZERS = ROOT / "benchmarks" / "results" / "optimizers.png"
-GRAPH = ", graph"  # head_host.py's replays of a CUDA graph, which the tables of the head leave out
+APART = (", graph", ", direct")  # of head_host.py, which the tables of the head leave out
 # Not shown in a plain table: they only refine or repeat another column.
 HIDDEN = ("p20_ms", "p80_ms", "min_ms", "runs", "dtype", "options", "losses", "shape", "tokens", "predicted_parts",
           "flop", "reserved_bytes", "heldout_accuracy", "loss_at_end")  # fmt: skip
@@ -147,7 +147,7 @@ def _head_table(case: str, reports: list[dict]) -> str:
     for report in reports:
         for row in report["rows"]:
             key = row["variant"], row["mode"]
-            if row["case"] == case and not row["variant"].endswith(GRAPH):
+            if row["case"] == case and not row["variant"].endswith(APART):
                 found[key] = found.get(key, {}) | row  # errors and memory of a first report stay where a later has none
     rows = list(found.values())
     heading = ["variant", "forward+backward, ms", "forward, ms", "frozen head, ms", "extra memory, MiB",
@@ -177,7 +177,7 @@ def _head_table(case: str, reports: list[dict]) -> str:
 def _measured_again(case: str, report: dict) -> str:
     modes: dict[str, list[str]] = {}
     for row in report["rows"]:
-        if row["case"] == case and not row["variant"].endswith(GRAPH):
+        if row["case"] == case and not row["variant"].endswith(APART):
             modes.setdefault(row["mode"], []).append(row["variant"])
     commit = (report["environment"]["commit"] or "unknown")[:9]
     return f"At commit {commit}: " + "; ".join(f"{mode} of {', '.join(names)}" for mode, names in modes.items()) + "."
@@ -303,6 +303,25 @@ def real_model_table() -> str:
     return "\n\n".join(parts) or markdown(["method", "held-out accuracy"], [["all", NOT_MEASURED]])
 
 
+def real_settings_table() -> str:
+    """What every trial changed in the held-out pairs, after each epoch where it has several."""
+    heading = ["trained", "rate", "beta", "gamma", "steps", "margin, nats a token", "moved the right way, %",
+               "l_chosen, nats a token", "held-out loss at beta 5, gamma 1"]  # fmt: skip
+    parts = []
+    for report in results("real_settings", "cpu"):
+        table = []
+        for row in (row for row in report["rows"] if "heldout" in row):
+            for number, found in enumerate(row["heldout"], 1):
+                own = [row["trained"], *(f"{row[name]:g}" for name in ("learning_rate", "beta", "gamma"))]
+                loss = "{:.3f} to {:.3f}".format(*found["loss_at_beta_5_gamma_1"])
+                table.append([*own, str(row["steps"] * number // len(row["heldout"])),
+                              interval(found["difference"], decimals=3), f"{100 * found['moved_right']:.1f}",
+                              interval(found["logp_chosen"], decimals=3), loss])  # fmt: skip
+        parts.append(markdown(heading, table))
+        parts.append(f"{len(report['rows'][1]['judged'])} held-out pairs, one seed, 95 % intervals. {caption(report)}")
+    return "\n\n".join(parts) or markdown(heading[:2], [["all", NOT_MEASURED]])
+
+
 def interval(value: dict, scale: float = 1, decimals: int = 2) -> str:
     """With its sign."""
     value, low, high = (f"{scale * value[name]:+.{decimals}f}" for name in ("value", "low", "high"))
@@ -320,6 +339,8 @@ def block(name: str) -> str:
             return quality_table()
         case ["real", "model"]:
             return real_model_table()
+        case ["real", "settings"]:
+            return real_settings_table()
         case ["head", "cpu"]:
             return head_cpu_table()
         case ["head", case_name]:

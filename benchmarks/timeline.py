@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
 import harness
-from amopo_fast.memory.estimate import GPUS, Estimate, Gpu, Row, Setup, estimate, parameters_of
+from amopo_fast.memory.estimate import Estimate, Row, Setup, estimate
+from amopo_fast.memory.gpus import GPUS, Gpu
+from amopo_fast.memory.parameters import parameters_of
 from amopo_fast.optim.host_states import SLOTS, parcel_bytes, slot_bytes
 from amopo_fast.optim.update import PIECE
 from amopo_fast.training.loading import weight_slots
@@ -112,10 +114,8 @@ def ways(config: PretrainedConfig, states: str, gpu: Gpu):
             sizes = [layer_bytes(config)] * config.num_hidden_layers
             setup = dataclasses.replace(setup, weight_slots=weight_slots(config, ROW, setup, sizes, gpu.memory))
         prediction = estimate(config, ROW, setup)
-        needed, host = prediction.needed, prediction.host_needed
-        if offload:
-            host += config.num_hidden_layers * 2 * TOKENS * config.hidden_size
-        yield Way(name, setup, setup.weight_slots if streams else 0, prediction, needed, host)
+        slots = setup.weight_slots if streams else 0
+        yield Way(name, setup, slots, prediction, prediction.needed, prediction.host_pinned)
 
 
 def first_that_fits(config: PretrainedConfig, gpu: Gpu, states: str) -> Way | None:

@@ -20,9 +20,11 @@ taken, and a line of the run says which and why (`--layout shared` or `separate`
 - **shared through states**: the same with recurrent layers, which run from node to node of the trie.
 - **separate**: each sequence is a padded row; exact for any causal decoder.
 
-A multimodal class is loaded as it was published and its text part is trained; what a text never reaches (towers,
-projectors) is frozen, said, and saved byte for byte with the processor's files, so that every folder is the whole
-checkpoint again. Pairs are text: records with images are refused by name.
+A multimodal class is loaded as it was published and its text part is trained; what no loss of text leads to (towers,
+projectors; cross-attention without its encoder and indexers that choose keys of text models too) is frozen, said, and
+saved byte for byte with the processor's files, so that every folder is the whole checkpoint again. Pairs are text:
+records with images are refused by name. Gemma 3n, FastVLM and PerceptionLM need `pip install timm torchvision`, as
+transformers builds their towers with timm, and Inkling's multimodal class needs scipy; without it the error names it.
 
 Of a mixture of experts `router_aux_loss_coef` adds the router's load-balancing loss, E sum_e f_e P_e over all layers,
 as transformers has it for the separate sequences: a token that several sequences share counts once for each, padding
@@ -37,16 +39,18 @@ DeepSpeed too. What differs is named. `compile_layers` is for shared layouts and
 DeepSpeed ZeRO-3 recurrent layers do not run through states: such models are trained on separate rows there, and said.
 
 Doge is exact up to `keep_window_size` tokens, Llama 4 in a shared row up to `attention_chunk_size`; longer sequences
-are refused by length. Refused are encoders, models whose attention is not causal, and what a reason names
-(tests/models/test_refusals.py shows each on the model itself). Encoders that can be decoders are tried with
+are refused by length. The 45 types that people train most, as tests/models/test_types.py
+lists them, all share. Refused is what is not causal by its own forward (that is tried, and how it shows is said), what
+has an encoder, and what text alone is no input of; *why* has the error's words, which tests/models/test_refusals.py
+shows on the model itself. Encoders that can be decoders are tried with
 `is_decoder: true`. *Tokens* are those that the trial's pairs compute, of the separate sequences' tokens (padding
 counts; of real data a run's line says it); *error* is the largest relative one of log-probs and gradients; *seconds*
 are CPU time of the check. Rows are of {versions}.
 
 All {accepted} accepted rows are tried again, with the attention backend that `auto` takes on a GPU with and without
 flash-attn, by `python -m pytest -m slow tests/models/test_types.py`; and `amopo-fast estimate` predicts the memory of
-each, whole and with an adapter, by `python -m pytest -m slow tests/memory/test_estimate_of_types.py`. What does not
-build needs the package timm, which was not there; Inkling's multimodal class needs scipy.
+each, whole and with an adapter, by `python -m pytest -m slow tests/memory/test_estimate_of_types.py`. timm and scipy
+were there.
 
 """
 
@@ -70,7 +74,7 @@ def page() -> str:
 
 
 def _line(row: dict) -> str:
-    reason = (row.get("note") or row.get("reason", "")).replace("|", "\\|")
+    reason = row.get("reason", "").replace("|", "\\|")
     reason = reason if len(reason) <= 160 else reason[:157] + "..."
     if "error" not in row:
         return f"| `{row['case']}` | {row['layout']} | | | | {reason} |"

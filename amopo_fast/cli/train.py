@@ -148,6 +148,21 @@ def adapter_as_saved(model_config: ModelConfig, resume: Path | None, config: AMo
     return chosen[0]
 
 
+def rows_as_begun(config: AMoPOConfig, resume: Path | None) -> None:
+    """Set the length of micro-batches that a checkpoint was written with, where the user sets none. The same on every
+    rank; `resume` is rank 0's."""
+    from accelerate.utils import broadcast_object_list
+
+    from amopo_fast.training.resume import rows_of
+
+    tokens = [config.tokens_per_micro_batch]
+    if tokens[0] is None and resume is not None:
+        tokens[0] = rows_of(resume)
+    if config.world_size > 1:
+        broadcast_object_list(tokens)
+    config.tokens_per_micro_batch = tokens[0]
+
+
 def _train(data_config: DataConfig, model_config: ModelConfig, config: AMoPOConfig, progress: Progress) -> int:
     from amopo_fast.models.loading import load_shape, model_errors, peft_config
     from amopo_fast.models.saving import final_dtype
@@ -166,6 +181,7 @@ def _train(data_config: DataConfig, model_config: ModelConfig, config: AMoPOConf
         shape = load_shape(model_config)  # what is wrong with it is said before the data is read
     tokenizer = load_tokenizer(model_config.tokenizer_name_or_path or model_config.model_name_or_path)
     data_config = as_begun(data_config, resume, config)
+    rows_as_begun(config, resume)
     model_config = adapter_as_saved(model_config, resume, config)
     data = load_data(data_config, tokenizer, seed=config.seed, folder=folder / "tokens" / f"rank{config.process_index}")
     if config.process_index == 0:

@@ -59,7 +59,8 @@ def run_demo(output_dir: str | Path, seed: int) -> int:
     trainer = demo_trainer(output_dir, seed)
     before = trainer.evaluate()
     trainer.train()
-    after = trainer.evaluate()
+    logged = reversed(trainer.state.log_history)
+    after = next(line for line in logged if "eval_loss" in line)  # of the last epoch's end
     model_folder = Path(output_dir) / "model"
     trainer.save_model(str(model_folder))
     table = Table(title=f"Held-out accuracy, {len(trainer.eval_dataset)} pairs")

@@ -1,15 +1,16 @@
-"""Predicts the peak memory and the speed of a training step from a model's configuration; needs no GPU, no weights.
+"""Predicts the peak memory of a training step from a model's configuration; needs no GPU, no weights.
 
-    weights, states      counted from the shapes of a model on the meta device: exact
+    weights, states      counted from the shapes of a model on the meta device: exact (parameters.py)
     activations, FLOP    from a run on fake tensors (profile.py)
     head                 rows, float32 gradient of the rows and one slice of logits, as amopo_kernels allocates them
     gradients            of all parameters, or what waits for its step inside the backward pass
     states on the host   slots of the largest layer's states on the GPU, all of them in pinned memory
+    weights on the host  slots of the largest layer's weights and what is no layer; the layers in pinned memory
     sharding             FSDP2 by layer: a rank's share, two gathered layers, and the embedding and head whole
 
 The peak is the largest of: end of the forward, the head's backward, the last layer's backward (all activations alive),
 the first layer's backward (all gradients alive). To that comes RESERVE for the CUDA context, library workspaces and
-the allocator's fragmentation.
+the allocator's fragmentation. How long a step takes is speed.py's.
 """
 
 from __future__ import annotations
@@ -23,66 +24,26 @@ import torch
 from transformers import PretrainedConfig
 
 from amopo_fast.errors import OptionError
+from amopo_fast.memory.gpus import GIB
+from amopo_fast.memory.parameters import Parameter, Shape, parameters_of
 from amopo_fast.memory.profile import BodyProfile, llama_of_widths, meta_model, profile_body
 from amopo_fast.models import streaming
-from amopo_fast.models.architecture import decoder_of, language_model_of, layer_configs, positions_of
+from amopo_fast.models.architecture import layer_configs, positions_of
 from amopo_fast.models.check import choose_layout
 from amopo_fast.models.depth import depth_of
-from amopo_fast.optim.host_states import SLOTS, blocks_of, parcel_bytes, slot_bytes
+from amopo_fast.optim.host_states import SLOTS, parcel_bytes, slot_bytes
 from amopo_fast.optim.states import moment_bytes
 from amopo_fast.packing.plan import Layout
 
-GIB = 2**30
 RESERVE = 4 * GIB
 HEAD_SLICE = 4096  # columns of logits alive in the head at a time, in the Triton backends
 HEAD_SLICE_BYTES = 6  # per logit: float32 and its bfloat16 gradient
 QUANTISED_BYTES = 0.5 + 4 / 64  # per weight: nf4 with a float32 scale per 64
 NESTED_QUANTISED_BYTES = 0.5 + (1 + 4 / 256) / 64  # scales in 8 bits, in blocks of 256
-# Assumed, and printed as such: no run of this project has been timed on a GPU yet. 0.4 of the dense peak is what
-# well-tuned trainers report for dense models of this size.
-EFFICIENCY = 0.40
+HOST_PROCESS = 4 * GIB  # of a training process beside tensors, assumed: libraries, CUDA's driver, the data's tokens
+CPU_MARGIN = 1.15  # of resident memory over tensors: malloc's fragmentation, the matmul library's workspace
 _LOOP_TOKENS = 16  # of each sequence, in the shorter of two runs of a model whose layers loop over tokens
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """memory: bytes that a process can allocate, context included. flops: dense bfloat16 peak (data sheet)."""
-
-    name: str
-    memory: int
-    flops: float
-
-
-GPUS = {
-    name: Gpu(name, int(gib * GIB), tflops * 1e12)
-    for name, gib, tflops in (
-        ("b200", 178.0, 2250),
-        ("h200", 139.0, 989),
-        ("h100", 79.0, 989),
-        ("a100-80", 79.0, 312),
-        ("a100-40", 39.4, 312),
-        ("l40s", 44.4, 362),
-        ("4090", 23.5, 165),
-    )
-}
-
-
-def parse_gpu(text: str) -> Gpu:
-    """A name of GPUS, or a number of GiB (then without a known speed).
-
-    Raises:
-        OptionError: neither.
-    """
-    if text.lower() in GPUS:
-        return GPUS[text.lower()]
-    try:
-        gib = float(text.lower().removesuffix("gib").removesuffix("gb"))
-    except ValueError:
-        gib = 0.0
-    if not 0 < gib < 2**20:  # NaN too
-        raise OptionError(f"--gpu {text}: give GiB or one of {', '.join(GPUS)}", "gpu")
-    return Gpu(f"{gib:g} GiB", int(gib * GIB), 0.0)
 
 
 @dataclass(frozen=True)
@@ -102,6 +63,7 @@ class Setup:
     quantised: bool = False  # the frozen base model, nf4
     nested: bool = False
     liger: bool = False  # liger-kernel's RMSNorm and SwiGLU
+    autocast: bool = True  # matmuls in bfloat16; a CPU's run computes in the weights' dtype
     accumulates: bool = False  # gradients of earlier micro-batches are alive
     gpus: int = 1  # sharded over
     reference: bool = False  # an adapter's objective scores each row without the adapter too, which keeps nothing
@@ -131,14 +93,35 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """Bytes that a micro-batch copies between pinned host memory and the GPU, by pass and direction."""
+
+    forward_in: int = 0
+    forward_out: int = 0
+    backward_in: int = 0
+    backward_out: int = 0
+    first: int = 0  # of `forward_in`, what the first layer waits for
+
+    @property
+    def to_device(self) -> int:
+        return self.forward_in + self.backward_in
+
+    @property
+    def to_host(self) -> int:
+        return self.forward_out + self.backward_out
+
+
+@dataclass(frozen=True)
 class Estimate:
-    """Bytes on one GPU at the peak, by part, and of its host's memory; FLOP of one micro-batch."""
+    """Bytes on one GPU at the peak, by part, and of its host's memory; FLOP and copies of one micro-batch."""
 
     parts: dict[str, int]
-    host: dict[str, int]  # pinned
+    pinned: dict[str, int]  # of the host's memory
+    unpinned: dict[str, int]
     moment: str  # when the peak is
     flops: int
     forward_flops: int  # of scoring the same pairs without gradient
+    traffic: Traffic
     parameters: int
     trained: int
 
@@ -153,67 +136,21 @@ class Estimate:
         return self.peak + RESERVE
 
     @property
-    def host_needed(self) -> int:
-        """Pinned bytes of host memory."""
-        return sum(self.host.values())
+    def host_pinned(self) -> int:
+        return sum(self.pinned.values())
 
     @property
-    def transfer(self) -> int:
-        """Bytes that a step moves from the host to the GPU, and again back."""
-        return self.host.get("optimizer states", 0)
+    def host_needed(self) -> int:
+        """What the host must have for each GPU."""
+        return self.host_pinned + sum(self.unpinned.values())
+
+    @property
+    def needed_on_cpu(self) -> int:
+        """What a CPU must have free, where host and device are one and the process is already there."""
+        return int(self.peak * CPU_MARGIN) + self.host_pinned
 
 
-@dataclass(frozen=True)
-class _Parameter:
-    numel: int
-    trained: bool
-    place: str  # layer, head (embedding too where tied), embedding, other
-    linear: bool  # would be quantised
-    block: int | None  # of the parameters whose states travel together, where it is trained
-
-
-class _Shape:
-    """A configuration that can be a cache's key."""
-
-    def __init__(self, config: PretrainedConfig):
-        self.config = config
-        self._text = config.to_json_string(use_diff=False)
-
-    def __eq__(self, other) -> bool:
-        return isinstance(other, _Shape) and self._text == other._text
-
-    def __hash__(self) -> int:
-        return hash(self._text)
-
-
-@functools.lru_cache(maxsize=8)
-def _parameters_of(shape: _Shape, lora_rank: int | None) -> tuple[_Parameter, ...]:
-    model = meta_model(shape.config, torch.bfloat16, lora_rank)
-    base = language_model_of(model)
-    in_text = {id(parameter) for parameter in decoder_of(base).parameters()}
-    head, embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head}
-    block_of = {id(parameter): number for number, block in enumerate(blocks_of(model)) for parameter in block}
-    result = []
-    for name, parameter in model.named_parameters():
-        place = "other"
-        if parameter is head:
-            place = "head"
-        elif parameter is embedding:
-            place = "embedding"
-        elif id(parameter) in in_text and (".layers." in name or ".h." in name):
-            place = "layer"
-        result.append(_Parameter(parameter.numel(), parameter.requires_grad, place, id(parameter) in linear,
-                                 block_of.get(id(parameter))))  # fmt: skip
-    return tuple(result)
-
-
-def parameters_of(config: PretrainedConfig, lora_rank: int | None = None) -> tuple[_Parameter, ...]:
-    """Every parameter once, tied ones too, with an adapter's."""
-    return _parameters_of(_Shape(config), lora_rank)
-
-
-def weights_bytes(parameters, setup: Setup) -> int:
+def weights_bytes(parameters: tuple[Parameter, ...], setup: Setup) -> int:
     total = 0.0
     for p in parameters:
         if setup.lora_rank is not None and p.trained:
@@ -232,7 +169,7 @@ def gradient_bytes(setup: Setup) -> int:
 
 @functools.lru_cache(maxsize=32)
 def _body(
-    shape: _Shape, row: Row, dtype: torch.dtype, checkpointing: bool, lora_rank: int | None, liger: bool
+    shape: Shape, row: Row, dtype: torch.dtype, checkpointing: bool, lora_rank: int | None, liger: bool, autocast: bool
 ) -> BodyProfile:
     model = meta_model(shape.config)
     choice = choose_layout(model)
@@ -242,7 +179,8 @@ def _body(
     attends = any(getattr(layer, "num_attention_heads", None) for layer in layer_configs(shape.config))
 
     def profile(tokens: int) -> BodyProfile:
-        options = dict(rows=rows, dtype=dtype, checkpointing=checkpointing, lora_rank=lora_rank, liger=liger)
+        options = dict(rows=rows, dtype=dtype, checkpointing=checkpointing, lora_rank=lora_rank, liger=liger,
+                       autocast=autocast)  # fmt: skip
         keys = row.kv_tokens * tokens // row.tokens
         try:
             return profile_body(shape.config, tokens=tokens, kv_tokens=keys, separate=separate, **options)
@@ -262,14 +200,13 @@ def _body(
 def body_of(config: PretrainedConfig, row: Row, setup: Setup, checkpointing: bool) -> BodyProfile:
     # A sharded float32 model is gathered in bfloat16.
     dtype = torch.float32 if setup.weights == "fp32" and setup.gpus == 1 else torch.bfloat16
-    return _body(_Shape(config), row, dtype, checkpointing, setup.lora_rank, setup.liger)
+    return _body(Shape(config), row, dtype, checkpointing, setup.lora_rank, setup.liger, setup.autocast)
 
 
 @functools.cache
-def _streamed(shape: _Shape, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of the layers that stream, on the host, and of the largest, which is that of a slot on the device."""
-    sizes = streaming.host_bytes(meta_model(shape.config, dtype))
-    return sum(sizes), max(sizes)
+def _streamed(shape: Shape, weights: str) -> tuple[int, ...]:
+    """Bytes of each layer that streams."""
+    return tuple(streaming.host_bytes(meta_model(shape.config, torch.float32 if weights == "fp32" else torch.bfloat16)))
 
 
 def cache_bytes(config: PretrainedConfig, row: Row) -> int:
@@ -291,18 +228,18 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     weights = weights_bytes(parameters, setup)
     per_gradient = gradient_bytes(setup)
     all_gradients = per_gradient * sum(p.numel for p in trained)
-    host = {}
-    if setup.host_weights:
-        host["weights"], slot = _streamed(_Shape(config), torch.float32 if setup.weights == "fp32" else torch.bfloat16)
-        weights += setup.weight_slots * slot - host["weights"]
     states = sum(4 * p.numel if setup.states == "bf16" else moment_bytes(p.numel, setup.states) for p in trained)
+    pinned, in_layers = {}, sum(p.numel for p in parameters if p.place == "layer")
+    streamed = _streamed(Shape(config), setup.weights) if setup.host_weights else ()
+    if streamed:
+        pinned["weights"] = sum(streamed)
+        weights += setup.weight_slots * max(streamed) - sum(streamed)
     if setup.host_states:
-        blocks: dict[int | None, list[int]] = {}
+        parcels: dict[int | None, list[int]] = {}
         for p in trained:
-            blocks.setdefault(p.block, []).append(p.numel)
-        host["optimizer states"] = sum(parcel_bytes(block, setup.states) for block in blocks.values())
-        states = SLOTS * slot_bytes(list(blocks.values()), setup.states)
-    in_layers = sum(p.numel for p in parameters if p.place == "layer")
+            parcels.setdefault(p.block, []).append(p.numel)
+        pinned["optimizer states"] = sum(parcel_bytes(parcel, setup.states) for parcel in parcels.values())
+        states = SLOTS * slot_bytes(list(parcels.values()), setup.states)
     layers = depth_of(text)
     gathered = 0
     if gpus > 1:
@@ -325,7 +262,8 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
             backward = max(whole.backward, body.backward - freed)
             body_flops -= (body.flops - whole.flops) * setup.keep_layers // layers
         if setup.offload:  # two stay: the one in use and the one on its way
-            kept -= max(0, layers - setup.keep_layers - 2) * body.kept_per_layer
+            pinned["activations"] = min(kept, max(0, layers - setup.keep_layers - 2) * body.kept_per_layer)
+            kept -= pinned["activations"]
     if setup.quantised:
         backward += 2 * max(p.numel for p in parameters if p.linear)  # one weight, decoded
 
@@ -376,9 +314,20 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     forward_flops = body.forward_flops + 2 * products + attention
     if setup.reference and setup.lora_rank is not None:
         flops += forward_flops
+    traffic = _traffic(pinned, streamed[: setup.weight_slots])
     return Estimate(
-        parts, host, moment, flops, forward_flops,
+        parts, pinned, {"process": HOST_PROCESS}, moment, flops, forward_flops, traffic,
         sum(p.numel for p in parameters), sum(p.numel for p in trained),
+    )  # fmt: skip
+
+
+def _traffic(pinned: dict[str, int], slots: tuple[int, ...]) -> Traffic:
+    """Layers go to the device in each pass, but for those in the slots where the passes turn; each returns once."""
+    weights, states, activations = (pinned.get(name, 0) for name in ("weights", "optimizer states", "activations"))
+    once = weights - sum(slots)
+    return Traffic(
+        forward_in=once, forward_out=activations, backward_in=once + states + activations,
+        backward_out=weights + states, first=max(slots, default=0),
     )  # fmt: skip
 
 
@@ -390,9 +339,4 @@ def _attention_flops(text: PretrainedConfig, row: Row) -> int:
         heads = getattr(layer, "num_attention_heads", None) or 0
         width = getattr(layer, "head_dim", None) or layer.hidden_size // max(heads, 1)
         channels += heads * width / len(configs)
-    return int(4 * row.tokens * (row.sequence_tokens / 2) * channels * text.num_hidden_layers)
-
-
-def tokens_per_second(prediction: Estimate, row: Row, gpu: Gpu, gpus: int = 1, efficiency: float = EFFICIENCY) -> float:
-    """Computed tokens/s over all GPUs, each with a micro-batch of its own; 0.0 if the GPU's peak is not known."""
-    return gpus * row.tokens * gpu.flops * efficiency / prediction.flops
+    return int(4 * row.tokens * (row.sequence_tokens / 2) * channels * depth_of(text))

@@ -230,6 +230,7 @@ def profile_body(
     checkpointing: bool = True,
     lora_rank: int | None = None,
     liger: bool = False,
+    autocast: bool = True,
 ) -> BodyProfile:
     """Memory and FLOP of the body's forward and backward over a packed row.
 
@@ -237,7 +238,7 @@ def profile_body(
         config: of a causal LM.
         tokens: T of the row. kv_tokens: rows of the gathered keys, the sum of all paths' lengths.
         separate: the layout separate, whose attention is the model's own; rows: into which the tokens are split there.
-        dtype: of the weights; matmuls are in bfloat16 by autocast.
+        dtype: of the weights. autocast: matmuls are in bfloat16 by it, or in the weights' dtype.
         checkpointing: of every layer, where the model can.
         lora_rank: train only an adapter of this rank on all linear layers.
         liger: with liger-kernel's RMSNorm and SwiGLU.
@@ -254,7 +255,7 @@ def profile_body(
         if depth != layers:
             set_layers(changed, depth)
         shape = (rows, tokens // rows)
-        return _run(changed, shape, None if separate else kv_tokens, dtype, checkpointing, lora_rank, liger)
+        return _run(changed, shape, None if separate else kv_tokens, dtype, checkpointing, lora_rank, liger, autocast)
 
     low = first + period * max(1, -(-(2 - first) // max(period, 1)))  # two layers at least
     if not period or low + period > layers:  # nothing repeats: all of them
@@ -290,7 +291,9 @@ def llama_of_widths(config: PretrainedConfig) -> LlamaConfig:
 
 
 @without_liger()
-def _run(config, shape, kv_tokens, dtype, checkpointing, lora_rank, liger) -> tuple[int, int, int, int, int]:
+def _run(
+    config, shape, kv_tokens, dtype, checkpointing, lora_rank, liger, autocast=True
+) -> tuple[int, int, int, int, int]:
     """(bytes alive after the forward, peak of the forward, peak of the backward, FLOP, FLOP of the forward)"""
     model = meta_model(config, dtype, lora_rank).train()
     base = language_model_of(model)
@@ -309,7 +312,7 @@ def _run(config, shape, kv_tokens, dtype, checkpointing, lora_rank, liger) -> tu
         if options:
             options["position_ids"] = ids
         with LiveBytes([*model.parameters(), *model.buffers()]) as live:
-            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
                 hidden = decoder_of(base)(input_ids=ids, use_cache=False, **options).last_hidden_state
             kept, forward, forward_flops = live.live, live.peak, live.flops
             live.peak = kept

@@ -15,13 +15,17 @@ class UnsupportedModelError(ValueError):
 
 def refusal(config: PretrainedConfig) -> str | None:
     """Why a configuration cannot be trained, as far as it says so itself."""
-    try:
-        text = config.get_text_config()
-    except ValueError as error:
-        return f"its text model is not one ({error})"
-    if config.is_encoder_decoder or text.is_encoder_decoder:
+    if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
         return "it is an encoder-decoder model; AMoPO trains decoder-only causal language models"
+    if not hasattr(config.get_text_config(), "num_hidden_layers"):
+        return f"it is put together of {', '.join(sorted(config.sub_configs))}, none of which is its language model"
     return None
+
+
+def refusal_unloaded(config: PretrainedConfig) -> str | None:
+    """Why nothing of a checkpoint need be loaded: its encoder and decoder have no classes of their own, as BART's have.
+    """
+    return refusal(config) if config.is_encoder_decoder and config.sub_configs else None
 
 
 BEYOND_LIMIT = (

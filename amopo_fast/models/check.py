@@ -26,6 +26,7 @@ from amopo_fast.models.architecture import (
     refusal,
 )
 from amopo_fast.models.attention import is_switched, switch_attention
+from amopo_fast.models.causality import not_causal
 from amopo_fast.models.choice import LAYOUTS, Choice
 from amopo_fast.models.double import Double
 from amopo_fast.models.head import check_head, head_errors, head_forms, text_only
@@ -33,7 +34,7 @@ from amopo_fast.models.miniature import TOKENS, miniature
 from amopo_fast.models.plain import plain_functions
 from amopo_fast.models.recurrent import recurrent_classes, switch_recurrent
 from amopo_fast.models.scoring import score
-from amopo_fast.models.text_part import freeze_beside_text, name_whole_layers
+from amopo_fast.models.text_part import freeze_beside_text, name_whole_layers, place_of
 from amopo_fast.packing.plan import Layout, build_plan
 from amopo_fast.prompts.tokens import PairTokens
 
@@ -73,7 +74,8 @@ def prepare_model(model: nn.Module, layout: str = "auto") -> nn.Module:
     if choice.layout is not Layout.SEPARATE:
         switch_attention(base)
         switch_recurrent(base, choice.recurrent)
-    base.amopo_choice = replace(choice, frozen=freeze_beside_text(model), noise=noise_of_routers(base.config))
+    frozen = freeze_beside_text(model, choice.unreached)
+    base.amopo_choice = replace(choice, frozen=frozen, noise=noise_of_routers(base.config))
     name_whole_layers(model)
     return model
 
@@ -86,7 +88,8 @@ def choose_layout(model: nn.Module, requested: str = "auto") -> Choice:
 
     Raises:
         UnsupportedModelError: with the reason: the configuration's own (`refusal`), a miniature that cannot be built or
-            run, attention that is not causal, or log-probs or gradients that differ from those of separate sequences.
+            run, a forward that is not causal (`not_causal`), or log-probs or gradients that differ from those of
+            separate sequences.
         ValueError: not a layout.
     """
     if requested not in LAYOUTS:
@@ -98,7 +101,10 @@ def choose_layout(model: nn.Module, requested: str = "auto") -> Choice:
         raise UnsupportedModelError(f"{name} cannot be trained: {reason}")
     with _alone():
         torch.manual_seed(0)
-        trial = Trial(model)
+        try:
+            trial = Trial(model)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{name} cannot be trained: {error}") from error
         reasons = []
         for layout in [Layout.STATES if trial.recurrent else Layout.SHARED, Layout.SEPARATE]:
             if requested not in ("auto", layout.value.split()[0]):
@@ -109,10 +115,11 @@ def choose_layout(model: nn.Module, requested: str = "auto") -> Choice:
             try:
                 trial.check(layout)
                 head = None if trial.head is None else head_forms(model.config)[trial.head]
-                return Choice(layout, trial.recurrent, head, "; ".join(reasons))
+                return Choice(layout, trial.recurrent, head, "; ".join(reasons), unreached=trial.unreached)
             except UnsupportedModelError as error:
                 reasons.append(str(error))
-    raise UnsupportedModelError(f"{name} cannot be trained: {'; '.join(reasons)}")
+        why = not_causal(trial.tiny) or "; ".join(reasons)
+    raise UnsupportedModelError(f"{name} cannot be trained: {why}")
 
 
 @contextmanager
@@ -155,20 +162,22 @@ class Trial:
                 self.tiny = miniature(model)
             except Exception as error:
                 raise UnsupportedModelError(
-                    f"{type(model).__name__} could not be tried in miniature ({type(error).__name__}: {error})"
+                    f"it cannot be tried in miniature ({type(error).__name__}: {error})"
                 ) from error
+        failed = None
         with Double(), plain_functions(self.tiny):
             self.recurrent = self._recurrent()
             try:
                 logps = self._separately()
+                self.logps, self.gradients = logps.detach(), self._gradients(logps)
+                errors = head_errors(self.tiny)
             except Exception as error:
-                raise UnsupportedModelError(
-                    f"the miniature does not run ({type(error).__name__}: {error})"
-                ) from error
-            self.logps, self.gradients = logps.detach(), self._gradients(logps)
-            errors = head_errors(self.tiny)
-            best = None if errors is None else min(range(len(errors)), key=errors.__getitem__)
-            self.head = best if best is not None and errors[best] < _TOLERANCE else None
+                failed = error
+        if failed is not None:
+            text = f"its own forward does not run on text alone ({type(failed).__name__}: {failed})"
+            raise UnsupportedModelError(not_causal(self.tiny) or text) from failed
+        best = None if errors is None else min(range(len(errors)), key=errors.__getitem__)
+        self.head = best if best is not None and errors[best] < _TOLERANCE else None
 
     def _separately(self) -> torch.Tensor:
         """(S,) sums of label log-probs from the model's own forward, sequences of one length in a batch."""
@@ -200,6 +209,12 @@ class Trial:
         weights = torch.linspace(-1.0, 1.0, 5)[torch.arange(len(logps)) % 5]
         (logps * weights).sum().backward()
         return {key: p.grad.clone() for key, p in self.tiny.named_parameters() if p.grad is not None}
+
+    @property
+    def unreached(self) -> frozenset[str]:
+        """Places of the parameters that have no gradient in any layer."""
+        places = {place_of(key) for key, p in self.tiny.named_parameters() if p.requires_grad}
+        return frozenset(places - {place_of(key) for key in self.gradients})
 
     def check(self, layout: Layout) -> None:
         """Raises UnsupportedModelError where a layout differs from the sequences one by one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -21,7 +21,9 @@ class Choice:
     recurrent: frozenset[type[nn.Module]]  # classes that carry a state along a sequence
     head: HeadForm | None  # None: logits are computed by the model's own forward
     reason: str = ""
-    frozen: str = ""  # what is not trained because a text never reaches it, in words
+    # `text_part.place_of` the parameters to which no loss of text leads.
+    unreached: frozenset[str] = field(default=frozenset(), repr=False)
+    frozen: str = ""  # what is not trained because no loss of text leads to it, in words
     noise: str = ""  # what routers draw in training, in words
 
     def describe(self, share: float) -> str:
@@ -33,7 +35,7 @@ class Choice:
             Layout.SEPARATE: "separate, each sequence a padded row",
         }[self.layout]
         why = f"; {self.reason}" if self.reason else ""
-        frozen = f"\nnot trained, as text alone is: {self.frozen}" if self.frozen else ""
+        frozen = f"\nnot trained, as no loss of text leads to it: {self.frozen}" if self.frozen else ""
         noise = f"\nrandom in training: {self.noise}: log-probs depend on how pairs are packed; 0 in config.json makes "
         noise = f"{noise}routing that of inference" if self.noise else ""
         return f"layout: {how}: {share:.0%} of the separate sequences' tokens computed{why}{frozen}{noise}"

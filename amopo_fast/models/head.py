@@ -56,7 +56,17 @@ class _Body(BaseModelOutputWithPast):
 def text_only(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a multimodal class wants to be told, beside ids (B, T), of tokens that are all text."""
     name = "mm_token_type_ids"
-    return {name: torch.zeros_like(ids)} if name in inspect.signature(model.forward).parameters else {}
+    kinds = {name: torch.zeros_like(ids)} if name in inspect.signature(model.forward).parameters else {}
+    return kinds | no_images(model, ids)
+
+
+def no_images(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What IDEFICS, or its decoder, wants in the place of images: one that no token of ids (B, T) sees. Others: {}."""
+    name, mask = "image_encoder_embeddings", "image_attention_mask"
+    if not {name, mask} <= inspect.signature(model.forward).parameters.keys():
+        return {}
+    image = torch.zeros(len(ids), 1, 1, model.config.vision_config.embed_dim, dtype=model.dtype, device=ids.device)
+    return {name: image, mask: ids.new_zeros(*ids.shape, 1)}
 
 
 def own_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 
 from amopo_fast import hub
 from amopo_fast.errors import ModelError, OptionError, shown
+from amopo_fast.models.architecture import UnsupportedModelError, refusal_unloaded
 from amopo_fast.models.config import ModelConfig, lora_targets
 from amopo_fast.models.depth import depth_of, set_layers
 from amopo_fast.models.head import head_of
@@ -41,8 +42,11 @@ def model_errors(name: str | None, what: str = "model_name_or_path") -> Iterator
     """
     try:
         yield
-    except (OptionError, ModelError):
+    except (OptionError, ModelError, UnsupportedModelError):
         raise  # says what to do already
+    except ImportError as error:  # names the package: timm of Gemma 3n, FastVLM and PerceptionLM, scipy of Inkling
+        text = " ".join(str(error).split()).split(" Please note")[0]
+        raise ValueError(f"{what}: {name!r} cannot be loaded: {text}") from error
     except Exception as error:
         text = " ".join(str(error).split())[:400] or type(error).__name__
         text = f"{text} is not known" if isinstance(error, KeyError) else text
@@ -58,9 +62,12 @@ def load_shape(config: ModelConfig) -> PretrainedConfig:
 
     Raises:
         OptionError: overrides of fields that the configuration does not have, or that no model can be made of.
+        UnsupportedModelError: an encoder and a decoder.
     """
     hub.prefer_cache_if_unreachable(config.model_name_or_path)
     shape = AutoConfig.from_pretrained(config.model_name_or_path, trust_remote_code=False)
+    if reason := refusal_unloaded(shape):
+        raise UnsupportedModelError(f"{config.model_name_or_path} cannot be trained: {reason}")
     if config.config_overrides:
         before = depth_of(shape.get_text_config())
         try:

@@ -25,6 +25,7 @@ from amopo_fast.models.small_sizes import (
     HIDDEN,
     SIDE_SIZES,
     SIZES,
+    TIMM_TOWER,
     TOKENS,
     VOCABULARY,
     WITHOUT_CHANCE,
@@ -91,6 +92,8 @@ def tiny_config(config: PretrainedConfig, layers: Sequence[int] | None = None) -
                 for size, value in SIDE_SIZES.items():
                     if isinstance(getattr(part, size, None), int):
                         setattr(part, size, value)
+                if part.model_type == "timm_wrapper":
+                    vars(part).update(copy.deepcopy(TIMM_TOWER))
         for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"):
             _set_token(tiny, config, name)
         return tiny
@@ -117,17 +120,24 @@ def tiny_config(config: PretrainedConfig, layers: Sequence[int] | None = None) -
     for name, value in small.items():
         if isinstance(getattr(config, name, None), (int, float)) and not isinstance(getattr(config, name), bool):
             set_field(tiny, name, value)
+    if getattr(config, "index_topk_blocks", None):  # MiniMax-M3's heads of keys each have one that chooses their blocks
+        tiny.index_n_heads = tiny.num_key_value_heads
     for name in ("attention_hidden_size", "lru_width"):
         if isinstance(getattr(config, name, None), int):
             set_field(tiny, name, _scaled(HIDDEN, getattr(config, name), config.hidden_size))
     if getattr(config, "qk_rope_head_dim", None) and isinstance(vars(config).get("head_dim"), int):
         # Multi-head latent attention: head_dim is the rotated part, or the whole of which a part is rotated.
         tiny.head_dim = _scaled(tiny.qk_rope_head_dim, config.head_dim, config.qk_rope_head_dim)
+    if isinstance(getattr(config, "compress_rates", None), dict):  # DeepSeek-V4's, by kind of layer
+        rates = config.compress_rates.items()
+        tiny.compress_rates = {kind: min(rate, SIZES["index_block_size"]) for kind, rate in rates}
     for name in config.sub_configs:  # of its attention or its experts alone
         part = getattr(tiny, name, None)
         for size in small.keys() & own_fields(part).keys() if part is not None else ():
             if type(getattr(part, size)) is int:
                 setattr(part, size, small[size])
+        if hasattr(part, "num_hidden_layers"):  # of a tower inside the text model
+            part.num_hidden_layers = 1
     set_depth(tiny, depth, config.num_hidden_layers)
     for name in BOUNDS:
         if isinstance(getattr(config, name, None), int):

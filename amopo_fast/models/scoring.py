@@ -18,7 +18,7 @@ from amopo_fast.models.architecture import BEYOND_LIMIT, attention_needs, decode
 from amopo_fast.models.attention import is_switched, packed_row
 from amopo_fast.models.attention_backends import choose_backend
 from amopo_fast.models.choice import choice_of
-from amopo_fast.models.head import head_of, own_logps
+from amopo_fast.models.head import head_of, no_images, own_logps
 from amopo_fast.models.routers import experts_per_token, router_loss
 from amopo_fast.packing.plan import Layout, Plan
 from amopo_fast.prompts.tokens import PairTokens
@@ -76,7 +76,7 @@ def hidden_states(
         return output.last_hidden_state.flatten(0, 1)
 
     if plan.paths is None:  # causal attention never sees the padding on the right
-        return body({})
+        return body(no_images(decoder, plan.input_ids))
     if layout is Layout.SEPARATE or (layout is Layout.STATES and plan.paths.states is None):
         raise ValueError(f"{type(language_model).__name__} takes plans of the layout {layout.value} alone")
     if not is_switched(language_model):

@@ -69,6 +69,7 @@ _EXPERTS = {
     "num_experts_per_tok": 2,
     "num_experts_per_token": 2,
     "moe_topk": 2,
+    "top_k_experts": 2,
     "moe_k": 2,
     "n_group": 1,
     "topk_group": 1,
@@ -141,10 +142,13 @@ _LENGTHS = {
     "rel_extent": _WINDOW,
     "index_topk": 8,
     "index_block_size": 4,
+    "index_kpool": 4,
     "index_topk_blocks": 2,
     "index_local_blocks": 1,
     "mamba_chunk_size": 8,
     "chunk_size": 8,
+    "lsh_attn_chunk_length": 8,
+    "local_attn_chunk_length": 8,
     "floor_scale": 8,
     "log_scaling_n_floor": 8,
     "context_length": 64,
@@ -178,5 +182,8 @@ SIDE_SIZES = {
     "num_heads": 2,
     "vocab_size": VOCABULARY,
 }
+
+# Of a tower that timm builds, whatever its architecture is.
+TIMM_TOWER = {"architecture": "vit_tiny_patch16_224", "model_args": {"embed_dim": 32, "depth": 1, "num_heads": 2}}
 
 WITHOUT_CHANCE = ("dropout", "pdrop", "layerdrop", "jitter_noise", "drop_path_rate")  # parts of names, set to 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -27,6 +28,9 @@ def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[Au
     """What builds the class that a checkpoint was published as: AutoModelForCausalLM would leave the towers of some
     multimodal ones out, and knows others not at all."""
     multimodal = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    if multimodal is not None and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        # transformers' own search, which takes EvollaConfig for another type's, does not find it.
+        AutoModelForImageTextToText.register(type(config), multimodal, exist_ok=True)
     published = getattr(multimodal, "__name__", "") in (config.architectures or ())
     only = multimodal is not None and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForImageTextToText if published or only else AutoModelForCausalLM
@@ -38,7 +42,7 @@ def beside_text(model: nn.Module) -> list[str]:
     if outer is inner and outer.config.get_text_config() is outer.config:
         return []
     parts = [inner] if inner is not outer else [decoder_of(inner), inner.get_output_embeddings()]
-    inside = {id(module) for part in parts for module in part.modules()}
+    inside = {id(module) for part in parts if part is not None for module in part.modules()}
     around = {id(module) for module in outer.modules() if any(id(child) in inside for child in module.modules())}
     return [
         name
@@ -47,15 +51,41 @@ def beside_text(model: nn.Module) -> list[str]:
     ]
 
 
-def freeze_beside_text(model: nn.Module) -> str:
-    """Freeze what a text never reaches, an adapter's part of it too; what it is, in words, "" for nothing."""
-    outer = causal_lm(model)
-    names = beside_text(model)
-    parameters = [parameter for name in names for parameter in outer.get_submodule(name).parameters()]
-    for parameter in parameters:
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_OF_ADAPTERS = re.compile(r"\.(base_layer|lora_[A-Za-z_]+\.default)(?=\.|$)")
+
+
+def place_of(parameter: str) -> str:
+    """A parameter's name, the same for every layer and for an adapter of it: `layers.*.mlp.up_proj.weight`."""
+    return _NUMBER.sub("*", _OF_ADAPTERS.sub("", parameter))
+
+
+def freeze_beside_text(model: nn.Module, unreached: frozenset[str] = frozenset()) -> str:
+    """Freeze what no loss of text leads to, an adapter's part of it too; what it is, in words, "" for nothing.
+
+    unreached: places of parameters without a gradient in the trial (towers that lie in the decoder, cross-attention
+        without its encoder, indexers that choose keys), beside what `beside_text` finds.
+    """
+    outer, inner = causal_lm(model), language_model_of(model)
+    frozen = {p for name in beside_text(model) for p in outer.get_submodule(name).parameters()}
+    frozen |= {p for name, p in inner.named_parameters() if place_of(name) in unreached}
+    for parameter in frozen:
         parameter.requires_grad_(False)
-    count = sum(parameter.numel() for parameter in parameters)
-    return f"{', '.join(names)} ({count:,} parameters)" if count else ""
+    count = sum(parameter.numel() for parameter in frozen)
+    return f"{', '.join(_outermost(outer, frozen))} ({count:,} parameters)" if count else ""
+
+
+def _outermost(module: nn.Module, parameters: set[nn.Parameter], name: str = "") -> list[str]:
+    """Places of the outermost modules, and of single parameters, that hold `parameters` and no others."""
+    inside = set(module.parameters())
+    if not inside & parameters:
+        return []
+    if inside <= parameters:
+        return [place_of(name)]
+    places = [f"{name}.{key}".lstrip(".") for key, each in module.named_parameters(recurse=False) if each in parameters]
+    for key, child in module.named_children():
+        places += _outermost(child, parameters, f"{name}.{key}".lstrip("."))
+    return list(dict.fromkeys(map(place_of, places)))
 
 
 def name_whole_layers(model: nn.Module) -> None:

@@ -247,8 +247,7 @@ class Checkpointer(TrainerCallback):
                     world_size=args.world_size, model_only=args.save_only_model,
                     versions={"torch": torch.__version__, "transformers": transformers.__version__},
                 )  # fmt: skip
-                durable.remove_tree(output_dir / checkpoints.STAGING)
-                checkpoints.rotate(output_dir, args.save_total_limit, state.best_model_checkpoint)
+                self._clear_up(output_dir)
         except NumbersError:
             raise
         except Exception as error:
@@ -258,6 +257,16 @@ class Checkpointer(TrainerCallback):
         finally:
             self._staging = None
         trainer.accelerator.wait_for_everyone()
+
+    def _clear_up(self, output_dir: Path) -> None:
+        """Delete what a save leaves and the checkpoints it replaces; if that fails, the saved one is whole anyway."""
+        try:
+            durable.remove_tree(output_dir / checkpoints.STAGING)
+            best = self.trainer.state.best_model_checkpoint
+            checkpoints.rotate(output_dir, self.trainer.args.save_total_limit, best)
+        except OSError as error:
+            logger.warning("%s cannot be deleted (%s): training goes on, and the next save tries again; look at its "
+                           "permissions and disk", error.filename or "an old checkpoint", error.strerror)  # fmt: skip
 
     def save_final(self, write: Callable[[str], None]) -> None:
         """Run `write(folder)`, which writes the trained model, and move it to output_dir: a model there is whole.

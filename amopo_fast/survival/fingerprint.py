@@ -63,7 +63,8 @@ def run_fingerprint(
 ) -> dict:
     """JSON-serialisable. World size, micro-batches and the run's length are free to change.
 
-    options: {"options": values that the user may decide about, "method": those that may not change}.
+    options: {"options": values that the user may decide about, "method": those that may not change, "rows": those that
+    a run only remembers}.
     """
     return {
         "model": model_digests(model),
@@ -81,11 +82,11 @@ def _prompts_of(recipe: Recipe) -> dict:
 
 
 def differences(saved: dict, now: dict) -> list[str]:
-    """One line per entry that differs, in words for an error message; what "options" holds aside."""
+    """One line per entry that differs, in words for an error message; what "options" and "rows" hold aside."""
     same_tokens = saved.get("data") == now["data"]
     lines = []
     for part, entries in now.items():
-        if part == "options":
+        if part in ("options", "rows"):
             continue
         for key, value in entries.items():
             before = saved.get(part, {}).get(key)

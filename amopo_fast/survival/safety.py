@@ -6,6 +6,7 @@ repository. What is left is here: Trainer pickles its arguments, and torch.distr
 
 from __future__ import annotations
 
+import enum
 import io
 import os
 import pickle
@@ -54,8 +55,17 @@ class _Foreign(Exception):
     """What no save of this package writes; the message is fit to be shown."""
 
 
+def _member(of: Any, name: str) -> Any:
+    """What Python 3.11.2 (Debian 12) writes for a member of an enumeration: getattr(class, name)."""
+    if not (isinstance(of, type) and issubclass(of, enum.Enum) and name in of.__members__):
+        raise _Foreign("builtins.getattr of what is no enumeration is not part of a checkpoint's index")
+    return of[name]
+
+
 class _Index(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise _Foreign(f"{module}.{name} is not part of a checkpoint's index")

@@ -59,6 +59,7 @@ NOT_NEGATIVE = (
     "seed", "learning_rate", "weight_decay", "max_grad_norm", "sft_coef", "cpo_alpha", "warmup_steps",
     "eval_delay", "dataloader_num_workers", "keep_layers", "router_aux_loss_coef",
 )  # fmt: skip
+ROW_TOKENS = 8192  # of a micro-batch, by default
 BELOW_ONE = ("adam_beta1", "adam_beta2")
 
 
@@ -110,7 +111,11 @@ class AMoPOConfig(TrainingArguments):
         metadata={"help": "Pairs per optimizer step over all ranks. Default: per_device_train_batch_size * "
                   "gradient_accumulation_steps * ranks."},
     )  # fmt: skip
-    tokens_per_micro_batch: int = field(default=8192, metadata={"help": "Computed tokens of a micro-batch, at most."})
+    tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={"help": "Computed tokens of a micro-batch, at most. Default: 8192; on a CPU less where that does not "
+                  "fit into the memory that is free."},
+    )  # fmt: skip
     kernel_backend: str = field(default="auto", metadata={"help": "amopo_kernels' backend of the head."})
     logits_cache_gib: str = field(
         default="auto",
@@ -179,7 +184,8 @@ class AMoPOConfig(TrainingArguments):
                   "recomputing them."},
     )  # fmt: skip
     memory_check: bool = field(
-        default=True, metadata={"help": "Before loading: refuse a run that the estimate says does not fit the GPU."}
+        default=True,
+        metadata={"help": "Before loading: refuse a run that by the estimate does not fit its GPU, or a CPU's memory."},
     )
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
@@ -265,7 +271,12 @@ class AMoPOConfig(TrainingArguments):
         try_names(self, changed)
         if self.compat == "upstream" and self.pairs_per_step > 1:
             # The softmax of that mode runs over a call's pairs, so its loss depends on how a step is split.
-            self.tokens_per_micro_batch = max(self.tokens_per_micro_batch, 2**31)
+            self.tokens_per_micro_batch = max(self.row_tokens, 2**31)
+
+    @property
+    def row_tokens(self) -> int:
+        """`tokens_per_micro_batch`, or its default."""
+        return self.tokens_per_micro_batch or ROW_TOKENS
 
     def settle_learning_rate(self, *, adapter: bool) -> str:
         """Fill in the learning rate's default, which an adapter's presence decides. Returns a line that says so; ""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import TrainerCallback
 
-from amopo_fast.memory.estimate import GIB, Estimate, Row, estimate
+from amopo_fast.memory.estimate import Estimate, Row, estimate
+from amopo_fast.memory.gpus import GIB
 from amopo_fast.memory.preflight import longest_micro_batch
 from amopo_fast.memory.profile import LiveBytes
 from amopo_fast.models.choice import choice_of

@@ -24,7 +24,7 @@ _PAIRS_AHEAD = 100_000  # planned in seconds
 def schedule_of(args: AMoPOConfig, sizes: PairSizes) -> Schedule:
     """Of this rank. Raises ValueError for fewer pairs in a step than ranks, or none."""
     return Schedule(
-        sizes, args.pairs_per_step, args.tokens_per_micro_batch, args.seed, args.world_size, args.process_index
+        sizes, args.pairs_per_step, args.row_tokens, args.seed, args.world_size, args.process_index
     )
 
 

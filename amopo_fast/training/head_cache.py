@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PretrainedConfig
 
-from amopo_fast.memory.estimate import GIB, Row, Setup, cache_bytes, estimate
+from amopo_fast.memory.estimate import Row, Setup, cache_bytes, estimate
+from amopo_fast.memory.gpus import GIB
 from amopo_fast.models.architecture import language_model_of
 from amopo_fast.models.choice import choice_of
 from amopo_fast.models.head import head_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,18 +11,24 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from amopo_fast.memory.estimate import GIB, HEAD_SLICE, Estimate, Row, Setup, cache_bytes, estimate
+from amopo_fast.memory.estimate import HEAD_SLICE, Row, Setup, cache_bytes, estimate
+from amopo_fast.memory.gpus import GIB, gpu_here
+from amopo_fast.memory.parameters import parameters_of
 from amopo_fast.memory.preflight import (
+    Room,
+    copies_line,
+    fit_line,
     free_host_memory,
     longest_micro_batch,
     require_fit,
-    require_host_memory,
     row_of,
+    row_that_fits,
 )
 from amopo_fast.memory.profile import meta_model
 from amopo_fast.models.check import choose_layout
 from amopo_fast.models.choice import choice_of
 from amopo_fast.models.config import ModelConfig
+from amopo_fast.models.depth import depth_of
 from amopo_fast.models.loading import load_model, load_shape
 from amopo_fast.models.precision import weights_dtype
 from amopo_fast.models.streaming import (
@@ -66,16 +73,20 @@ def setup_of(
         keep_layers=args.keep_layers,
         offload=bool(options.get("offload")), lora_rank=lora_rank, quantised=quantised,
         nested=nested, accumulates=accumulates, gpus=args.world_size if args.fsdp else 1,
-        liger=bool(args.use_liger_kernel),
+        liger=bool(args.use_liger_kernel), autocast=bool(args.bf16 or args.fp16),
         head_cache=args.logits_cache_bytes or 0,
         head_slice=slice_columns(args.device) if on_torch else HEAD_SLICE,
     )  # fmt: skip
 
 
-def longest_row(pairs: Sequence[PairTokens], args: AMoPOConfig, layout: Layout = Layout.SHARED) -> tuple[Row, bool]:
-    """(the longest micro-batch of the run's first epoch, whether a step has several)."""
+def longest_row(
+    pairs: Sequence[PairTokens], args: AMoPOConfig, layout: Layout = Layout.SHARED, tokens: int | None = None
+) -> tuple[Row, bool]:
+    """(the longest micro-batch of the run's first epoch, whether a step has several); with micro-batches of at most
+    `tokens` computed tokens, if given."""
     sizes = PairSizes.of(pairs, layout)
-    epoch = schedule_of(args, sizes).epoch(0)
+    schedule = schedule_of(args, sizes)
+    epoch = replace(schedule, tokens_per_micro_batch=tokens or schedule.tokens_per_micro_batch).epoch(0)
     plan = build_plan([pairs[i] for i in longest_micro_batch(epoch, sizes).pairs], layout)
     return row_of(plan), epoch.accumulation > 1
 
@@ -96,6 +107,29 @@ def run_of(args: AMoPOConfig, model: nn.Module, pairs: Sequence[PairTokens], epo
     return row_of(build_plan([pairs[i] for i in batch.pairs], layout)), setup
 
 
+def room_for(args: AMoPOConfig) -> Room:
+    """What is free for this process, on its device and of its share of the host's memory."""
+    host = free_host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if args.device.type != "cuda":
+        return Room(None, host)
+    offloads = bool((args.gradient_checkpointing_kwargs or {}).get("offload"))
+    return Room(gpu_here(args.device, copies=offloads or "host" in (args.optimizer_states, args.weights)), host)
+
+
+def _most_tokens(pair: PairTokens) -> int:
+    """Computed tokens of a pair that shares nothing."""
+    prompts = [len(prompt) for prompt in pair.prompts if prompt is not None]
+    return 2 * sum(prompts) + len(prompts) * (len(pair.chosen) + len(pair.rejected))
+
+
+def surely_fits(config: PretrainedConfig, args: AMoPOConfig, longest: int, free: int) -> bool:
+    """Whether a run on a CPU is so small that nothing need be estimated, by generous bounds: 16 bytes a parameter, and
+    400 a token, layer and channel."""
+    text = config.get_text_config()
+    rows = max(args.row_tokens, longest) * (400 * depth_of(text) * text.hidden_size + 8 * text.vocab_size)
+    return 16 * sum(p.numel for p in parameters_of(config)) + rows < free / 4
+
+
 def weight_slots(shape: PretrainedConfig, row: Row, setup: Setup, sizes: Sequence[int], free: int) -> int:
     """Layers of `sizes` bytes (`host_bytes`) that are on a GPU of `free` bytes at once, with `weights` host: what the
     estimate leaves of FILLED of it, beside a head that keeps all that it can.
@@ -106,19 +140,15 @@ def weight_slots(shape: PretrainedConfig, row: Row, setup: Setup, sizes: Sequenc
     return slots_within(sizes, FILLED * (free // GIB * GIB) - estimate(shape, row, whole).needed)
 
 
-def _host_line(prediction: Estimate) -> str:
-    pinned = prediction.host_needed
-    return f", and {pinned / GIB:.1f} GiB of pinned host memory" if pinned else ""
-
-
 def load_for_training(
     config: ModelConfig, args: AMoPOConfig, pairs: Sequence[PairTokens] | None, *, adapter: bool
 ) -> nn.Module:
     """Choose the weights' precision, check that the run fits, and load the model on its device, or with `weights` host
-    into pinned host memory, which is taken first.
+    into pinned host memory, which is taken first. On a CPU the default of `tokens_per_micro_batch` becomes the largest
+    of 8192, 4096, ..., 512 that fits.
 
     Args:
-        pairs: the training data; without it, or off CUDA, nothing is checked and "auto" is float32.
+        pairs: the training data; without it nothing is checked, and "auto" is float32, as it is off CUDA.
         adapter: whether an adapter will be trained over it.
 
     Raises:
@@ -126,37 +156,49 @@ def load_for_training(
     """
     refuse_in_host_memory(args, adapter=adapter)
     shape = load_shape(config)
-    checks = args.device.type == "cuda" and bool(pairs) and args.deepspeed is None
-    row, accumulates = None, False
-    if checks:
-        row, accumulates = longest_row(pairs, args, choose_layout(meta_model(shape), args.layout).layout)
-    free = torch.cuda.mem_get_info(args.device)[0] if checks else 0
+    on_gpu = args.device.type == "cuda"
+    room = room_for(args)
+    checks = bool(pairs) and args.deepspeed is None and (on_gpu or args.memory_check)
+    if checks and not on_gpu:
+        checks = not surely_fits(shape, args, max(map(_most_tokens, pairs)), room.host)
+    layout = choose_layout(meta_model(shape), args.layout).layout if checks else None
 
-    def setup(dtype: torch.dtype) -> Setup:
+    def setup(dtype: torch.dtype, accumulates: bool) -> Setup:
         return setup_of(
             args, dtype, lora_rank=config.lora_r if adapter else None, quantised=config.load_in_4bit,
             nested=config.use_bnb_nested_quant, accumulates=accumulates,
         )  # fmt: skip
 
+    def fits(dtype: torch.dtype, tokens: int | None = None) -> bool:
+        row, accumulates = longest_row(pairs, args, layout, tokens)
+        return room.fits(estimate(shape, row, setup(dtype, accumulates)))
+
     dtype = weights_dtype(
         args.weight_precision,
         device=args.device,
         adapter=adapter,
-        fp32_fits=lambda: not checks or estimate(shape, row, setup(torch.float32)).needed <= free,
+        fp32_fits=lambda: not checks or fits(torch.float32),
     )
     if checks and args.memory_check:
-        prediction = require_fit(config.model_name_or_path, shape, row, setup(dtype), free)
-        require_host_memory(config.model_name_or_path, prediction, free_host_memory())
-        if args.process_index == 0:
-            print(f"weights in {str(dtype).removeprefix('torch.')}; about {prediction.needed / GIB:.1f} of "
-                  f"{free / GIB:.1f} GiB free on each GPU will be needed"
-                  f"{_host_line(prediction)}", flush=True)  # fmt: skip
+        name, first = config.model_name_or_path, args.process_index == 0
+        if not on_gpu and args.tokens_per_micro_batch is None and not args.optim_in_backward:
+            tokens = row_that_fits(args.row_tokens, lambda tokens: fits(dtype, tokens))
+            if tokens < args.row_tokens:
+                args.tokens_per_micro_batch = tokens
+                if first:
+                    print(f"tokens_per_micro_batch: {tokens}, as {room.host / GIB:.1f} GiB are free", flush=True)
+        row, accumulates = longest_row(pairs, args, layout)
+        prediction = require_fit(name, shape, row, setup(dtype, accumulates), room)
+        if first:
+            print(fit_line(dtype, prediction, room), flush=True)
+            if room.gpu and (copies := copies_line(prediction, room.gpu)):
+                print(copies, flush=True)
     if args.weights != "host":
         return load_model(config, args, dtype)
     sizes = host_bytes(meta_model(shape, dtype))
     slots = SLOTS
-    if checks and args.memory_check:
-        slots = weight_slots(shape, row, setup(dtype), sizes, free)
+    if checks and args.memory_check and room.gpu:
+        slots = weight_slots(shape, row, setup(dtype, accumulates), sizes, room.gpu.memory)
         print(f"weights: {slots} of {len(sizes)} layers are on the GPU at once", flush=True)
     memory = memory_for(sizes, args.device)
     model = load_model(config, args, dtype)  # in the file's own dtype it is the file, mapped: there is no second copy

@@ -83,7 +83,7 @@ class ReferenceLogps(TrainerCallback):
     def _compute(self, dataset: PairDataset, args) -> np.ndarray:
         pairs = dataset.pairs
         layout = self.trainer.data_collator.layout
-        rows = best_fit(range(len(pairs)), PairSizes.of(pairs, layout), args.tokens_per_micro_batch)
+        rows = best_fit(range(len(pairs)), PairSizes.of(pairs, layout), args.row_tokens)
         dimensions = len(pairs[0].prompts)
         found = np.zeros((len(pairs), dimensions, 2), dtype=np.float32)
         model = self.trainer.model

@@ -40,14 +40,16 @@ ADAPTER_METHOD = {"lora_r": "r", "lora_target_modules": "target_modules", "use_r
 
 
 def options_of(args: AMoPOConfig, model: nn.Module) -> dict[str, dict[str, Any]]:
-    """{"options": those that `on_changed_option` decides about, "method": those that may not change}, as JSON."""
+    """{"options": those that `on_changed_option` decides about, "method": those that may not change, "rows": what is
+    free to change}, as JSON."""
     adapter = next(iter(getattr(model, "peft_config", {}).values()), None)
     options = {name: getattr(args, name) for name in OPTIONS}
     method = {name: getattr(args, name) for name in METHOD}
     if adapter is not None:
         options |= {name: getattr(adapter, name) for name in ADAPTER}
         method |= {name: getattr(adapter, attribute) for name, attribute in ADAPTER_METHOD.items()}
-    return json.loads(json.dumps({"options": options, "method": method}, default=_plain))
+    rows = {"tokens_per_micro_batch": args.row_tokens}
+    return json.loads(json.dumps({"options": options, "method": method, "rows": rows}, default=_plain))
 
 
 def _plain(value: Any) -> Any:
@@ -58,6 +60,11 @@ def adapter_of(checkpoint: Path, config: ModelConfig) -> ModelConfig:
     """With `on_changed_option keep`, before the model is made: the adapter's options as the checkpoint has them."""
     saved = read_marker(checkpoint)["fingerprint"].get("options", {})
     return dataclasses.replace(config, **{name: saved[name] for name in ADAPTER if name in saved})
+
+
+def rows_of(checkpoint: Path) -> int | None:
+    """Tokens of the checkpoint's micro-batches, which a run that is not told otherwise goes on with: bit for bit."""
+    return read_marker(checkpoint)["fingerprint"].get("rows", {}).get("tokens_per_micro_batch")
 
 
 def keep_options(trainer: Trainer, values: dict[str, Any]) -> None:

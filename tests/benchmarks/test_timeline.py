@@ -20,7 +20,7 @@ from timeline_simulation import TO_GPU, TO_HOST, simulate  # noqa: E402
 
 CONFIG = Qwen2Config(vocab_size=3000, hidden_size=64, intermediate_size=160, num_hidden_layers=5,
                      num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
-TWO_SLOTS = timeline.Gpu("full", 0, 1e15)
+TWO_SLOTS = timeline.Gpu("full", 0, 1e15, 5e10, 5e10)
 RATES = timeline.Rates(0.5, {"4bit": 1e-11, "8bit": 1.5e-11}, 50e9, 40e9)
 
 
@@ -118,7 +118,7 @@ def test_all_of_the_states_move_once_and_weights_twice_but_for_where_the_passes_
     for link, nbytes in copies(result, "states"):
         states[link == TO_HOST] += nbytes
     way = next(each for each in timeline.ways(CONFIG, "8bit", TWO_SLOTS) if each.name == timeline.STATES)
-    assert states[0] == states[1] == pytest.approx(way.prediction.host_needed, rel=0.01)
+    assert states[0] == states[1] == pytest.approx(way.prediction.host_pinned, rel=0.01)
     moved = copies(result, "weights")
     count = CONFIG.num_hidden_layers
     assert moved.count((TO_GPU, there.weight_bytes)) == 2 * (count - 2)

@@ -13,6 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 IMPORTED = ["torch", "numpy", "safetensors.torch", "transformers.trainer", "peft", "accelerate", "datasets"]
 # Else asking whether there is a GPU initialises CUDA, which no forked process can use.
@@ -59,6 +61,11 @@ class Child:
 
 def run(*command: str, timeout: float | None = None, **options) -> subprocess.CompletedProcess:
     return Child(*command, **options).wait(timeout)
+
+
+def start_processes(function, arguments: tuple, **options):
+    """torch.multiprocessing.start_processes, forked likewise."""
+    return torch.multiprocessing.start_processes(function, arguments, start_method="forkserver", **options)
 
 
 def until(condition, child: Child, seconds: float = 120) -> None:

@@ -8,8 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from amopo_fast.memory.estimate import Row, Setup, estimate, parameters_of  # noqa: E402
-from model_types import config_of  # noqa: E402
+from amopo_fast.memory.estimate import Row, Setup, estimate  # noqa: E402
+from amopo_fast.memory.parameters import parameters_of  # noqa: E402
+from model_types import PACKAGES, config_of  # noqa: E402
 
 SWEEP = json.loads((ROOT / "benchmarks" / "results" / "models.json").read_text(encoding="utf-8"))["rows"]
 ACCEPTED = sorted({row["case"] for row in SWEEP if "error" in row})
@@ -23,8 +24,8 @@ ROW = Row(tokens=32, label_tokens=16, kv_tokens=48, sequence_tokens=16)
     "name", [pytest.param(name, marks=() if name in ONCE_FAILED else pytest.mark.slow) for name in ACCEPTED]
 )
 def test_an_accepted_type_is_estimated(name):
-    if name == "inkling_mm_model":
-        pytest.importorskip("scipy", reason="transformers' InklingForConditionalGeneration imports scipy")
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name], reason="transformers builds it with that package")
     config = config_of(name)
     whole = estimate(config, ROW, Setup())
     adapter = parameters_of(config, lora_rank=16)

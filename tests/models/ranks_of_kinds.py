@@ -13,12 +13,15 @@ import engines  # noqa: E402
 import ranks  # noqa: E402
 from kinds_of_models import KINDS, model_of  # noqa: E402
 from packing_cases import random_pairs  # noqa: E402
+from peft import LoraConfig  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 from transformers.integrations import HfDeepSpeedConfig  # noqa: E402
 
 from amopo_fast.models.architecture import UnsupportedModelError  # noqa: E402
 from amopo_fast.models.check import prepare_model  # noqa: E402
 from amopo_fast.models.choice import choice_of  # noqa: E402
+from amopo_fast.models.faster_layers import compile_layers  # noqa: E402
+from amopo_fast.models.loading import add_adapter  # noqa: E402
 from amopo_fast.models.real_logits import check_real_logits  # noqa: E402
 from amopo_fast.models.scoring import score_wrapped  # noqa: E402
 from amopo_fast.packing.plan import build_plan  # noqa: E402
@@ -40,10 +43,18 @@ def ddp(folder, world, kind):
     return {"before": before, "after": {name: p.detach().clone() for name, p in trainer.model.named_parameters()}}
 
 
-def fsdp(folder, world, kind):
-    """Loss and gradients of two rows under FSDP2, a row a rank; of experts with the routers' loss."""
-    model = prepare_model(model_of(kind))
+def fsdp(folder, world, kind, adapted=False):
+    """Loss and gradients of two rows under FSDP2, a row a rank; of experts with the routers' loss. adapted: of an
+    adapter, with compiled layers that are checkpointed."""
+    model = model_of(kind)
+    if adapted:
+        torch.manual_seed(1)
+        model = add_adapter(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    prepare_model(model)
     layout = choice_of(model).layout
+    if adapted:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        compile_layers(model, backend="eager")
     if world > 1:
         model = engines.group_like_accelerate(model)
     check_real_logits(model, random_pairs(0, 1)[0], model)
@@ -51,7 +62,7 @@ def fsdp(folder, world, kind):
     rows = [pairs[:2], pairs[2:]]
     total = torch.zeros(())
     for row in rows if world == 1 else [rows[dist.get_rank()]]:
-        routers = [] if kind == "moe" else None
+        routers = [] if kind == "moe" and not adapted else None
         plan = build_plan(row, layout, min_node_tokens=4)
         loss = score_wrapped(model, model, plan, router_losses=routers).logp_sum.sum() + 10 * sum(routers or [])
         (loss * world).backward()  # FSDP averages gradients
@@ -124,6 +135,7 @@ ranks.SCENARIOS = {
     "fsdp-hybrid": lambda *args: fsdp(*args, "hybrid"),
     "fsdp-moe": lambda *args: fsdp(*args, "moe"),
     "fsdp-multimodal": lambda *args: fsdp(*args, "multimodal"),
+    **{f"adapted-{kind}": functools.partial(fsdp, kind=kind, adapted=True) for kind in KINDS},
     "real_logits": real_logits,
     **{f"zero{stage}-{kind}": functools.partial(zero, kind=kind, stage=stage) for kind in KINDS for stage in (2, 3)},
 }

@@ -68,7 +68,7 @@ def test_the_option_follows_the_machine(tmp_path, monkeypatch):
 # Dynamo's part decides about recompilation; the backend "eager" then runs the graphs as they are.
 @pytest.mark.parametrize(
     "family, checkpointing",
-    [("llama", False), ("llama", True), pytest.param("qwen2", True, marks=pytest.mark.slow)],
+    [("llama", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("llama", False), ("qwen2", True)])],
 )
 def test_compiled_layers_serve_every_length_and_equal_the_separate_sequences(family, checkpointing):
     torch._dynamo.reset()
@@ -79,7 +79,7 @@ def test_compiled_layers_serve_every_length_and_equal_the_separate_sequences(fam
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     compiled = []
-    for count in (1, 2, 3, 4, 5):
+    for count in (1, 2, 4):
         plan = build_plan(random_pairs(count, count), min_node_tokens=4)
         got = loss_and_gradients(model, score(model, plan))
         compiled.append(counter.frame_count)

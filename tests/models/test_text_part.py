@@ -6,8 +6,19 @@ import pytest
 import torch
 from packing_cases import random_pairs, tiny_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, Gemma3Config, LlamaConfig, Qwen3OmniMoeThinkerConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import (
+    AutoConfig,
+    BartConfig,
+    DeepseekV32Config,
+    Gemma3Config,
+    GitConfig,
+    LlamaConfig,
+    Qwen3OmniMoeThinkerConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from amopo_fast.cli import main
 from amopo_fast.demo.tokenizer import demo_tokenizer
@@ -16,7 +27,7 @@ from amopo_fast.models.choice import choice_of
 from amopo_fast.models.loading import add_adapter, load_whole
 from amopo_fast.models.miniature import tiny_config
 from amopo_fast.models.scoring import score
-from amopo_fast.models.text_part import auto_class, beside_text, linear_layers
+from amopo_fast.models.text_part import auto_class, beside_text, linear_layers, place_of
 from amopo_fast.packing.plan import build_plan
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.trainer import AMoPOTrainer
@@ -109,6 +120,37 @@ def test_the_text_is_trained_and_the_rest_frozen(published):
     score(model, build_plan(random_pairs(0, 2))).logp_sum.sum().backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trained and all(parameter.grad is not None for parameter in trained)  # DDP waits for none in vain
+
+
+class TestWhatNoLossOfTextLeadsTo:
+    """Beside towers: cross-attention without its encoder, an indexer that chooses keys, towers in the decoder."""
+
+    CASES = {
+        "bart": (BartConfig(is_encoder_decoder=False), "model.decoder.layers.*.encoder_attn,"),
+        "indexer": (DeepseekV32Config(), "model.layers.*.self_attn.indexer ("),
+        "towers": (GitConfig(), "git.image_encoder, git.visual_projection ("),
+    }
+
+    @pytest.mark.parametrize("adapted", [False, True])
+    @pytest.mark.parametrize("case", CASES)
+    def test_is_frozen_and_the_rest_has_gradients(self, case, adapted):
+        from peft import LoraConfig
+
+        config, frozen = self.CASES[case]
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](tiny_config(config))
+        if adapted:
+            model = add_adapter(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        prepare_model(model)
+        assert choice_of(model).frozen.removeprefix("base_model.model.").startswith(frozen)
+        score(model, build_plan(random_pairs(0, 2), choice_of(model).layout)).logp_sum.sum().backward()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert trained and all(parameter.grad is not None for parameter in trained)
+
+    def test_places_are_those_of_every_layer_and_of_its_adapters(self):
+        assert place_of("model.layers.10.mlp.experts.3.up.weight") == "model.layers.*.mlp.experts.*.up.weight"
+        for adapted in ("base_layer.weight", "lora_A.default.weight"):
+            assert place_of(f"layers.1.q_proj.{adapted}") == "layers.*.q_proj.weight"
+        assert place_of("ln_1.conv1d.weight") == "ln_1.conv1d.weight"
 
 
 def test_an_adapter_is_of_the_text_part_alone(published):

@@ -37,7 +37,10 @@ def test_a_multimodal_class_trains_its_text_on_two_ranks(results):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharded_weights_have_the_gradients_of_one_process(results, kind):
-    alone, together = results(f"fsdp-{kind}", 1), results(f"fsdp-{kind}", 2)
+    same_gradients(results(f"fsdp-{kind}", 1), results(f"fsdp-{kind}", 2), kind)
+
+
+def same_gradients(alone, together, kind):
     assert error(alone["loss"], together["loss"]) < 1e-5
     assert alone["gradients"].keys() == together["gradients"].keys()
     assert len(alone["gradients"]) == alone["trained"] == together["trained"]
@@ -50,6 +53,15 @@ def test_sharded_weights_have_the_gradients_of_one_process(results, kind):
 def test_the_real_logits_of_sharded_weights_are_compared_on_every_rank(results):
     errors = results("real_logits", 2)["errors"]
     assert len(errors) == 2 and all("its own are 0.5 times lm_head's" in each for each in errors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharded_adapters_over_compiled_layers_have_the_gradients_of_one_process(kind, tmp_path):
+    environment = child_environment(OMP_NUM_THREADS="1")
+    done = run(str(SCRIPT), str(tmp_path), f"adapted-{kind}:1,2", environment=environment, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    same_gradients(*(torch.load(tmp_path / f"adapted-{kind}-{world}.pt", weights_only=True) for world in (1, 2)), kind)
 
 
 @pytest.mark.slow

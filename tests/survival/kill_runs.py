@@ -1,6 +1,7 @@
-"""Runs killed by SIGKILL and resumed until they are done, against one that was left alone.
+"""Runs killed by SIGKILL, or sent SIGTERM, and resumed until they are done, against one that was left alone.
 
-    python tests/survival/kill_runs.py [--runs 20] [--while_saving 5] [--seed 0] [--device cuda] [--host]
+    python tests/survival/kill_runs.py [--kills 20] [--while_saving 5] [--kills_of_a_run 1] [--signal SIGTERM]
+        [--variants all] [--seed 0] [--device cuda]
 
 Every attempt is a process of its own, forked from one that has imported torch, and killed from outside: at a random
 moment of the run, or a random moment after a save began. Ends with one line per run and exit code 1 on a difference.
@@ -22,8 +23,9 @@ from pathlib import Path
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 import torch
 from safetensors.torch import load_file
-from small_run import small_model, small_trainer
+from small_run import small_model, small_pairs, small_trainer
 
+from amopo_fast.prompts.store import TokenStore
 from amopo_fast.survival.checkpoints import STAGING, checkpoints_in, complete_checkpoints
 
 TIMED = ("tokens_per_second", "pairs_per_second", "sequences_per_second", "memory/", "train_runtime",
@@ -33,11 +35,41 @@ TIMED = ("tokens_per_second", "pairs_per_second", "sequences_per_second", "memor
 # On a GPU attention runs in torch's variable-length kernel, which has no dropout and adds gradients in any order unless
 # asked otherwise.
 ON_A_GPU = {"use_cpu": False, "bf16": True, "full_determinism": True}
-IN_HOST_MEMORY = {"weights": "host", "optimizer_states": "host", "optim_in_backward": "adamw_8bit",
-                  "tokens_per_micro_batch": 10**6}  # fmt: skip
+ONE_MICRO_BATCH = {"tokens_per_micro_batch": 10**6}
+VARIANTS = {  # options of a run, whose steps are several micro-batches unless it says otherwise
+    "full": {},
+    "one micro-batch": ONE_MICRO_BATCH,
+    "8-bit in backward": {**ONE_MICRO_BATCH, "weight_precision": "bf16_stochastic", "optim_in_backward": "adamw_8bit"},
+    "4-bit in backward": {**ONE_MICRO_BATCH, "weight_precision": "bf16_stochastic", "optim_in_backward": "adamw_4bit"},
+    "LoRA": {},
+    "DoRA": {},
+    "tokens on disk": {},
+    "host memory": {**ONE_MICRO_BATCH, "weights": "host", "optimizer_states": "host",
+                    "optim_in_backward": "adamw_8bit"},
+}  # fmt: skip
+STOPPED = 3  # the exit code of a run that a signal stopped between two steps
 
 
-def child(output_dir: Path, device: str, host: bool) -> int:
+def trainer_of(variant: str, output_dir: Path, device: str):
+    """A small run of VARIANTS."""
+    options = VARIANTS[variant] | (ON_A_GPU if device == "cuda" else {})
+    model = small_model(
+        attention_dropout=0.0 if device == "cuda" else 0.1, num_hidden_layers=4 if "weights" in options else 2
+    )
+    if "weight_precision" in options:
+        model = model.to(torch.bfloat16)
+    if variant in ("LoRA", "DoRA"):
+        from peft import LoraConfig
+
+        options["peft_config"] = LoraConfig(
+            r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.1, use_dora=variant == "DoRA"
+        )
+    if variant == "tokens on disk":
+        options["pairs"] = TokenStore.write(output_dir.with_suffix(f".tokens{os.getpid()}"), small_pairs(14))
+    return small_trainer(output_dir, model=model, **options)
+
+
+def child(output_dir: Path, device: str, variant: str) -> int:
     """Fork a process that trains in `output_dir`, from its newest checkpoint if there is one. Returns its id."""
     process = os.fork()
     if process:
@@ -47,14 +79,11 @@ def child(output_dir: Path, device: str, host: bool) -> int:
         log = os.open(output_dir.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        cuda = device == "cuda"
-        run = small_trainer(
-            output_dir, model=small_model(attention_dropout=0.0 if cuda else 0.1, num_hidden_layers=4 if host else 2),
-            **(ON_A_GPU if cuda else {}), **(IN_HOST_MEMORY if host else {}),
-        )  # fmt: skip
+        run = trainer_of(variant, output_dir, device)
         run.train(resume_from_checkpoint="auto")
-        run.save_model()
-        status = 0
+        if not run.checkpointer.stopped:
+            run.save_model()
+        status = STOPPED if run.checkpointer.stopped else 0
     except BaseException:
         import traceback
 
@@ -68,15 +97,15 @@ def wait(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def kill_after(process: int, seconds: float) -> bool:
-    """Whether it was still running."""
+def kill_after(process: int, seconds: float, sent: signal.Signals = signal.SIGKILL) -> bool:
+    """Whether it was still running and the signal ended it; SIGTERM ends it at once where training has not begun."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             break
         time.sleep(0.0005)
-    os.kill(process, signal.SIGKILL)
-    return wait(process) == -signal.SIGKILL
+    os.kill(process, sent)
+    return wait(process) in (-sent, STOPPED)
 
 
 def kill_while_saving(process: int, output_dir: Path, save: int, delay: float) -> bool:
@@ -105,8 +134,9 @@ def result(output_dir: Path) -> dict:
     last = complete_checkpoints(output_dir)[-1].path
     loaded = {name: torch.load(last / name, weights_only=True) for name in ("optimizer.pt", "scheduler.pt")}
     state = json.loads((last / "trainer_state.json").read_text())
+    [weights] = output_dir.glob("*model.safetensors")
     return {
-        "weights": load_file(output_dir / "model.safetensors"),
+        "weights": load_file(weights),
         "optimizer": loaded["optimizer.pt"],
         "scheduler": loaded["scheduler.pt"],
         "random state": (last / "rng_state.pth").read_bytes(),
@@ -126,50 +156,56 @@ def same(a, b) -> bool:
     return a == b
 
 
+def chain(variant: str, output_dir: Path, options, rng, duration: float, saves: int, aims: int) -> tuple[int, int]:
+    """Kill a run some times, up to `aims` of them while it saves, and let it end: (kills, those in a save)."""
+    caught = saving = 0
+    for _ in range(rng.randint(1, options.kills_of_a_run)):
+        process = child(output_dir, options.device, variant)
+        if saving < aims:
+            killed = kill_while_saving(process, output_dir, rng.randint(1, saves), rng.uniform(0, 0.05))
+        else:
+            killed = kill_after(process, rng.uniform(0.1, 0.8) * duration, signal.Signals[options.signal])
+        caught += killed
+        saving += killed and interrupted_save(output_dir)
+    ended = wait(child(output_dir, options.device, variant))
+    assert ended == 0, output_dir.with_suffix(".log").read_text()
+    return caught, saving
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--while_saving", type=int, default=5)
+    parser.add_argument("--kills", type=int, default=20, help="kills of runs that were not done yet")
+    parser.add_argument("--while_saving", type=int, default=5, help="those that must hit a save")
+    parser.add_argument("--kills_of_a_run", type=int, default=1, help="at most, before it may end")
+    parser.add_argument("--signal", choices=("SIGKILL", "SIGTERM"), default="SIGKILL", help="outside of saves")
+    parser.add_argument("--variants", nargs="+", choices=("all", *VARIANTS), default=["full"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--host", action="store_true", help="weights and optimizer states in host memory")
     options = parser.parse_args()
-    machine = (options.device, options.host)
     torch.set_num_threads(1)
     rng = random.Random(options.seed)
-    failures = caught = caught_saving = 0
+    variants = list(VARIANTS) if "all" in options.variants else options.variants
+    expected, seconds = {}, {}
+    total = dict.fromkeys(("runs", "kills", "while_saving", "different"), 0)
     with tempfile.TemporaryDirectory() as folder:
-        alone = Path(folder) / "alone"
-        start = time.monotonic()
-        assert wait(child(alone, *machine)) == 0, alone.with_suffix(".log").read_text()
-        duration = time.monotonic() - start
-        expected = result(alone)
-        saves = len(range(2, expected["logged"][-1]["step"] + 1, 2))
-        run = 0
-        while caught < options.runs or caught_saving < options.while_saving:
-            output_dir = Path(folder) / f"run{run}"
-            aim_at_save = caught_saving < options.while_saving
-            process = child(output_dir, *machine)
-            if aim_at_save:
-                killed = kill_while_saving(process, output_dir, rng.randint(1, saves), rng.uniform(0, 0.05))
-            else:
-                killed = kill_after(process, rng.uniform(0.1, 0.8) * duration)
-            saving = killed and interrupted_save(output_dir)
-            at = max((checkpoint.step for checkpoint in complete_checkpoints(output_dir)), default=0)
-            caught += killed
-            caught_saving += saving
-            assert wait(child(output_dir, *machine)) == 0, output_dir.with_suffix(".log").read_text()
+        for number, variant in enumerate(variants):
+            alone, start = Path(folder) / f"alone{number}", time.monotonic()
+            assert wait(child(alone, options.device, variant)) == 0, alone.with_suffix(".log").read_text()
+            expected[variant], seconds[variant] = result(alone), time.monotonic() - start
+        while total["kills"] < options.kills or total["while_saving"] < options.while_saving:
+            variant, output_dir = variants[total["runs"] % len(variants)], Path(folder) / f"run{total['runs']}"
+            # A run that is killed several times is to be in its middle still when the last one comes.
+            saves = max(1, expected[variant]["checkpoints"][-1] // 2 // options.kills_of_a_run)
+            aims = options.while_saving - total["while_saving"]
+            kills, saving = chain(variant, output_dir, options, rng, seconds[variant], saves, aims)
             found = result(output_dir)
-            different = [key for key in expected if not same(expected[key], found[key])]
-            failures += bool(different)
-            print(
-                f"run {run}: {'killed' if killed else 'not killed: it was done'}{' while saving' if saving else ''}, "
-                f"resumed from step {at}, {'DIFFERENT: ' + ', '.join(different) if different else 'equal'}",
-                flush=True,
-            )
-            run += 1
-    print(f"{caught} runs killed, {caught_saving} of them while saving, {failures} different")
-    return 1 if failures else 0
+            different = [key for key, value in expected[variant].items() if not same(value, found[key])]
+            for name, count in zip(total, (1, kills, saving, bool(different)), strict=True):
+                total[name] += count
+            said = f"DIFFERENT: {', '.join(different)}" if different else "equal"
+            print(f"{variant}: {kills} kills, {saving} of them while saving, {said}", flush=True)
+    print("{kills} kills of {runs} runs, {while_saving} while saving, {different} different".format(**total))
+    return 1 if total["different"] else 0
 
 
 if __name__ == "__main__":

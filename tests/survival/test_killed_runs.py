@@ -1,6 +1,5 @@
-"""Runs killed with SIGKILL at random moments and while saving end as the run that was left alone."""
+"""Runs that were killed at random moments and while saving end as the run that was left alone, bit for bit."""
 
-import os
 import re
 from pathlib import Path
 
@@ -10,15 +9,28 @@ from children import child_environment, run
 SCRIPT = Path(__file__).with_name("kill_runs.py")
 
 
-@pytest.mark.parametrize("options", [[], pytest.param(["--host"], marks=pytest.mark.slow)])
-def test_killed_runs_end_as_the_uninterrupted_one(options):
-    """Three here; AMOPO_KILLED_RUNS=20 for as many as the project claims (about a minute and a half)."""
-    runs = int(os.environ.get("AMOPO_KILLED_RUNS", "3"))
-    environment = child_environment(OMP_NUM_THREADS="1")
-    command = [str(SCRIPT), "--runs", str(runs), "--while_saving", str(max(1, runs // 4)), *options]
-    done = run(*command, environment=environment)
+def attack(*options):
+    """(kills, runs, kills in a save) of `kill_runs.py`, none of whose runs may differ."""
+    done = run(str(SCRIPT), *map(str, options), environment=child_environment(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stdout + done.stderr
-    killed, saving, different = map(
-        int, re.search(r"(\d+) runs killed, (\d+) .* (\d+) different", done.stdout).groups()
-    )
-    assert killed >= runs and saving >= max(1, runs // 4) and different == 0
+    counts = re.search(r"(\d+) kills of (\d+) runs, (\d+) while saving, 0 different", done.stdout)
+    return tuple(map(int, counts.groups()))
+
+
+def test_killed_runs_end_as_the_uninterrupted_one():
+    kills, runs, saving = attack("--kills", 3, "--while_saving", 1)
+    assert kills >= 3 and saving >= 1 and runs >= 3
+
+
+@pytest.mark.slow
+def test_104_kills_of_every_kind_of_run(record_property):
+    kills, runs, saving = attack("--kills", 104, "--while_saving", 56, "--kills_of_a_run", 4, "--variants", "all")
+    assert kills >= 104 and saving >= 56
+    record_property("counts", {"kills": kills, "runs": runs, "while_saving": saving})
+
+
+@pytest.mark.slow
+def test_10_times_sigterm(record_property):
+    kills, runs, _ = attack("--kills", 10, "--while_saving", 0, "--signal", "SIGTERM", "--variants", "all")
+    assert kills >= 10
+    record_property("counts", {"sigterms": kills, "runs": runs})

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from children import child_environment, run
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from amopo_fast.cli import main
 from amopo_fast.demo.data import DIMENSIONS, TRAIN_FILE
@@ -80,6 +81,14 @@ def save_sharded(folder, extra):
     dcp.save({"weight": torch.ones(3), "groups": extra}, storage_writer=dcp.FileSystemWriter(folder))
 
 
+class Through:
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
 def test_sharded_parts_are_read_without_running_code(tmp_path):
     save_sharded(tmp_path / "good" / "optimizer_0", [{"lr": 0.1, "betas": (0.9, 0.99)}])
     assert unreadable(tmp_path / "good") == ""
@@ -89,6 +98,13 @@ def test_sharded_parts_are_read_without_running_code(tmp_path):
     shutil.copytree(tmp_path / "good", tmp_path / "index")
     (tmp_path / "index" / "optimizer_0" / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "owned")))
     assert "io.open is not part of a checkpoint's index)" in unreadable(tmp_path / "index")
+    # A member of an enumeration is written as getattr(class, name) by Python 3.11.2, Debian 12's.
+    index, encoding = tmp_path / "index" / "optimizer_0" / ".metadata", _MEM_FORMAT_ENCODING
+    index.write_bytes(pickle.dumps(Through(encoding, next(iter(encoding.__members__)))))
+    assert "getattr" not in unreadable(tmp_path / "index")
+    for of, name in ((torch.Size, "__subclasses__"), (encoding, "mro")):
+        index.write_bytes(pickle.dumps(Through(of, name)))
+        assert "builtins.getattr of what is no enumeration is not part" in unreadable(tmp_path / "index")
     assert not (tmp_path / "owned").exists()
 
 

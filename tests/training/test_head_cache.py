@@ -9,7 +9,8 @@ from transformers import LlamaConfig, Qwen2Config
 
 from amopo_fast import AMoPOConfig
 from amopo_fast.errors import OptionError
-from amopo_fast.memory.estimate import GIB, Row, Setup, cache_bytes, estimate
+from amopo_fast.memory.estimate import Row, Setup, cache_bytes, estimate
+from amopo_fast.memory.gpus import GIB
 from amopo_fast.models.check import prepare_model
 from amopo_fast.packing.schedule import Epoch
 from amopo_fast.training import head_cache

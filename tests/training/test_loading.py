@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from amopo_fast.cli import main
 from amopo_fast.demo.model import demo_model
 from amopo_fast.demo.tokenizer import demo_tokenizer
-from amopo_fast.memory.estimate import GIB, Row, Setup
-from amopo_fast.memory.preflight import DoesNotFit, require_fit
+from amopo_fast.memory.estimate import Row, Setup
+from amopo_fast.memory.gpus import GIB, GPUS
+from amopo_fast.memory.parameters import parameters_of
+from amopo_fast.memory.preflight import DoesNotFit, Room, require_fit
 from amopo_fast.memory.profile import LiveBytes
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.loading import load_model
@@ -82,11 +84,12 @@ def test_what_does_not_fit_is_refused_with_a_flag_that_fixes_it():
                         num_attention_heads=40, num_key_value_heads=8, tie_word_embeddings=False)  # fmt: skip
     row = Row(8192, 4096, 16384)
     with pytest.raises(DoesNotFit) as refused:
-        require_fit("qwen", shape, row, Setup(weights="fp32"), 139 * GIB)
+        require_fit("qwen", shape, row, Setup(weights="fp32"), Room(GPUS["h200"], 512 * GIB))
     message = str(refused.value)
     assert message.startswith("qwen: this run needs about 496.8 GiB") and "139.0 GiB are free" in message
     assert "optimizer states 244.1" in message and "--optim_in_backward adamw_8bit" in message
-    assert require_fit("qwen", shape, row, Setup(states="4bit", in_backward=True), 139 * GIB).peak < 139 * GIB
+    four = Setup(states="4bit", in_backward=True)
+    assert require_fit("qwen", shape, row, four, Room(GPUS["h200"], 0)).peak < 139 * GIB  # it pins nothing
 
 
 def test_the_check_runs_before_loading_on_a_gpu(tmp_path, folder, monkeypatch):
@@ -94,6 +97,7 @@ def test_the_check_runs_before_loading_on_a_gpu(tmp_path, folder, monkeypatch):
     run = args(tmp_path, pairs_per_step=4)
     monkeypatch.setattr(type(run), "device", torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr("amopo_fast.training.loading.load_model", lambda *a: pytest.fail("loaded"))
     with pytest.raises(DoesNotFit, match="no change of optimizer"):
@@ -104,6 +108,35 @@ def test_the_check_runs_before_loading_on_a_gpu(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * GIB, 80 * GIB))
     run.memory_check = True
     assert load_for_training(ModelConfig(str(folder)), run, list(pairs(6)), adapter=False) == torch.float32
+
+
+def test_on_a_cpu_too_and_the_default_row_follows_the_free_memory(tmp_path, folder, monkeypatch, capsys):
+    """A run that a small machine would be killed for is refused; rows that nobody chose are shortened, and said."""
+    big = tmp_path / "big"
+    Qwen2Config(vocab_size=1152, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
+                num_key_value_heads=2, tie_word_embeddings=False).save_pretrained(big)  # fmt: skip
+    demo_tokenizer().save_pretrained(big)
+    data = list(pairs(200))
+
+    def load(free, **options):
+        capsys.readouterr()
+        run = args(tmp_path, pairs_per_step=200, **options)
+        monkeypatch.setattr("amopo_fast.training.loading.free_host_memory", lambda: free)
+        monkeypatch.setattr("amopo_fast.training.loading.load_model", lambda config, args, dtype: dtype)
+        assert load_for_training(ModelConfig(str(big)), run, data, adapter=False) == torch.float32
+        return run.row_tokens, run.tokens_per_micro_batch, capsys.readouterr().out
+
+    needed = 16 * sum(p.numel for p in parameters_of(Qwen2Config.from_pretrained(big)))  # weights, gradients, states
+    assert load(1000 * GIB) == (8192, None, "")  # so much that nothing need be estimated
+    tokens, chosen, said = load(int(1.7 * needed))
+    assert 512 <= tokens < 8192 and chosen == tokens
+    assert f"tokens_per_micro_batch: {tokens}, as {1.7 * needed / GIB:.1f} GiB are free" in said
+    assert "weights in float32; about" in said
+    with pytest.raises(DoesNotFit, match=r"this run needs about .* GiB of memory .* computed tokens .* GiB are free; "):
+        load(needed // 2)
+    with pytest.raises(DoesNotFit):  # a row that was chosen is not shortened
+        load(int(1.7 * needed), tokens_per_micro_batch=8192)
+    assert load(needed // 2, memory_check=False) == (8192, None, "")
 
 
 def lora_trainer(folder, tmp_path, model=None, target_modules="all-linear", **options):

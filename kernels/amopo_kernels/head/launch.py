@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import direct_launch
 from .problem import Problem
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -112,25 +113,56 @@ class SliceLaunch:
     For every launch Triton looks its compiled kernel up by all arguments, which takes longer than the launch where they
     are tuples of many, and asks the driver about each pointer. What it compiles in of an integer is whether 16 divides
     it and whether it is 1; after the first launch of a kind, the kernel is launched directly, by addresses of tensors
-    that this keeps alive, on the stream that is current then.
+    that this keeps alive, on the stream that is current then. `direct_launch` leaves out the rest of Triton, too.
     """
 
     def __init__(self, kernel, grid: Callable[[int], Grid], *arguments, **constants):
         self._kernel, self._grid, self._arguments, self._constants = kernel, grid, arguments, constants
-        self._compiled: dict[tuple[bool, ...], Any] = {}
-        self._launchers: dict[tuple[bool | int, ...], Any] = {}  # of a kind for a number of columns
+        self._bound: dict[tuple[bool, ...], Callable[[Grid], Slices]] = {}
+        self._launches: dict[tuple[bool | int, ...], Slices] = {}  # of a kind for a number of columns
 
     def __call__(self, begin: int, end: int) -> None:
-        columns = end - begin
-        key = begin % 16 == 0, end % 16 == 0, begin == 1, end == 1, columns
-        launcher = self._launchers.get(key)
-        if launcher is None:
-            kind, grid = key[:4], self._grid(columns)
-            if self._compiled.get(kind) is None:  # always, in the interpreter
-                self._compiled[kind] = self._kernel[grid](begin, end, *self._arguments, **self._constants)
+        key = begin % 16 == 0, end % 16 == 0, begin == 1, end == 1, end - begin
+        launch = self._launches.get(key)
+        if launch is None:
+            kind, grid = key[:4], self._grid(end - begin)
+            bound = self._bound.get(kind) or self._known(kind)
+            if bound is None:
+                compiled = self._kernel[grid](begin, end, *self._arguments, **self._constants)
+                if compiled is not None:  # as in the interpreter
+                    self._bound[kind] = self._bind(compiled, kind)
                 return
-            launcher = self._launchers[key] = self._compiled[kind][grid]
-        launcher(begin, end, *self._values, stream=self._stream)
+            self._bound[kind] = bound
+            launch = self._launches[key] = bound(grid)
+        launch(begin, end)
+
+    def _bind(self, compiled, kind: tuple[bool, ...]) -> Callable[[Grid], Slices]:
+        if direct_launch.ENABLED:
+            direct_launch.KERNELS[self._kinds, kind] = direct_launch.DirectKernel.of(compiled)
+        values, stream = self._values, self._stream
+
+        def on(grid: Grid) -> Slices:
+            runner = compiled[grid]
+            return lambda begin, end: runner(begin, end, *values, stream=stream)
+
+        return self._known(kind) or on
+
+    def _known(self, kind: tuple[bool, ...]) -> Callable[[Grid], Slices] | None:
+        """Through the driver alone, a kernel that an earlier call has launched through Triton."""
+        if not direct_launch.ENABLED:
+            return None
+        kernel = direct_launch.KERNELS.get((self._kinds, kind))
+        return None if kernel is None else kernel.bind([0, 0, *self._leaves], self._stream)
+
+    @functools.cached_property
+    def _leaves(self) -> list:
+        return direct_launch.leaves(self._arguments)
+
+    @functools.cached_property
+    def _kinds(self) -> tuple:
+        """What Triton finds the compiled kernel by, but for begin and end."""
+        device = triton.runtime.driver.active.get_current_device()
+        return self._kernel, device, tuple(map(direct_launch.kind, self._leaves)), tuple(self._constants.items())
 
     @functools.cached_property
     def _values(self) -> list:

@@ -17,7 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import Exponentials, StripStatistics, Tables
-from .tiles import load_labels, load_mean_shares, load_scale, logit_tile, narrow, rows_to_compute
+from .tiles import (
+    load_labels,
+    load_mean_shares,
+    load_scale,
+    logit_tile,
+    may_hold_a_label,
+    narrow,
+    rows_to_compute,
+)
 
 
 class LogSumExp(NamedTuple):
@@ -52,7 +60,7 @@ def finish_log_sum_exp(products, row, column, begin, scoring, out, ROWS: tl.cons
         shares = load_mean_shares(scoring, c)[None, :]
         tl.store(out.tables.mean + place, tl.sum(tl.where(shares != 0, z * shares, 0.0), 1), mask=counts)
     z = tl.where((c >= scoring.vocabulary)[None, :], float("-inf"), z)
-    if tl.max(here.to(tl.int32), 0) > 0:
+    if may_hold_a_label(here, scoring):
         is_label = c[None, :] == label[:, None]
         tl.store(out.label_logit + r, tl.sum(tl.where(is_label, z, 0.0), 1), mask=here & (r < rows))
         z = tl.where(is_label, float("-inf"), z)

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from ..numerics import LN2
 from .problem import RowStatistics, Upstream
-from .tiles import load_labels, load_mean_shares, load_scale, logit_tile, narrow, rows_to_compute
+from .tiles import (
+    load_labels,
+    load_mean_shares,
+    load_scale,
+    logit_tile,
+    may_hold_a_label,
+    narrow,
+    rows_to_compute,
+)
 
 
 class LogitGradient(NamedTuple):
@@ -89,7 +97,7 @@ def finish_logit_gradient(products, row, column, begin, scoring, out, ROWS: tl.c
     gradient = gradient_of_others(tl.exp2(log_p), log_p, r, real, out)
     label = load_labels(scoring, row, ROWS)
     here = (label >= column) & (label < column + STRIP)
-    if tl.max(here.to(tl.int32), 0) > 0:
+    if may_hold_a_label(here, scoring):
         gradient = tl.where(c[None, :] == label[:, None], gradient_at_label(r, real, out)[:, None], gradient)
     gradient = add_mean(gradient, r, real, c, scoring, out)
     if scoring.softcap is not None:

@@ -118,7 +118,8 @@ def backward(
     if problem.hidden.dtype == torch.float16:
         upstream = upstream.scaled_for_float16(problem, forward.rows)
     of_logps_alone = not any(x is not None for x in gradients[1:])
-    strip = engine.scores.strip_columns(problem.hidden.device, options.dtype, not of_logps_alone)
+    narrow = not of_logps_alone or d_bias is not None  # column sums of a wide strip spill in float16
+    strip = engine.scores.strip_columns(problem.hidden.device, options.dtype, narrow)
     ds = problem.hidden.new_empty(problem.rows, layout.width)
     parts = engine.gradients.new_d_hidden(problem) if need_hidden else None
     of_slice = []

@@ -116,6 +116,19 @@ def load_labels(scoring, row, ROWS: tl.constexpr):
 
 
 @triton.jit
+def may_hold_a_label(here, scoring):
+    """Whether a strip needs a label's arithmetic, `here` being its rows with a label: the same for all of a block.
+
+    With a softcap always: triton 3.6 spills where the branch meets its slope and a temperature a row.
+    """
+    if scoring.softcap is not None:
+        found = True
+    else:
+        found = tl.max(here.to(tl.int32), 0) > 0
+    return found
+
+
+@triton.jit
 def _halve(tile):
     return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
 

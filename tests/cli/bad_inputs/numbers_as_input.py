@@ -68,7 +68,8 @@ OF_COMMANDS = [
     (("validate", "{work}/pairs.json"), {"max_length": "whole from 1", "eval_share": "0 to below 1"}),
     (("estimate", "{work}/model"), {"gpus": "whole from 1", "tokens": "whole from 1", "label_tokens": "whole from 1",
                                     "max_length": "whole from 1", "keep_layers": "whole from 0",
-                                    "efficiency": "above 0 to 1", "gpu": "above 0"}),
+                                    "efficiency": "above 0 to 1", "gpu": "above 0", "host_memory": "above 0",
+                                    "price": "above 0", "pairs": "whole from 1", "pair_tokens": "whole from 1"}),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import children
 import pytest
 import ranks_with_shards
 import torch
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="gloo, and Tri
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.start_processes(ranks_with_shards.run, (str(folder),), nprocs=3, start_method="spawn")
+    children.start_processes(ranks_with_shards.run, (str(folder),), nprocs=3)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(3)]
 
 

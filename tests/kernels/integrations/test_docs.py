@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import children
 import pytest
 import torch
 from models_for_integrations import tiny_model
@@ -105,8 +106,8 @@ def test_tensor_parallelism(tmp_path):
     expected = model_logps(alone["model"], alone["input_ids"], alone["labels"])
     expected.sum().backward()
     tempered, entropy = model_logps(alone["model"], alone["input_ids"], temperature=0.7, outputs=("entropy",))
-    # One rank is this process: importing everything anew takes longer than the rest.
-    other = torch.multiprocessing.start_processes(on_a_rank, (1, str(tmp_path)), join=False, start_method="spawn")
+    # One rank is this process, the other forked: importing everything anew takes longer than the rest.
+    other = children.start_processes(on_a_rank, (1, str(tmp_path)), join=False)
     on_a_rank(0, 0, str(tmp_path))
     assert other.join()
     for rank in range(2):
