@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
@@ -25,6 +26,24 @@ def schedule_of(args: AMoPOConfig, sizes: PairSizes) -> Schedule:
     return Schedule(
         sizes, args.pairs_per_step, args.row_tokens, args.seed, args.world_size, args.process_index
     )
+
+
+def costs(args: AMoPOConfig, schedule: Schedule) -> str:
+    """What an epoch costs, and with the step inside the backward pass how many pairs its one row holds and could hold:
+    the longer it is, the more computation there is for the optimizer's update, and for copies from and to the host."""
+    text = schedule.describe()
+    if args.optim_in_backward:
+        sizes, padded = schedule.sizes, schedule.sizes.longest.max()
+        tokens = sizes.computed // sizes.longest * padded if padded else sizes.computed
+        longest = np.sort(tokens)[::-1].cumsum()  # of the longest 1, 2, ... pairs
+        most = int(np.searchsorted(longest, schedule.tokens_per_micro_batch, side="right"))
+        text += f"\na step is one row of {schedule.pairs_per_step:,} pairs"
+        if most > schedule.pairs_per_step:
+            text += (
+                f"; with pairs_per_step={most} every row still fits into tokens_per_micro_batch="
+                f"{schedule.tokens_per_micro_batch:,}, and is longer"
+            )
+    return text
 
 
 def most_micro_batches(args: AMoPOConfig, schedule: Schedule) -> int:

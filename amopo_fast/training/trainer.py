@@ -37,7 +37,7 @@ from amopo_fast.survival.signals import EvaluationStopped, Termination
 from amopo_fast.training.arguments import check_best_metric
 from amopo_fast.training.checks import RealLogits, check_data, given_sets
 from amopo_fast.training.config import AMoPOConfig
-from amopo_fast.training.epochs import Description, most_micro_batches, require_one_micro_batch, schedule_of
+from amopo_fast.training.epochs import Description, costs, most_micro_batches, require_one_micro_batch, schedule_of
 from amopo_fast.training.head_cache import HeadCache
 from amopo_fast.training.inputs import MovesWithoutWaiting
 from amopo_fast.training.loading import load_for_training, streamed_weights
@@ -120,7 +120,7 @@ class AMoPOTrainer(MovesWithoutWaiting, Trainer):
             self._batches = PlannedBatches(schedule.epoch)
             args.gradient_accumulation_steps = self._batches.epoch.accumulation
             kept = self.head_cache.choose(model, train_dataset, self._batches.epoch)
-            lines = filter(None, [schedule.describe(), rate, choice.describe(sizes.share), kept])
+            lines = filter(None, [costs(args, schedule), rate, choice.describe(sizes.share), kept])
             callbacks.insert(0, Description("\n".join(lines)))
             if kwargs.get("optimizers", (None, None))[0] is None:
                 micro_batches = most_micro_batches(args, schedule) if args.optim_in_backward else 1

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -14,8 +15,10 @@ from amopo_fast.memory.estimate import Row, Setup, cache_bytes, estimate
 from amopo_fast.memory.profile import meta_model
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.streaming import host_bytes, stream_weights, streamed_of
+from amopo_fast.packing.schedule import PairSizes
 from amopo_fast.training import loading
 from amopo_fast.training.config import AMoPOConfig
+from amopo_fast.training.epochs import costs, schedule_of
 from amopo_fast.training.host_memory import refuse_in_host_memory
 from amopo_fast.training.loading import weight_slots
 
@@ -159,6 +162,20 @@ def test_checkpointing_is_switched_on_and_said(tmp_path, caplog):
     args = AMoPOConfig(str(tmp_path), use_cpu=True, **HOST)
     assert getattr(args, "activation_checkpointing", args.gradient_checkpointing)
     assert "gradient checkpointing is switched on" in caplog.text
+
+
+@pytest.mark.parametrize("budget, said", [(330, "pairs_per_step=3 every row still fits"), (230, ""), (60, "")])
+def test_how_many_pairs_a_step_holds_and_could_hold_is_said(tmp_path, budget, said):
+    computed = np.array([90, 100, 30, 120, 110])
+    sizes = PairSizes(*(computed,) * 5, longest=0 * computed)
+    args = AMoPOConfig(str(tmp_path), use_cpu=True, pairs_per_step=2, tokens_per_micro_batch=budget,
+                       optim_in_backward="adamw_8bit")  # fmt: skip
+    *_, line = costs(args, schedule_of(args, sizes)).splitlines()
+    assert line.startswith("a step is one row of 2 pairs") and said in line and bool(said) == (";" in line)
+    separate = replace(sizes, longest=computed // 2)  # two sequences a pair, each padded to the longest of all
+    assert (costs(args, schedule_of(args, separate)).splitlines()[-1] == line) == (budget != 330)
+    args.optim_in_backward = ""
+    assert costs(args, schedule_of(args, sizes)) == schedule_of(args, sizes).describe()
 
 
 def test_slots_fill_what_the_estimate_leaves_of_a_gpu():
