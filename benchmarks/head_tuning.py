@@ -36,13 +36,16 @@ class Tuning:
     d_weight: Tile | None = None
     d_hidden: Tile | None = None
     blocks_per_processor: int = 1
+    add_in_l2: bool = False
     group: int | None = None  # row tiles that are walked together
     slice_columns: int | None = None
 
     def configuration(self) -> launch.Configuration:
         tiles = {name: getattr(self, name) for name in ("scores", "d_weight", "d_hidden") if getattr(self, name)}
         shipped = launch.SIXTEEN_BIT[CAPABILITY]
-        return dataclasses.replace(shipped, **tiles, blocks_per_processor=self.blocks_per_processor)
+        return dataclasses.replace(
+            shipped, **tiles, blocks_per_processor=self.blocks_per_processor, add_in_l2=self.add_in_l2
+        )
 
     @contextlib.contextmanager
     def applied(self):
@@ -59,6 +62,7 @@ class Tuning:
 SMALL = Tile(128, 128, 64, 4, 3)
 TUNINGS = [
     Tuning("shipped: 128 x 256 x 64, 8 warps, 4 stages"),
+    Tuning("dX32 added to in L2", add_in_l2=True),
     Tuning("3 stages", *[Tile(128, 256, 64, 8, 3)] * 3),
     Tuning("two blocks a processor, 128 x 128 x 64, 4 warps", *[SMALL] * 3, blocks_per_processor=2),
     Tuning("256 x 128 for dW", d_weight=Tile(256, 128, 64, 8, 4)),
