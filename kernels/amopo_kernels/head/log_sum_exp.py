@@ -45,13 +45,11 @@ class LogSumExp(NamedTuple):
 
 
 @triton.jit
-def finish_log_sum_exp(products, row, column, begin, scoring, out, ROWS: tl.constexpr, STRIP: tl.constexpr):
-    """One strip, (ROWS, STRIP) products x . w at (row, column); `begin` is the first column of the slice."""
-    r = row + tl.arange(0, ROWS)
-    c = column + tl.arange(0, STRIP)
+def finish_log_sum_exp(products, r, c, column, begin, scoring, out, STRIP: tl.constexpr):
+    """One strip, (ROWS, STRIP) products x . w of rows r and columns c = column, column + 1 ... of a slice from `begin`."""
     rows = rows_to_compute(scoring)
     z, slope = logit_tile(products, c, scoring)
-    label = load_labels(scoring, row, ROWS)
+    label = load_labels(scoring, r)
     here = (label >= column) & (label < column + STRIP)
     place = (column // STRIP).to(tl.int64) * scoring.rows + r
     # The last tile may have whole strips past the vocabulary.
@@ -68,7 +66,7 @@ def finish_log_sum_exp(products, row, column, begin, scoring, out, ROWS: tl.cons
     if out.tables.top is not None:
         best = tl.where(z == maximum[:, None], c[None, :], 2147483647)
         tl.store(out.tables.top + place, tl.min(best, 1), mask=counts)
-    scale = load_scale(scoring, row, ROWS)
+    scale = load_scale(scoring, r)
     exponents = (z - maximum[:, None]) * scale[:, None]
     exponentials = tl.exp2(exponents)
     tl.store(out.tables.maximum + place, maximum, mask=counts)
