@@ -46,7 +46,7 @@ class LogSumExp(NamedTuple):
 
 @triton.jit
 def finish_log_sum_exp(products, r, c, column, begin, scoring, out, STRIP: tl.constexpr):
-    """One strip, (ROWS, STRIP) products x . w of rows r and columns c = column, column + 1 ... of a slice from `begin`."""
+    """One strip, (ROWS, STRIP) products x . w of rows r and columns c, from `column` on; the slice begins at `begin`."""
     rows = rows_to_compute(scoring)
     z, slope = logit_tile(products, c, scoring)
     label = load_labels(scoring, r)
