@@ -45,8 +45,8 @@ class LogSumExp(NamedTuple):
 
 
 @triton.jit
-def finish_log_sum_exp(products, r, c, column, begin, scoring, out, STRIP: tl.constexpr):
-    """One strip, (ROWS, STRIP) products x . w of rows r and columns c, from `column` on; the slice begins at `begin`."""
+def finish_log_sum_exp(products, r, c, column, scoring, out, STRIP: tl.constexpr):
+    """One strip, (ROWS, STRIP) products x . w of rows r and columns c, from `column` on. Returns what is to be kept."""
     rows = rows_to_compute(scoring)
     z, slope = logit_tile(products, c, scoring)
     label = load_labels(scoring, r)
@@ -77,13 +77,21 @@ def finish_log_sum_exp(products, r, c, column, begin, scoring, out, STRIP: tl.co
     if out.tables.squares is not None:
         tl.store(out.tables.squares + place, tl.sum(exponentials * exponentials, 1), mask=counts)
     if out.exponentials is not None:
-        first = 0
         if out.reference is not None:
-            first = begin
             reference = tl.load(out.reference + r, mask=r < rows, other=0.0)
             base = tl.where((maximum - reference) * scale > out.limit, maximum, reference)
             exponentials *= tl.exp2((maximum - base) * scale)[:, None]
         if scoring.softcap is not None:
             exponentials *= slope
-        places = out.exponentials + r.to(tl.int64)[:, None] * out.stride + (c - first)[None, :]
-        tl.store(places, narrow(exponentials, out.exponentials.dtype.element_ty), mask=(r < rows)[:, None])
+    return exponentials
+
+
+@triton.jit
+def store_exponentials(exponentials, r, c, begin, scoring, out):
+    """What finish_log_sum_exp returned, of a slice from `begin` on."""
+    first = 0
+    if out.reference is not None:
+        first = begin
+    places = out.exponentials + r.to(tl.int64)[:, None] * out.stride + (c - first)[None, :]
+    kept = narrow(exponentials, out.exponentials.dtype.element_ty)
+    tl.store(places, kept, mask=(r < rows_to_compute(scoring))[:, None])

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .log_sum_exp import LogSumExp, finish_log_sum_exp
+from .log_sum_exp import LogSumExp, finish_log_sum_exp, store_exponentials
 from .logit_gradient import LogitGradient, logit_gradient, store_gradient
 from .problem import Problem
 from .tiles import dot, grouped_tile, load_tile, rows_to_compute, strips_of
@@ -35,7 +35,9 @@ def finish_strip(
         gradient = logit_gradient(products, r, c, column, scoring, epilogue, STRIP)
         store_gradient(gradient, r, c - begin, row // ROWS, scoring, epilogue)
     else:
-        finish_log_sum_exp(products, r, c, column, begin, scoring, epilogue, STRIP)
+        exponentials = finish_log_sum_exp(products, r, c, column, scoring, epilogue, STRIP)
+        if epilogue.exponentials is not None:
+            store_exponentials(exponentials, r, c, begin, scoring, epilogue)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import launch
-from .log_sum_exp import LogSumExp, finish_log_sum_exp
+from .log_sum_exp import LogSumExp, finish_log_sum_exp, store_exponentials
 from .logit_gradient import LogitGradient, logit_gradient, store_gradient
 from .problem import Problem
 from .tiles import grouped_tile, narrow, rows_to_compute, strips_of
@@ -108,15 +108,18 @@ def _finish_strip(
     layout: gl.constexpr = products.type.layout
     r = row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     c = column + gl.arange(0, STRIP, gl.SliceLayout(0, layout))
+    wide: gl.constexpr = _wide_stores(STRIP)
+    wide_r = row + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
+    wide_c = column + gl.arange(0, STRIP, gl.SliceLayout(0, wide))
     if GRADIENT:
         gradient = logit_gradient(products, r, c, column, scoring, epilogue, STRIP)
-        wide: gl.constexpr = _wide_stores(STRIP)
         gradient = gl.convert_layout(narrow(gradient, epilogue.d_logits.dtype.element_ty), wide)
-        r = row + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
-        place = column - begin + gl.arange(0, STRIP, gl.SliceLayout(0, wide))
-        store_gradient(gradient, r, place, row // ROWS, scoring, epilogue)
+        store_gradient(gradient, wide_r, wide_c - begin, row // ROWS, scoring, epilogue)
     else:
-        finish_log_sum_exp(products, r, c, column, begin, scoring, epilogue, STRIP)
+        exponentials = finish_log_sum_exp(products, r, c, column, scoring, epilogue, STRIP)
+        if epilogue.exponentials is not None:
+            exponentials = gl.convert_layout(narrow(exponentials, epilogue.exponentials.dtype.element_ty), wide)
+            store_exponentials(exponentials, wide_r, wide_c, begin, scoring, epilogue)
 
 
 @gluon.constexpr_function
@@ -176,23 +179,25 @@ _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def fits(problem: Problem, epilogue: LogSumExp | LogitGradient) -> bool:
-    """sm_90, 16-bit operands that the TMA can read, and neither kept exponentials nor a gradient of the bias."""
+    """sm_90, 16-bit operands that the TMA can read, and no gradient of the bias."""
     if launch.configuration(problem) is not launch.SIXTEEN_BIT[90]:
         return False
-    return (epilogue.d_bias if isinstance(epilogue, LogitGradient) else epilogue.exponentials) is None
+    return isinstance(epilogue, LogSumExp) or epilogue.d_bias is None
 
 
 def scores(problem: Problem, strip: int, epilogue: LogSumExp | LogitGradient) -> launch.SliceLaunch:
     """As score_loop.scores, where `fits`."""
     configuration = launch.configuration(problem)
-    tile, ring = configuration.scores, RING
+    tile, ring, gradient = configuration.scores, RING, isinstance(epilogue, LogitGradient)
+    if gradient and problem.options.softcap is not None:
+        strip = min(strip, 32)  # triton 3.6 spills 16 bytes with 64
     return launch.SliceLaunch(
         warp_specialized_kernel,
         lambda columns: launch.grid(configuration, problem.hidden.device, problem.rows, columns, tile),
         _source(problem.hidden, [ROWS, ring.depth]), _source(problem.weight, [tile.columns, ring.depth]),
         problem.scoring, epilogue, problem.features,
         ROWS=ROWS, COLUMNS=tile.columns, DEPTH=ring.depth, STAGES=ring.stages, LEAD=ring.lead, GROUP=launch.GROUP,
-        STRIP=strip, GRADIENT=isinstance(epilogue, LogitGradient), num_warps=4,
+        STRIP=strip, GRADIENT=gradient, num_warps=4,
     )  # fmt: skip
 
 
