@@ -38,6 +38,7 @@ class Tuning:
     d_weight: Tile | None = None
     d_hidden: Tile | None = None
     blocks_per_processor: int = 1
+    add_in_l2: bool = False
     group: int | None = None  # row tiles that are walked together
     slice_columns: int | None = None
     ring: warp_specialized.Ring | None = None  # of the warp-specialised kernel; None: Triton's kernel
@@ -45,7 +46,9 @@ class Tuning:
     def configuration(self) -> launch.Configuration:
         tiles = {name: getattr(self, name) for name in ("scores", "d_weight", "d_hidden") if getattr(self, name)}
         shipped = launch.SIXTEEN_BIT[CAPABILITY]
-        return dataclasses.replace(shipped, **tiles, blocks_per_processor=self.blocks_per_processor)
+        return dataclasses.replace(
+            shipped, **tiles, blocks_per_processor=self.blocks_per_processor, add_in_l2=self.add_in_l2
+        )
 
     @contextlib.contextmanager
     def applied(self):
@@ -65,6 +68,7 @@ SMALL = Tile(128, 128, 64, 4, 3)
 Ring = warp_specialized.Ring
 TUNINGS = [
     Tuning("shipped: 128 x 256 x 64, 8 warps, 4 stages"),
+    Tuning("dX32 added to in L2", add_in_l2=True),
     Tuning("warp-specialised, 4 stages of 64, 2 steps apart", ring=Ring(64, 4, 2)),
     Tuning("warp-specialised, 4 stages of 64, 1 step apart", ring=Ring(64, 4, 1)),
     Tuning("warp-specialised, 9 stages of 32, 6 steps apart", ring=Ring(32, 9, 6)),

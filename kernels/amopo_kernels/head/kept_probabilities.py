@@ -85,8 +85,8 @@ def _cached_gradient_kernel(
 
 @triton.jit
 def _raise_kernel(
-    begin, end, exponentials, strip_maximum, reference, rescale, scoring, stride, limit, headroom,
-    ROWS: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
+    begin, end, exponentials, strip_maximum, reference, d_hidden, scoring, stride, splits, features, limit, headroom,
+    ROWS: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     strips = tl.cdiv(end - begin, STRIP)
     strip_maximum += (begin // STRIP).to(tl.int64) * scoring.rows
@@ -105,7 +105,6 @@ def _raise_kernel(
     raised = (largest - before) * scale > limit
     after = tl.where(raised, largest - headroom / scale, before)
     tl.store(reference + r, after, mask=real)
-    tl.store(rescale + r, tl.exp2((before - after) * scale), mask=real)
     if tl.max(raised.to(tl.int32), 0) > 0:  # rare after the first slice
         for strip in range(0, strips):
             maximum = tl.load(strip_maximum + tl.cast(strip, tl.int64) * rows + r, mask=real, other=0.0)
@@ -116,6 +115,14 @@ def _raise_kernel(
             inside = (real & raised)[:, None]
             p = tl.load(places, mask=inside, other=0.0).to(tl.float32)
             tl.store(places, narrow(p * factor[:, None], exponentials.dtype.element_ty), mask=inside)
+        if begin > 0:  # before there is nothing in d_hidden
+            factor = tl.exp2((before - after) * scale)
+            blocks = tl.cdiv(features, FEATURES)
+            for block in range(0, splits * blocks):
+                h = block % blocks * FEATURES + tl.arange(0, FEATURES)
+                places = d_hidden + (block // blocks * rows + r).to(tl.int64)[:, None] * features + h[None, :]
+                inside = (real & raised)[:, None] & (h < features)[None, :]
+                tl.store(places, tl.load(places, mask=inside, other=0.0) * factor[:, None], mask=inside)
 
 
 @triton.jit
@@ -168,7 +175,7 @@ def raise_reference(
     exponentials: Tensor,  # (N, width) of one slice, changed in place
     statistics: StripStatistics,
     reference: Tensor,  # (N,) float32, a logit, changed in place
-    rescale: Tensor,  # (N,) float32, written: what the sum so far must be multiplied by
+    d_hidden: Tensor,  # (splits, N, H) float32, the sums so far, changed in place
     limit: float,
     headroom: float,
 ) -> launch.SliceLaunch:
@@ -176,8 +183,9 @@ def raise_reference(
     return launch.SliceLaunch(
         _raise_kernel,
         lambda _: (launch.blocks(problem.rows, block), 1, 1),
-        exponentials, statistics.tables.maximum, reference, rescale, problem.scoring,
-        exponentials.stride(0), limit, headroom, ROWS=block, STRIP=statistics.strip, STRIPS=64, num_warps=4,
+        exponentials, statistics.tables.maximum, reference, d_hidden, problem.scoring, exponentials.stride(0),
+        d_hidden.shape[0], problem.features, limit, headroom,
+        ROWS=block, STRIP=statistics.strip, STRIPS=64, FEATURES=64, num_warps=4,
     )  # fmt: skip
 
 
