@@ -9,22 +9,23 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 
 from amopo_fast import hub
-from amopo_fast.errors import ModelError, OptionError, shown
+from amopo_fast.errors import ModelError, OptionError, of_a_library, shown
 from amopo_fast.models.architecture import UnsupportedModelError, refusal_unloaded
 from amopo_fast.models.config import ModelConfig, lora_targets
 from amopo_fast.models.depth import depth_of, set_layers
 from amopo_fast.models.head import head_of
+from amopo_fast.models.placing import created_in, loading_into
 from amopo_fast.models.saving import weights_digest
 from amopo_fast.models.text_part import auto_class, beside_text, linear_layers
 from amopo_fast.prompts.recipe import Recipe, recipe_of
@@ -48,7 +49,7 @@ def model_errors(name: str | None, what: str = "model_name_or_path") -> Iterator
         text = " ".join(str(error).split()).split(" Please note")[0]
         raise ValueError(f"{what}: {name!r} cannot be loaded: {text}") from error
     except Exception as error:
-        text = " ".join(str(error).split())[:400] or type(error).__name__
+        text = of_a_library(error)
         text = f"{text} is not known" if isinstance(error, KeyError) else text
         remedy = hub.remedy(str(name)) or (
             f"{text}; give a folder with config.json, tokenizer.json and whole "
@@ -85,8 +86,13 @@ def load_shape(config: ModelConfig) -> PretrainedConfig:
     return shape
 
 
-def load_model(config: ModelConfig, args: Any, dtype: torch.dtype) -> nn.Module:
+def load_model(
+    config: ModelConfig, args: Any, dtype: torch.dtype, homes: Mapping[str, Tensor] | None = None
+) -> nn.Module:
     """A causal LM in `dtype` on the device of this rank; on the CPU where FSDP, DeepSpeed or streaming will place it.
+
+    Args:
+        homes: memory that parameters of these names are loaded straight into.
 
     Raises:
         OSError: not found.
@@ -96,14 +102,19 @@ def load_model(config: ModelConfig, args: Any, dtype: torch.dtype) -> nn.Module:
     quantisation = quantisation_config(config, dtype)
     if config.random_weights:
         shape = load_shape(config)
-        set_seed(args.seed)
-        with torch.device(device):
+
+        def create() -> nn.Module:
+            set_seed(args.seed)
             return auto_class(shape).from_config(shape, dtype=dtype, trust_remote_code=False)
+
+        with torch.device(device):
+            return created_in(homes, create) if homes else create()
     shape = load_shape(config)  # refuses overrides
     placement = {"device_map": {"": device}} if device.type != "cpu" or quantisation is not None else {}
-    return load_whole(
-        config.model_name_or_path, shape, dtype=dtype, quantization_config=quantisation, **placement
-    )
+    with loading_into(homes) if homes else nullcontext():
+        return load_whole(
+            config.model_name_or_path, shape, dtype=dtype, quantization_config=quantisation, **placement
+        )
 
 
 def load_whole(name: str | Path, shape: PretrainedConfig | None = None, **options: Any) -> nn.Module:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from amopo_fast.data.pairs import record_of
+from amopo_fast.text_files import read_text
 
 _COLUMNS = ("logp_chosen", "logp_rejected", "margin", "weight", "prob_std_chosen", "prob_std_rejected")
 
@@ -52,7 +53,7 @@ class FailedStep:
         from jsonschema.exceptions import best_match
 
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(read_text(path))
         except (OSError, ValueError, RecursionError) as error:
             raise _not_one(path, error) from None
         wrong = best_match(Draft202012Validator(SCHEMA).iter_errors(content))
@@ -83,9 +84,9 @@ class FailedStep:
         lines = [f"step {content['step']}: {content['reason']}"]
         for part in ("weights", "gradients"):
             if content.get(part):
-                lines.append(f"not finite in the {part} of: {', '.join(content[part])}")
+                lines.append(f"not finite in the {part} of: {_names(content[part])}")
         if content.get("changed_weights"):
-            lines.append(f"changed by it before that was known: {', '.join(content['changed_weights'])}")
+            lines.append(f"changed by it before that was known: {_names(content['changed_weights'])}")
         lines.append(f"gradient norm {_short(content.get('gradient_norm'))}, learning rate "
                      f"{_short(content.get('learning_rate'))}, seed {content.get('seed')}")  # fmt: skip
         return Group(*lines, table if rows else "no records: no step had begun")
@@ -95,6 +96,11 @@ def _not_one(path: str | Path, reason: object) -> ValueError:
     return ValueError(
         f"{path} is no report of a failed step ({reason}); give the failed-step-N.json of a run's output_dir"
     )
+
+
+def _names(names: list[str]) -> str:
+    """The first of them: a NaN inside the model is in the gradients of all weights below it."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _short(value) -> str:

@@ -38,16 +38,26 @@ def break_unused_weight(model):
         model.model.embed_tokens.weight[96, 0] = float("inf")
 
 
-def break_gradient(model):
+def break_gradient(model, value=float("inf")):
     parameter = model.model.layers[0].mlp.up_proj.weight
 
     def hook(grad):
         handle.remove()
         grad = grad.clone()
-        grad[0, 0] = float("inf")
+        grad[0, 0] = value
         return grad
 
     handle = parameter.register_hook(hook)
+
+
+def break_hidden_gradient(model):
+    """What comes down from layer 1 is NaN: so are the gradients of all that lies below."""
+
+    def hook(module, grad_input, grad_output):
+        handle.remove()
+        return tuple(each * float("nan") for each in grad_input)
+
+    handle = model.model.layers[1].mlp.gate_proj.register_full_backward_hook(hook)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +95,30 @@ def test_a_bad_number_stops_before_the_weights_change(tmp_path, action, reason, 
     for pair in report["pairs"]:
         assert set(pair["dimensions"]) == {"first", "second"}
     assert [checkpoint.step for checkpoint in complete_checkpoints(tmp_path)] == [2]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("norm", [0.01, 0.0])
+@pytest.mark.parametrize("value", [NAN, float("inf")])
+def test_of_all_gradients_the_bad_one_is_named(tmp_path, norm, value):
+    """Scaling by a norm that is NaN, or infinite, would have made the others so too."""
+    calls = [BeforeStep(0, lambda model: break_gradient(model, value))]
+    run = small_trainer(tmp_path, callbacks=calls, save_strategy="no", max_grad_norm=norm)
+    bad = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(NumbersError, match=rf"^step 1: the gradient is not finite \({bad}\)\. The weights were not"):
+        run.train()
+    assert json.loads((tmp_path / "failed-step-1.json").read_text())["gradients"] == [bad]
+
+
+def test_of_many_bad_gradients_those_next_to_the_loss_come_first(tmp_path):
+    run = small_trainer(tmp_path, callbacks=[BeforeStep(0, break_hidden_gradient)], save_strategy="no")
+    with pytest.raises(NumbersError, match=r"not finite \(model.layers.1.post_attention_layernorm.weight, .*, \.\.\."):
+        run.train()
+    named = json.loads((tmp_path / "failed-step-1.json").read_text())["gradients"]
+    assert named[-1] == "model.embed_tokens.weight" and not {"lm_head.weight", "model.norm.weight"} & set(named)
+    assert not any("layers.1.mlp" in name for name in named)
 
 
 def test_a_bad_weight_is_found_before_the_first_step(tmp_path):
@@ -273,7 +307,7 @@ def test_with_the_step_in_backward_the_weights_after_a_bad_gradient_are_as_they_
     assert "that one and those after it were not. " in message
     assert f"The last complete checkpoint is {tmp_path / 'checkpoint-2'}" in message
     report = json.loads((tmp_path / "failed-step-4.json").read_text())
-    assert report["changed_weights"] == sorted(changed) and report["gradients"] == [bad]
+    assert set(report["changed_weights"]) == set(changed) and report["gradients"] == [bad]
     assert all(weight.isfinite().all() for weight in after.values())
 
 

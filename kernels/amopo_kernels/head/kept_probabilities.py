@@ -66,7 +66,7 @@ def _cached_gradient_kernel(
     real = r < rows_to_compute(scoring)
     place = tl.program_id(1) * STRIP + tl.arange(0, STRIP)
     c = begin + place
-    scale = load_scale(scoring, row, ROWS)
+    scale = load_scale(scoring, r)
     strip = (begin // STRIP + tl.program_id(1)).to(tl.int64)
     reference = tl.load(strip_maximum + strip * scoring.rows + r, mask=real, other=0.0)
     share = _share_in_bits(out.rows, r, real, scale, reference)[:, None]
@@ -77,10 +77,10 @@ def _cached_gradient_kernel(
         log_p += tl.log2(q)
     gradient = gradient_of_others(q * tl.exp2(share), log_p, r, real, out)
     at_label = gradient_at_label(r, real, out) * _label_slope(out.rows, r, real, scale, scoring.softcap)
-    is_label = c[None, :] == load_labels(scoring, row, ROWS)[:, None]
+    is_label = c[None, :] == load_labels(scoring, r)[:, None]
     gradient = add_mean(tl.where(is_label, at_label[:, None], gradient), r, real, c, scoring, out)
     gradient = tl.where((c < scoring.vocabulary)[None, :], gradient, 0.0)
-    store_gradient(gradient, row, place, tl.program_id(0), scoring, out, ROWS)
+    store_gradient(gradient, r, place, tl.program_id(0), scoring, out)
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def _raise_kernel(
     r = row + tl.arange(0, ROWS)
     rows = scoring.rows
     real = r < rows_to_compute(scoring)
-    scale = load_scale(scoring, row, ROWS)
+    scale = load_scale(scoring, r)
     before = tl.load(reference + r, mask=real, other=0.0)
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     for first in range(0, strips, STRIPS):
@@ -131,8 +131,8 @@ def _finish_kernel(d_hidden, weight, scoring, rows, reference, features, weight_
     r = n + tl.arange(0, 1)
     real = r < rows_to_compute(scoring)
     h = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    scale = load_scale(scoring, n, 1)
-    label = load_labels(scoring, n, 1)
+    scale = load_scale(scoring, r)
+    label = load_labels(scoring, r)
     at_label = tl.load(rows.miss + r, mask=real, other=0.0) * _label_slope(rows, r, real, scale, scoring.softcap)
     share = tl.exp2(_share_in_bits(rows, r, real, scale, tl.load(reference + r, mask=real, other=0.0)))
     inside = (h < features)[None, :] & real[:, None]
