@@ -50,6 +50,8 @@ CASES = {
     "warp-specialised": {"specialised": True},
     "warp-specialised, all options": {"specialised": True, "softcap": 30.0, "outputs": "entropy,lse,mean_logit,top1"},
     "warp-specialised, float16, a bias": {"specialised": True, "dtype": torch.float16, "bias": True},
+    "warp-specialised, cached": {"specialised": True, "cached": True, "softcap": 30.0},
+    "warp-specialised, frozen": {"specialised": True, "frozen": True},
     "warp-specialised, temperatures and ignored rows": {"specialised": True, "counted": True},
 }
 
