@@ -4,6 +4,7 @@ network. Nothing else sets TRITON_INTERPRET, and a test that is marked gpu fails
 import gc
 import os
 import socket
+import sys
 
 import pytest
 import torch
@@ -18,11 +19,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
 
+gc.disable()  # while all is imported: looking through it again and again takes a quarter of the time
+
+
 def pytest_collection_finish():
     """What the imports made lives until the end: accelerate's many gc.collect() need not look through it, each time for
     a third of a second."""
+    gc.enable()
     gc.collect()
     gc.freeze()
+    if "children" in sys.modules and not torch.cuda.is_available():
+        sys.modules["children"].fork_from_here()
 
 
 def pytest_unconfigure():

@@ -4,23 +4,50 @@
 forked from a process that has imported both. What an import itself does is tested in a fresh interpreter.
 """
 
+import logging
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import connection, forkserver, util
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[2]
-IMPORTED = ["torch", "numpy", "safetensors.torch", "transformers.trainer", "peft", "accelerate", "datasets"]
+PRELOAD = ["torch", "numpy", "safetensors.torch", "transformers.trainer", "peft", "accelerate", "datasets",
+           "amopo_fast.training.trainer", "amopo_fast.cli.train"]  # fmt: skip
 # Else asking whether there is a GPU initialises CUDA, which no forked process can use.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload([*IMPORTED, "amopo_fast.training.trainer", "amopo_fast.cli.train"])
+_processes.set_forkserver_preload(PRELOAD)
+
+
+def fork_from_here() -> None:
+    """Makes multiprocessing's fork server a fork of this process, which has imported all that is needed.
+
+    To be called when nothing has run yet; not with a GPU, where anything may have initialised CUDA."""
+    address = connection.arbitrary_address("AF_UNIX")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        os.chmod(address, 0o600)
+        listener.listen()
+        alive, held = os.pipe()  # the server ends when nobody holds the other end
+        pid = os.fork()
+        if not pid:
+            try:
+                os.close(held)
+                forkserver.main(listener.fileno(), alive, PRELOAD)  # as a rule imported already
+            finally:
+                util._exit_function()
+                os._exit(0)
+    os.close(alive)
+    server = forkserver._forkserver
+    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, held, pid
 
 
 def child_environment(*folders: Path, **variables: str) -> dict[str, str]:
@@ -82,6 +109,10 @@ def _become(command: tuple[str, ...], cwd: str, environment: dict[str, str], out
     for number, name in ((1, output), (2, errors)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler):  # made when the libraries were imported
+                handler.setStream(sys.stderr)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

@@ -4,6 +4,7 @@ docs/design.md shows the same list.
 """
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -39,10 +40,14 @@ def modules(folder: Path) -> dict[str, Path]:
     return result
 
 
-def imports(name: str, path: Path) -> set[str]:
+MODULES = modules(PACKAGE)
+
+
+@functools.cache
+def imports(name: str) -> set[str]:
     """Modules of amopo_fast that a module imports anywhere: in functions and for type checking too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and not node.level:
             target = node.module.split(".")
             names = [".".join([*target, alias.name]) for alias in node.names if alias.name != "__version__"]
@@ -56,10 +61,6 @@ def imports(name: str, path: Path) -> set[str]:
     return {each.removeprefix("amopo_fast").lstrip(".") for each in inside}
 
 
-MODULES = modules(PACKAGE)
-IMPORTS = {name: imports(name, path) for name, path in MODULES.items()}
-
-
 def test_every_room_has_its_floor():
     assert {name.split(".")[0] for name in MODULES} == set(FLOOR_OF)
 
@@ -68,7 +69,7 @@ def test_every_room_has_its_floor():
 def test_imports_run_down(name):
     room = name.split(".")[0]
     up = []
-    for target in IMPORTS[name]:
+    for target in imports(name):
         other = target.split(".")[0]
         if not other:
             up.append("amopo_fast itself, which knows all rooms")
@@ -83,7 +84,7 @@ def test_no_module_is_part_of_a_circle():
     def walk(name: str, path: tuple[str, ...]) -> None:
         assert name not in path, f"circle: {' -> '.join((*path[path.index(name) :], name))}"
         if name not in done:
-            for target in IMPORTS.get(name, ()):
+            for target in imports(name) if name in MODULES else ():
                 walk(target, (*path, name))
             done.add(name)
 
