@@ -42,7 +42,7 @@ setup(
         "psutil>=5.9",
         "peft>=0.18",
         "datasets>=4.0",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "xxhash>=3.0",
         "jsonschema>=4.18",
         "huggingface-hub>=1.0",

@@ -1,4 +1,5 @@
-"""Launch configurations of the `fused` head for sm_90 beside the shipped one: tiles, stages, groups, widths of a slice.
+"""Launch configurations of the `fused` head for sm_90 beside the shipped one: tiles, stages, groups, widths of a slice,
+and the warp-specialised score kernel (head/warp_specialized.py), which is timed in the forward alone, too.
 
     PYTHONPATH=.:kernels python benchmarks/head_tuning.py --out head_tuning.json
 
@@ -12,13 +13,14 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
 import torch
 
 import harness
-from amopo_kernels.head import launch, layout
+from amopo_kernels.head import launch, layout, score_loop, warp_specialized
 from compile_report import launches_of, row, use_absent_gpu
 from head import CASES, Mode, judge, problems, runner
 from head_variants import Variant, ours
@@ -36,13 +38,17 @@ class Tuning:
     d_weight: Tile | None = None
     d_hidden: Tile | None = None
     blocks_per_processor: int = 1
+    add_in_l2: bool = False
     group: int | None = None  # row tiles that are walked together
     slice_columns: int | None = None
+    ring: warp_specialized.Ring | None = None  # of the warp-specialised kernel; None: Triton's kernel
 
     def configuration(self) -> launch.Configuration:
         tiles = {name: getattr(self, name) for name in ("scores", "d_weight", "d_hidden") if getattr(self, name)}
         shipped = launch.SIXTEEN_BIT[CAPABILITY]
-        return dataclasses.replace(shipped, **tiles, blocks_per_processor=self.blocks_per_processor)
+        return dataclasses.replace(
+            shipped, **tiles, blocks_per_processor=self.blocks_per_processor, add_in_l2=self.add_in_l2
+        )
 
     @contextlib.contextmanager
     def applied(self):
@@ -53,12 +59,19 @@ class Tuning:
                 stack.enter_context(mock.patch.object(launch, "GROUP", self.group))
             if self.slice_columns is not None:
                 stack.enter_context(mock.patch.object(layout, "slice_columns", lambda *_: self.slice_columns))
+            stack.enter_context(mock.patch.object(score_loop, "WARP_SPECIALIZED", self.ring is not None))
+            stack.enter_context(mock.patch.object(warp_specialized, "RING", self.ring))
             yield
 
 
 SMALL = Tile(128, 128, 64, 4, 3)
+Ring = warp_specialized.Ring
 TUNINGS = [
     Tuning("shipped: 128 x 256 x 64, 8 warps, 4 stages"),
+    Tuning("dX32 added to in L2", add_in_l2=True),
+    Tuning("warp-specialised, 4 stages of 64, 2 steps apart", ring=Ring(64, 4, 2)),
+    Tuning("warp-specialised, 4 stages of 64, 1 step apart", ring=Ring(64, 4, 1)),
+    Tuning("warp-specialised, 9 stages of 32, 6 steps apart", ring=Ring(32, 9, 6)),
     Tuning("3 stages", *[Tile(128, 256, 64, 8, 3)] * 3),
     Tuning("two blocks a processor, 128 x 128 x 64, 4 warps", *[SMALL] * 3, blocks_per_processor=2),
     Tuning("256 x 128 for dW", d_weight=Tile(256, 128, 64, 8, 4)),
@@ -67,6 +80,7 @@ TUNINGS = [
     Tuning("groups of 8 row tiles", group=8),
     Tuning("groups of 32 row tiles", group=32),
 ]
+MODES = (Mode("forward+backward", lambda _: []), Mode("forward", lambda _: [], backward=False))
 
 
 def compile_ahead(tunings: list[Tuning], case) -> dict[str, str]:
@@ -78,7 +92,8 @@ def compile_ahead(tunings: list[Tuning], case) -> dict[str, str]:
         for tuning in tunings:
             with tuning.applied():
                 shape = {"rows": case.N, "features": case.H, "vocabulary": case.V}
-                waiting += [(tuning.name, pool.submit(row, x, None)) for x in launches_of(CAPABILITY, "fused", **shape)]
+                launches = launches_of(CAPABILITY, "fused", specialised=tuning.ring is not None, **shape)
+                waiting += [(tuning.name, pool.submit(row, x, None)) for x in launches]
         for name, one in waiting:
             status = one.result()["status"]
             if status != "ok":
@@ -87,16 +102,18 @@ def compile_ahead(tunings: list[Tuning], case) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = harness.parser(__doc__.splitlines()[0])
+    parser = harness.parser("Launch configurations of the `fused` head for sm_90 beside the shipped one.")
+    parser.add_argument("--only", help="a regular expression on the names of what is tried")
     arguments = parser.parse_args()
     report = harness.Report("head_tuning", arguments)
     deadline = harness.Deadline(arguments.minutes)
     device = arguments.device
     cuda = device.startswith("cuda")
-    tunings = TUNINGS[:2] if arguments.smoke else TUNINGS
-    mode = Mode("forward+backward", lambda _: [])
-    for name in ("B",) if arguments.smoke else ("B", "A"):
+    tunings = TUNINGS[:2] if arguments.smoke else [x for x in TUNINGS if re.search(arguments.only or "", x.name)]
+    for name in ("B",) if arguments.smoke else ("B", "A", "C"):
         case = next(case for case in CASES["cuda"] if case.name == name)
+        if name == "C":
+            tunings = [tuning for tuning in tunings if tuning.ring or tuning is TUNINGS[0]]
         wrong = compile_ahead(tunings, case)
         if not cuda:  # the kernels have nothing to run on: that they compile is all that can be seen
             for tuning in tunings:
@@ -106,22 +123,24 @@ def main() -> None:
         inputs, oracle = problems(case, device)
         runs, rows = {}, {}
         for tuning in tunings:
-            rows[tuning.name] = {"case": name, "variant": tuning.name}
-            if tuning.name in wrong or deadline.over():
-                rows[tuning.name]["status"] = f"not run: {wrong.get(tuning.name, 'no time left')}"
-                continue
+            for mode in MODES if tuning.ring or tuning is TUNINGS[0] else MODES[:1]:
+                key = f"{tuning.name}, {mode.name}"
+                rows[key] = {"case": name, "variant": tuning.name, "mode": mode.name}
+                if tuning.name in wrong or deadline.over():
+                    rows[key]["status"] = f"not run: {wrong.get(tuning.name, 'no time left')}"
+                    continue
 
-            def run(chosen, tuning=tuning):
-                with tuning.applied():
-                    return runner(ours("fused")(), mode)(chosen)
+                def run(chosen, tuning=tuning, mode=mode):
+                    with tuning.applied():
+                        return runner(ours("fused")(), mode)(chosen)
 
-            errors = judge(run(inputs[0]), inputs[0], oracle, Variant(tuning.name, ours("fused")))
-            rows[tuning.name] |= {"status": "ok", **errors}
-            runs[tuning.name] = run
+                errors = judge(run(inputs[0]), inputs[0], oracle, Variant(tuning.name, ours("fused")))
+                rows[key] |= {"status": "ok", **errors}
+                runs[key] = run
         rounds = min(arguments.rounds, 5)
         times = harness.measure(runs, inputs, device=device, rounds=rounds, deadline=deadline) if runs else {}
-        for each, found in rows.items():
-            report.add(**found, **times.get(each, {}))
+        for key, found in rows.items():
+            report.add(**found, **times.get(key, {}))
         del inputs, oracle, runs
         torch.cuda.empty_cache()
 

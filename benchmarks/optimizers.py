@@ -55,7 +55,8 @@ class _StepTimes(TrainerCallback):
 
 def train(dtype: torch.dtype, options: dict, seed: int, steps: int, pairs_per_step: int, train_set, heldout, cpu: bool):
     """(losses, milliseconds of each step, held-out metrics)"""
-    training = {name: value for name, value in DEMO_TRAINING.items() if name not in ("max_length", "num_train_epochs")}
+    other = ("max_length", "num_train_epochs", "sft_coef")
+    training = {name: value for name, value in DEMO_TRAINING.items() if name not in other}
     training |= {"learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10,
                  "pairs_per_step": pairs_per_step}  # fmt: skip
     times = _StepTimes()

@@ -10,7 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from amopo_fast.demo.tokenizer import demo_tokenizer
 
 # Names are AMoPOConfig's. Found by experiment on this data: half the rate learns the facts too late, twice the rate
-# loses them again.
+# loses them again; without the chosen response's likelihood a model from scratch orders responses and writes none.
 DEMO_TRAINING: dict[str, Any] = {
     "learning_rate": 3e-3,
     "lr_scheduler_type": "cosine",
@@ -21,6 +21,7 @@ DEMO_TRAINING: dict[str, Any] = {
     "pairs_per_step": 8,
     "beta": 5.0,
     "gamma": 0.5,
+    "sft_coef": 1.0,
     "max_length": 256,
 }
 

@@ -76,5 +76,7 @@ def run_demo(output_dir: str | Path, seed: int) -> int:
     plot = plot_run(output_dir, Path(output_dir) / "metrics.png")
     for what, path in (("model", model_folder), ("metrics", Path(output_dir) / "metrics.jsonl"), ("plot", plot)):
         console.print(f"{what:8} {path}", soft_wrap=True)
-    console.print(f"ask it   amopo-fast chat {model_folder} --target helpfulness=5", soft_wrap=True)
+    question = read_pairs(HELDOUT_FILE, dimensions=DIMENSIONS)[0][0].messages[-1].content
+    ask = f'ask it   amopo-fast generate {model_folder} --target helpfulness=5 --prompt "{question}"'
+    console.print(ask, soft_wrap=True)
     return 0

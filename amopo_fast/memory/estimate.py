@@ -5,7 +5,8 @@
     head                 rows, float32 gradient of the rows and one slice of logits, as amopo_kernels allocates them
     gradients            of all parameters, or what waits for its step inside the backward pass
     states on the host   slots of the largest layer's states on the GPU, all of them in pinned memory
-    weights on the host  slots of the largest layer's weights and what is no layer; the layers in pinned memory
+    weights on the host  slots of the largest layer's weights and what is no layer; the layers in pinned memory, and
+                         while they are loaded, before there are states, what is no layer and one tensor beside them
     sharding             FSDP2 by layer: a rank's share, two gathered layers, and the embedding and head whole
 
 The peak is the largest of: end of the forward, the head's backward, the last layer's backward (all activations alive),
@@ -25,11 +26,10 @@ from transformers import PretrainedConfig
 
 from amopo_fast.errors import OptionError
 from amopo_fast.memory.gpus import GIB
-from amopo_fast.memory.parameters import Parameter, Shape, parameters_of
+from amopo_fast.memory.parameters import Parameter, Shape, parameters_of, tried
 from amopo_fast.memory.profile import BodyProfile, llama_of_widths, meta_model, profile_body
 from amopo_fast.models import streaming
-from amopo_fast.models.architecture import layer_configs, positions_of
-from amopo_fast.models.check import choose_layout
+from amopo_fast.models.architecture import layer_configs
 from amopo_fast.models.depth import depth_of
 from amopo_fast.optim.host_states import SLOTS, parcel_bytes, slot_bytes
 from amopo_fast.optim.states import moment_bytes
@@ -147,7 +147,7 @@ class Estimate:
     @property
     def needed_on_cpu(self) -> int:
         """What a CPU must have free, where host and device are one and the process is already there."""
-        return int(self.peak * CPU_MARGIN) + self.host_pinned
+        return max(int(self.peak * CPU_MARGIN), self.unpinned.get("loading", 0)) + self.host_pinned
 
 
 def weights_bytes(parameters: tuple[Parameter, ...], setup: Setup) -> int:
@@ -171,10 +171,9 @@ def gradient_bytes(setup: Setup) -> int:
 def _body(
     shape: Shape, row: Row, dtype: torch.dtype, checkpointing: bool, lora_rank: int | None, liger: bool, autocast: bool
 ) -> BodyProfile:
-    model = meta_model(shape.config)
-    choice = choose_layout(model)
-    separate = choice.layout is Layout.SEPARATE
-    length = min(row.sequence_tokens, positions_of(model) or row.sequence_tokens)
+    found = tried(shape)
+    separate = found.choice.layout is Layout.SEPARATE
+    length = min(row.sequence_tokens, found.positions or row.sequence_tokens)
     rows = max(row.rows, row.tokens // length) if separate else 1
     attends = any(getattr(layer, "num_attention_heads", None) for layer in layer_configs(shape.config))
 
@@ -183,15 +182,16 @@ def _body(
                        autocast=autocast)  # fmt: skip
         keys = row.kv_tokens * tokens // row.tokens
         try:
-            return profile_body(shape.config, tokens=tokens, kv_tokens=keys, separate=separate, **options)
+            return profile_body(shape.config, tokens=tokens, kv_tokens=keys, separate=separate,
+                                unreached=found.choice.unreached, **options)  # fmt: skip
         except Exception as error:  # what a model's code does of its data's values, fake tensors cannot
             logger.warning("the activations of %s are those of a Llama of its widths: its own code does not run on "
-                           "tensors without values (%s)", type(model).__name__, type(error).__name__)  # fmt: skip
+                           "tensors without values (%s)", found.name, type(error).__name__)  # fmt: skip
             return profile_body(llama_of_widths(shape.config), tokens=tokens, kv_tokens=keys, **options | {"rows": 1})
 
     # Such recurrences loop over tokens in Python: a straight line through two short runs.
     first = rows * _LOOP_TOKENS
-    if not separate or (attends and not choice.recurrent) or row.tokens <= 2 * first:
+    if not separate or (attends and not found.choice.recurrent) or row.tokens <= 2 * first:
         return profile(row.tokens)
     pairs = zip(*(dataclasses.astuple(profile(tokens)) for tokens in (first, 2 * first)), strict=True)
     return BodyProfile(*(two + max(0, two - one) * (row.tokens - 2 * first) // first for one, two in pairs))
@@ -315,8 +315,13 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     if setup.reference and setup.lora_rank is not None:
         flops += forward_flops
     traffic = _traffic(pinned, streamed[: setup.weight_slots])
+    unpinned = {"process": HOST_PROCESS}
+    if streamed:
+        outside = setup.weight_bytes * sum(p.numel for p in parameters) - sum(streamed)
+        read = (4 + setup.weight_bytes) * max(p.numel for p in parameters)  # a tensor as its file has it, and converted
+        unpinned["loading"] = max(0, pinned["weights"] + outside + read - sum(pinned.values()))
     return Estimate(
-        parts, pinned, {"process": HOST_PROCESS}, moment, flops, forward_flops, traffic,
+        parts, pinned, unpinned, moment, flops, forward_flops, traffic,
         sum(p.numel for p in parameters), sum(p.numel for p in trained),
     )  # fmt: skip
 

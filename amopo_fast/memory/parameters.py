@@ -9,7 +9,9 @@ import torch
 from transformers import PretrainedConfig
 
 from amopo_fast.memory.profile import meta_model
-from amopo_fast.models.architecture import decoder_of, language_model_of
+from amopo_fast.models.architecture import decoder_of, language_model_of, positions_of
+from amopo_fast.models.check import choose_layout
+from amopo_fast.models.choice import Choice
 from amopo_fast.optim.host_states import blocks_of
 
 
@@ -36,9 +38,25 @@ class Shape:
         return hash(self._text)
 
 
+@dataclass(frozen=True)
+class Tried:
+    """name: of the model's class. choice: what its trial found. positions: of its longest sequence; None: no end."""
+
+    name: str
+    choice: Choice
+    positions: int | None
+
+
+@functools.lru_cache(maxsize=8)
+def tried(shape: Shape) -> Tried:
+    """Raises UnsupportedModelError: no layout trains it exactly."""
+    model = meta_model(shape.config)
+    return Tried(type(model).__name__, choose_layout(model), positions_of(model))
+
+
 @functools.lru_cache(maxsize=8)
 def _parameters_of(shape: Shape, lora_rank: int | None) -> tuple[Parameter, ...]:
-    model = meta_model(shape.config, torch.bfloat16, lora_rank)
+    model = meta_model(shape.config, torch.bfloat16, lora_rank, tried(shape).choice.unreached)
     base = language_model_of(model)
     in_text = {id(parameter) for parameter in decoder_of(base).parameters()}
     head, embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
@@ -59,5 +77,9 @@ def _parameters_of(shape: Shape, lora_rank: int | None) -> tuple[Parameter, ...]
 
 
 def parameters_of(config: PretrainedConfig, lora_rank: int | None = None) -> tuple[Parameter, ...]:
-    """Every parameter once, tied ones too, with an adapter's."""
+    """Every parameter once, tied ones too, with an adapter's; trained are those that a run's trial does not freeze.
+
+    Raises:
+        UnsupportedModelError: no layout trains the model exactly.
+    """
     return _parameters_of(Shape(config), lora_rank)

@@ -107,8 +107,8 @@ def _shortage(prediction: Estimate, row: Row, room: Room) -> str:
         free = f"{room.gpu.memory / GIB:.1f} GiB are free"
         return f"needs about {prediction.needed / GIB:.1f} GiB on each GPU ({parts}), and {free}"
     return (f"pins {prediction.host_pinned / GIB:.1f} GiB of host memory ({listed(prediction.pinned)}) beside "
-            f"{sum(prediction.unpinned.values()) / GIB:.1f} GiB for the process, and {room.host / GIB:.1f} GiB are "
-            "free there (or raise the container's limit)")  # fmt: skip
+            f"{sum(prediction.unpinned.values()) / GIB:.1f} GiB for process and loading, and {room.host / GIB:.1f} GiB "
+            "are free there (or raise the container's limit)")  # fmt: skip
 
 
 def fit_line(dtype: torch.dtype, prediction: Estimate, room: Room) -> str:

@@ -186,9 +186,15 @@ def _use_liger(model: nn.Module) -> None:
 
 
 def meta_model(
-    config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16, lora_rank: int | None = None
+    config: PretrainedConfig,
+    dtype: torch.dtype = torch.bfloat16,
+    lora_rank: int | None = None,
+    unreached: frozenset[str] = frozenset(),
 ) -> nn.Module:
-    """A causal LM of `config` without memory; with an adapter over all linear layers if a rank is given."""
+    """A causal LM of `config` without memory; with an adapter over all linear layers if a rank is given.
+
+    unreached: `Choice.unreached`, which training freezes beside what lies beside the text.
+    """
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
         model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
@@ -197,7 +203,7 @@ def meta_model(
 
             adapter = LoraConfig(r=lora_rank, target_modules=linear_layers(model), task_type="CAUSAL_LM")
             model = get_peft_model(model, adapter)
-    freeze_beside_text(model)
+    freeze_beside_text(model, unreached)
     return model
 
 
@@ -219,6 +225,7 @@ def _make_fake(model: nn.Module) -> None:
                 table[name] = made[id(tensor)]
 
 
+@without_liger()
 def profile_body(
     config: PretrainedConfig,
     *,
@@ -231,6 +238,7 @@ def profile_body(
     lora_rank: int | None = None,
     liger: bool = False,
     autocast: bool = True,
+    unreached: frozenset[str] = frozenset(),
 ) -> BodyProfile:
     """Memory and FLOP of the body's forward and backward over a packed row.
 
@@ -242,6 +250,7 @@ def profile_body(
         checkpointing: of every layer, where the model can.
         lora_rank: train only an adapter of this rank on all linear layers.
         liger: with liger-kernel's RMSNorm and SwiGLU.
+        unreached: see `meta_model`.
 
     Raises:
         ValueError: a configuration that transformers does not build.
@@ -255,7 +264,8 @@ def profile_body(
         if depth != layers:
             set_layers(changed, depth)
         shape = (rows, tokens // rows)
-        return _run(changed, shape, None if separate else kv_tokens, dtype, checkpointing, lora_rank, liger, autocast)
+        model = meta_model(changed, dtype, lora_rank, unreached).train()
+        return _run(model, shape, None if separate else kv_tokens, checkpointing, liger, autocast)
 
     low = first + period * max(1, -(-(2 - first) // max(period, 1)))  # two layers at least
     if not period or low + period > layers:  # nothing repeats: all of them
@@ -290,12 +300,10 @@ def llama_of_widths(config: PretrainedConfig) -> LlamaConfig:
     )
 
 
-@without_liger()
 def _run(
-    config, shape, kv_tokens, dtype, checkpointing, lora_rank, liger, autocast=True
+    model: nn.Module, shape: tuple[int, int], kv_tokens: int | None, checkpointing: bool, liger: bool, autocast: bool
 ) -> tuple[int, int, int, int, int]:
     """(bytes alive after the forward, peak of the forward, peak of the backward, FLOP, FLOP of the forward)"""
-    model = meta_model(config, dtype, lora_rank).train()
     base = language_model_of(model)
     options = _use_packed(base, kv_tokens) if kv_tokens is not None else {}
     base.set_experts_implementation(EXPERTS)

@@ -40,6 +40,14 @@ class PackedRow:
 
     def __init__(self, paths: Paths, backend: str):
         self.paths, self.backend = paths, backend
+        states = paths.states
+        levels = () if states is None else states.levels
+        sizes = [len(level.cu_seqlens) for level in levels]
+        # Objects that are the same in every layer, on the device and here: fla keeps what it makes of them by identity.
+        self.level_cu_seqlens = tuple(
+            (there, torch.tensor(level.cu_seqlens))
+            for there, level in zip(states.level_cu_seqlens.split(sizes) if states else (), levels, strict=True)
+        )
 
 
 @contextmanager

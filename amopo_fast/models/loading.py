@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 
 from amopo_fast import hub
@@ -25,6 +25,7 @@ from amopo_fast.models.architecture import UnsupportedModelError, refusal_unload
 from amopo_fast.models.config import ModelConfig, lora_targets
 from amopo_fast.models.depth import depth_of, set_layers
 from amopo_fast.models.head import head_of
+from amopo_fast.models.placing import created_in, loading_into
 from amopo_fast.models.saving import weights_digest
 from amopo_fast.models.text_part import auto_class, beside_text, linear_layers
 from amopo_fast.prompts.recipe import Recipe, recipe_of
@@ -85,8 +86,13 @@ def load_shape(config: ModelConfig) -> PretrainedConfig:
     return shape
 
 
-def load_model(config: ModelConfig, args: Any, dtype: torch.dtype) -> nn.Module:
+def load_model(
+    config: ModelConfig, args: Any, dtype: torch.dtype, homes: Mapping[str, Tensor] | None = None
+) -> nn.Module:
     """A causal LM in `dtype` on the device of this rank; on the CPU where FSDP, DeepSpeed or streaming will place it.
+
+    Args:
+        homes: memory that parameters of these names are loaded straight into.
 
     Raises:
         OSError: not found.
@@ -96,14 +102,19 @@ def load_model(config: ModelConfig, args: Any, dtype: torch.dtype) -> nn.Module:
     quantisation = quantisation_config(config, dtype)
     if config.random_weights:
         shape = load_shape(config)
-        set_seed(args.seed)
-        with torch.device(device):
+
+        def create() -> nn.Module:
+            set_seed(args.seed)
             return auto_class(shape).from_config(shape, dtype=dtype, trust_remote_code=False)
+
+        with torch.device(device):
+            return created_in(homes, create) if homes else create()
     shape = load_shape(config)  # refuses overrides
     placement = {"device_map": {"": device}} if device.type != "cpu" or quantisation is not None else {}
-    return load_whole(
-        config.model_name_or_path, shape, dtype=dtype, quantization_config=quantisation, **placement
-    )
+    with loading_into(homes) if homes else nullcontext():
+        return load_whole(
+            config.model_name_or_path, shape, dtype=dtype, quantization_config=quantisation, **placement
+        )
 
 
 def load_whole(name: str | Path, shape: PretrainedConfig | None = None, **options: Any) -> nn.Module:

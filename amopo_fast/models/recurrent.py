@@ -23,7 +23,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import DynamicCache
 
-from amopo_fast.models.attention import KEYWORD, row_is_active
+from amopo_fast.models.attention import KEYWORD, PackedRow, row_is_active
+from amopo_fast.models.whole_rows import over_whole_row, takes_whole_rows
 from amopo_fast.packing.states import NodeStates
 
 _CACHE = ("cache", "cache_params", "past_key_values")  # what transformers calls the cache's parameter, newest first
@@ -143,7 +144,7 @@ def _over_nodes_class(kind: type[nn.Module]) -> type[nn.Module]:
             inputs = {**dict(zip(positional, args, strict=False)), **kwargs}
             row = inputs.pop(KEYWORD, None)
             if row is not None:
-                return _over_nodes(functools.partial(kind.forward, self), inputs, cache_name, row.paths.states)
+                return _over_row(kind, self, inputs, cache_name, row)
             if row_is_active() and not isinstance(inputs.get(cache_name), _NodeCache):
                 raise RuntimeError(
                     f"{kind.__name__} did not get the row: its model does not hand keyword arguments to it, so it "
@@ -156,8 +157,16 @@ def _over_nodes_class(kind: type[nn.Module]) -> type[nn.Module]:
     return OverNodes
 
 
-# Runs outside compiled graphs: batches are data, and a layer compiled around it is the same for every plan.
+# Runs outside compiled graphs: nodes are data, and a layer compiled around it is the same for every plan.
 @torch.compiler.disable
+def _over_row(kind: type[nn.Module], module: nn.Module, inputs: dict[str, Any], cache_name: str, row: PackedRow) -> Any:
+    inputs.pop(cache_name, None)
+    hidden = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
+    if takes_whole_rows(kind, module, hidden):
+        return over_whole_row(kind, module, inputs, row)
+    return _over_nodes(functools.partial(kind.forward, module), inputs, cache_name, row.paths.states)
+
+
 def _over_nodes(forward: Callable, inputs: dict[str, Any], cache_name: str, states: NodeStates) -> Any:
     """`forward(**inputs)`, whose token-wise tensors are (1, T, ...), in the batches of `states`."""
     tokens = states.places.shape[0]

@@ -85,6 +85,15 @@ def memory_for(sizes: Sequence[int], device: torch.device) -> HostMemory:
     return HostMemory(sizes, device, what="the weights of the decoder layers", remedy="or leave --weights host out")
 
 
+def homes_in(memory: HostMemory, model: nn.Module) -> dict[str, Tensor]:
+    """Where each parameter that streams lies in memory of `memory_for`, by its names in a model of the same class and
+    dtypes, which may be on the meta device."""
+    homes = {}
+    for (_, _, parameters), block in zip(streamed_layers(model), memory.blocks, strict=True):
+        homes.update(zip(parameters, _views(parameters, block), strict=True))
+    return {name: homes[p] for name, p in model.named_parameters(remove_duplicate=False) if p in homes}
+
+
 @dataclass(eq=False)
 class _Slot:
     memory: Tensor  # (bytes of the largest layer,) uint8
@@ -123,7 +132,8 @@ class StreamedWeights:
             layer = _Layer(name, number, parameters, block[: _block_bytes(parameters)], _views(parameters, block))
             with torch.no_grad():
                 for parameter, home in zip(parameters, layer.homes, strict=True):
-                    home.copy_(parameter)
+                    if parameter.data_ptr() != home.data_ptr():  # not loaded into it
+                        home.copy_(parameter)
             layer.bind(layer.homes)  # and what the parameters were before is free
             self._layers.append(layer)
             self._hook(module, layer)

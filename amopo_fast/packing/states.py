@@ -1,8 +1,11 @@
-"""In which batches a recurrent layer runs the nodes of a row, each node from its parent's state; numpy and torch alone.
+"""In which calls a recurrent layer runs the nodes of a row, each node from its parent's state; numpy and torch alone.
 
-A layer's state at the end of a node must not have seen padding, so nodes with children run in batches of one depth and
-one length. Their lengths are multiples of STATE_MULTIPLE: few lengths, few batches. Nobody reads the state at the end
-of a leaf, so leaves of any depth are padded on the right, sorted by length.
+Batches: a layer's state at the end of a node must not have seen padding, so nodes with children run in batches of one
+depth and one length. Their lengths are multiples of STATE_MULTIPLE: few lengths, few batches. Nobody reads the state at
+the end of a leaf, so leaves of any depth are padded on the right, sorted by length.
+
+Levels: kernels that take cu_seqlens and initial states run all nodes of one depth in one call, without padding; and a
+causal convolution runs over the whole row at once, where every node stands behind a copy of the columns before it.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ STATE_MULTIPLE = 16  # tokens; docs/packing.md says what other multiples cost
 PADDING = 1.25  # computed per real token in a batch of leaves, at most
 # One token that continues a state takes the layers' decoding path, which writes in place.
 _LEAST = 2
+HISTORY = 6  # columns copied before a node: causal convolutions of the models are 3, 4 and 7 wide
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,28 @@ class NodeBatch:
 
 
 @dataclass(frozen=True)
+class NodeLevel:
+    """The n nodes of one depth."""
+
+    parents: tuple[int, ...]  # (n,) places of their parents in the level above; empty: they are roots
+    cu_seqlens: tuple[int, ...]  # (n + 1,) tokens of each node
+    keeps: bool  # whether any of them has children
+
+
+@dataclass(frozen=True)
+class NodeColumns:
+    """The row with the HISTORY tokens before a node copied in front of it: C = T + HISTORY * nodes columns."""
+
+    rows: torch.Tensor  # (C,) int64, the token of the row that a column is; 0 where it is none
+    order: torch.Tensor  # (C,) int32, places in `rows` sorted by the token that they hold, stable
+    offsets: torch.Tensor  # (T + 1,) int32, order[offsets[t]:offsets[t + 1]] are the places of token t
+    empty: torch.Tensor  # (C,) bool, columns before the beginning of a sequence
+    places: torch.Tensor  # (T,) int64, the column that a token of the row is
+
+
+@dataclass(frozen=True)
 class NodeStates:
-    """Batches in the order in which they run: parents before their children.
+    """Batches and levels in the order in which they run: parents before their children.
 
     An object of its own as a keyword argument of the model: transformers, PEFT and FSDP2 hand it on as it is, and
     torch.compile looks at its type alone, so other batches do not recompile a layer.
@@ -42,6 +66,11 @@ class NodeStates:
     batches: tuple[NodeBatch, ...]
     rows: torch.Tensor  # (P,) int64, the batches' tokens one after another; padding repeats a node's last token
     places: torch.Tensor  # (T,) int64, where in `rows` each token of the row stands
+    levels: tuple[NodeLevel, ...]
+    level_rows: torch.Tensor  # (T,) int64, the levels' tokens one after another
+    level_places: torch.Tensor  # (T,) int64, where in `level_rows` each token of the row stands
+    level_cu_seqlens: torch.Tensor  # int64, the levels' cu_seqlens one after another
+    columns: NodeColumns
 
 
 def node_states(trie: Trie) -> NodeStates:
@@ -61,7 +90,57 @@ def node_states(trie: Trie) -> NodeStates:
         rows.append((node_begin[nodes][:, None] + offset).ravel())
         places[spans(node_begin[nodes], lengths)] = spans(filled + length * np.arange(len(nodes)), lengths)
         filled += length * len(nodes)
-    return NodeStates(tuple(batches), torch.from_numpy(np.concatenate(rows)), torch.from_numpy(places))
+    levels, level_rows = _levels(trie, parents, node_begin)
+    return NodeStates(
+        batches=tuple(batches),
+        rows=torch.from_numpy(np.concatenate(rows)),
+        places=torch.from_numpy(places),
+        levels=levels,
+        level_rows=torch.from_numpy(level_rows),
+        level_places=torch.from_numpy(np.argsort(level_rows)),
+        level_cu_seqlens=torch.tensor([end for level in levels for end in level.cu_seqlens]),
+        columns=_columns(trie, parents, node_begin),
+    )
+
+
+def _levels(trie: Trie, parents: np.ndarray, node_begin: np.ndarray) -> tuple[tuple[NodeLevel, ...], np.ndarray]:
+    """(levels from the roots down, (T,) rows of their tokens)"""
+    levels, order = [], []
+    place = np.zeros(len(trie.length), dtype=np.int64)  # of a node in its level
+    depths = range(1, int(trie.path_nodes.max()) + 1)
+    for depth in depths:
+        nodes = np.flatnonzero(trie.path_nodes == depth)
+        place[nodes] = np.arange(len(nodes))
+        above = tuple(place[parents[nodes]].tolist()) if depth > 1 else ()
+        levels.append(NodeLevel(above, (0, *np.cumsum(trie.length[nodes]).tolist()), depth < depths[-1]))
+        order.append(nodes)
+    nodes = np.concatenate(order)
+    return tuple(levels), spans(node_begin[nodes], trie.length[nodes])
+
+
+def _columns(trie: Trie, parents: np.ndarray, node_begin: np.ndarray) -> NodeColumns:
+    tokens, nodes = int(trie.length.sum()), len(trie.length)
+    # The token before each one on its path; -1 before the beginning.
+    before = np.arange(-1, tokens - 1)
+    last = node_begin + trie.length - 1
+    before[node_begin] = np.where(parents >= 0, last[parents], -1)
+    rows = np.full(tokens + HISTORY * nodes, -1)
+    places = np.arange(tokens) + HISTORY * np.repeat(np.arange(1, nodes + 1), trie.length)
+    rows[places] = np.arange(tokens)
+    token, first = node_begin, places[node_begin]
+    for back in range(1, HISTORY + 1):
+        token = np.where(token >= 0, before[token], -1)
+        rows[first - back] = token
+    empty = rows < 0
+    held = np.where(empty, 0, rows)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(held, minlength=tokens))])
+    return NodeColumns(
+        rows=torch.from_numpy(held),
+        order=torch.from_numpy(np.argsort(held, kind="stable").astype(np.int32)),
+        offsets=torch.from_numpy(offsets.astype(np.int32)),
+        empty=torch.from_numpy(empty),
+        places=torch.from_numpy(places),
+    )
 
 
 def _groups(trie: Trie, parents: np.ndarray) -> Iterator[tuple[np.ndarray, bool]]:

@@ -83,9 +83,9 @@ class FailedStep:
         lines = [f"step {content['step']}: {content['reason']}"]
         for part in ("weights", "gradients"):
             if content.get(part):
-                lines.append(f"not finite in the {part} of: {', '.join(content[part])}")
+                lines.append(f"not finite in the {part} of: {_names(content[part])}")
         if content.get("changed_weights"):
-            lines.append(f"changed by it before that was known: {', '.join(content['changed_weights'])}")
+            lines.append(f"changed by it before that was known: {_names(content['changed_weights'])}")
         lines.append(f"gradient norm {_short(content.get('gradient_norm'))}, learning rate "
                      f"{_short(content.get('learning_rate'))}, seed {content.get('seed')}")  # fmt: skip
         return Group(*lines, table if rows else "no records: no step had begun")
@@ -95,6 +95,11 @@ def _not_one(path: str | Path, reason: object) -> ValueError:
     return ValueError(
         f"{path} is no report of a failed step ({reason}); give the failed-step-N.json of a run's output_dir"
     )
+
+
+def _names(names: list[str]) -> str:
+    """The first of them: a NaN inside the model is in the gradients of all weights below it."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _short(value) -> str:

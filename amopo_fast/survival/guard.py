@@ -95,7 +95,6 @@ class Guard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         trainer = self.trainer
         norm = self.grad_norm if self.grad_norm is not None else 0.0
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         norm = torch.as_tensor(norm, dtype=torch.float32, device=args.device).detach()
         if trainer.accelerator.scaler is not None:
             norm = torch.zeros_like(norm)  # fp16: the loss scaler skips a step whose gradients overflowed
@@ -159,8 +158,10 @@ class Guard(TrainerCallback):
         trainer, args, state = self.trainer, self.trainer.args, self.trainer.state
         over, step = step is not None, state.global_step + 1 if step is None else step
         everyone = self._gathered(self._statistics(stepping=not over))
-        # Each rank sees its own shards of a sharded model.
-        named = {part: sorted(set().union(*(rank[part] for rank in everyone)))
+        # Each rank sees its own shards of a sharded model. From the loss on: the first gradient is where it went wrong.
+        names = reversed([name for name, _ in trainer.model.named_parameters()])
+        place = {name: number for number, name in enumerate(names)}
+        named = {part: sorted(set().union(*(rank[part] for rank in everyone)), key=place.__getitem__)
                  for part in ("weights", "gradients", "changed_weights")}  # fmt: skip
         path = Path(args.output_dir) / f"failed-step-{step}.json"
         problem = ""
@@ -182,7 +183,7 @@ class Guard(TrainerCallback):
                 durable.write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
             except OSError as error:
                 problem = f"; it could not be written: {error.strerror or error}"
-        names = named["weights"] or named["gradients"]
+        names = named["weights"] or (named["gradients"] if what.startswith("the gradient") else [])
         where = f" ({_list(names)})" if names else ""
         raise NumbersError(
             f"step {step}: {what}{where}. {self._effect(what, over, named)}. The step's records and "
@@ -223,15 +224,13 @@ class Guard(TrainerCallback):
                         )
                 pairs.append(entry)
         gradients = [name for name, p in trainer.model.named_parameters() if p.grad is not None and _bad(p.grad)]
-        # Clipping by a NaN norm makes every gradient NaN; then the names say nothing.
-        every = sum(p.grad is not None for p in trainer.model.parameters())
         applied = (applied_in_backward(trainer.optimizer) if stepping else None) or {}
         names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
         not_applied = [names[id(parameter)] for parameter, done in applied.items() if not done]
         return {
             "pairs": pairs,
             "weights": [name for name, parameter in trainer.model.named_parameters() if _bad(parameter)],
-            "gradients": not_applied[:1] if applied else [] if len(gradients) == every else gradients,
+            "gradients": not_applied[:1] if applied else gradients,
             "changed_weights": [names[id(parameter)] for parameter, done in applied.items() if done],
         }
 
@@ -296,5 +295,5 @@ def _list(names: list[str]) -> str:
 def _plain(value) -> float | str | None:
     """A number for strict JSON: NaN and infinities as strings."""
     if isinstance(value, torch.Tensor):
-        value = (value.full_tensor() if isinstance(value, DTensor) else value).item()
+        value = value.item()
     return value if value is None or math.isfinite(value) else str(value)

@@ -13,7 +13,6 @@ from transformers import PretrainedConfig
 
 from amopo_fast.memory.estimate import HEAD_SLICE, Row, Setup, cache_bytes, estimate
 from amopo_fast.memory.gpus import GIB, gpu_here
-from amopo_fast.memory.parameters import parameters_of
 from amopo_fast.memory.preflight import (
     Room,
     copies_line,
@@ -34,6 +33,7 @@ from amopo_fast.models.precision import weights_dtype
 from amopo_fast.models.streaming import (
     SLOTS,
     StreamedWeights,
+    homes_in,
     host_bytes,
     memory_for,
     slots_within,
@@ -127,7 +127,7 @@ def surely_fits(config: PretrainedConfig, args: AMoPOConfig, longest: int, free:
     400 a token, layer and channel."""
     text = config.get_text_config()
     rows = max(args.row_tokens, longest) * (400 * depth_of(text) * text.hidden_size + 8 * text.vocab_size)
-    return 16 * sum(p.numel for p in parameters_of(config)) + rows < free / 4
+    return 16 * sum(p.numel() for p in meta_model(config).parameters()) + rows < free / 4
 
 
 def weight_slots(shape: PretrainedConfig, row: Row, setup: Setup, sizes: Sequence[int], free: int) -> int:
@@ -195,13 +195,14 @@ def load_for_training(
                 print(copies, flush=True)
     if args.weights != "host":
         return load_model(config, args, dtype)
-    sizes = host_bytes(meta_model(shape, dtype))
+    empty = meta_model(shape, dtype)
+    sizes = host_bytes(empty)
     slots = SLOTS
     if checks and args.memory_check and room.gpu:
         slots = weight_slots(shape, row, setup(dtype, accumulates), sizes, room.gpu.memory)
         print(f"weights: {slots} of {len(sizes)} layers are on the GPU at once", flush=True)
     memory = memory_for(sizes, args.device)
-    model = load_model(config, args, dtype)  # in the file's own dtype it is the file, mapped: there is no second copy
+    model = load_model(config, args, dtype, homes_in(memory, empty))
     stream_weights(model, args.device, memory, slots)
     return model
 

@@ -24,7 +24,7 @@ from amopo_fast.models.faster_layers import compile_layers
 from amopo_fast.models.loading import add_adapter, load_converted
 from amopo_fast.models.saving import declare_dtype, in_dtype, prepare_saving, weights_digest
 from amopo_fast.models.scoring import score_wrapped
-from amopo_fast.optim import backward_grad_norm, choose_optimizer
+from amopo_fast.optim import choose_optimizer
 from amopo_fast.packing.plan import Plan
 from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, PlannedBatches
 from amopo_fast.prompts.recipe import Recipe
@@ -36,6 +36,7 @@ from amopo_fast.survival.safety import write_arguments
 from amopo_fast.survival.signals import EvaluationStopped, Termination
 from amopo_fast.training.arguments import check_best_metric
 from amopo_fast.training.checks import RealLogits, check_data, given_sets
+from amopo_fast.training.clipping import clip_step
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.epochs import Description, costs, most_micro_batches, require_one_micro_batch, schedule_of
 from amopo_fast.training.head_cache import HeadCache
@@ -367,12 +368,10 @@ class AMoPOTrainer(MovesWithoutWaiting, Trainer):
         return evaluation_metrics(prediction.predictions, self.meter.dimensions, self.meter.columns)
 
     def _clip_grad_norm(self, model):
-        norm = backward_grad_norm(self.optimizer)
-        return super()._clip_grad_norm(model) if norm is None else norm
+        return clip_step(self, model, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        norm = backward_grad_norm(self.optimizer)
-        self.guard.grad_norm = super()._get_grad_norm(model, grad_norm) if norm is None else norm
+        self.guard.grad_norm = clip_step(self, model, 0.0) if grad_norm is None else grad_norm
         return self.guard.grad_norm
 
     def get_total_train_batch_size(self, args) -> int:

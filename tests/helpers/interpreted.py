@@ -21,8 +21,10 @@ def mend_the_interpreter() -> None:
 
     At every call of a kernel, and of a function in one, it looks through all of `triton.language` for what is to be
     replaced. It computes whether an integer overflows, and without `debug` asserts nothing about it. It makes a dict of
-    all types for each look into it, and the shape, name and size of a block's type anew for each value. Before 3.7.1 it
-    converts a bound of a `range` by int() of an array of one element, which numpy 2.5 refuses."""
+    all types for each look into it, and the shape, name and size of a block's type anew for each value.
+
+    It has no `atomic_add` of a tensor descriptor. Before 3.7.1 it converts a bound of a `range` by int() of an array of
+    one element, which numpy 2.5 refuses."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -31,6 +33,7 @@ def mend_the_interpreter() -> None:
     from triton.runtime import interpreter
 
     interpreter._patch_builtin = _patch_builtin
+    interpreter.InterpreterBuilder.create_descriptor_reduce = _add_to_descriptor
     interpreter._patch_lang = functools.partial(_patch_lang, interpreter._patch_lang)
     options = interpreter.interpreter_builder.options
     assert not options.debug
@@ -116,3 +119,11 @@ def _interpreted(member):
         return function(*args, **kwargs)
 
     return interpreted
+
+
+def _add_to_descriptor(builder, kind, descriptor, value, offsets) -> None:
+    from triton.runtime.interpreter import TensorHandle, _ir
+
+    assert kind == _ir.DESCRIPTOR_REDUCE_KIND.ADD
+    before = builder.create_descriptor_load(descriptor, offsets, None)
+    builder.create_descriptor_store(descriptor, TensorHandle(before.data + value.data, value.dtype), offsets)

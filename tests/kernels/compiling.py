@@ -36,6 +36,7 @@ class Descriptor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     block_shape: tuple[int, ...]
+    gluon: bool = False  # for a kernel in Gluon, which asks for its layout in shared memory, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +127,25 @@ def _argument(value):
         return MockTensor(value)
     if isinstance(value, tuple):
         return type(value)(*map(_argument, value))
-    if isinstance(value, dict) and value.keys() == {"dtype", "shape", "block_shape"}:
+    if isinstance(value, dict) and "block_shape" in value:
         strides = [1]
         for size in reversed(value["shape"][1:]):
             strides.insert(0, strides[0] * size)
         base = MockTensor(value["dtype"], list(value["shape"]))
+        if value["gluon"]:
+            return _in_gluon(base, strides, list(value["block_shape"]))
         return descriptors.TensorDescriptor(base, list(value["shape"]), strides, list(value["block_shape"]))
     return value
+
+
+def _in_gluon(base, strides: list[int], block: list[int]):
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[base.dtype]
+    return TensorDescriptor(
+        base, list(base.shape), strides, block, gl.NVMMASharedLayout.get_default_for(block, element)
+    )
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

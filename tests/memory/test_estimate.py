@@ -22,18 +22,23 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3NextConfig,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from amopo_fast.memory.advice import OPTIMIZERS
 from amopo_fast.memory.estimate import HOST_PROCESS, Row, Setup, estimate
 from amopo_fast.memory.gpus import GIB, GPUS
 from amopo_fast.memory.parameters import parameters_of
-from amopo_fast.memory.profile import LiveBytes, profile_body
+from amopo_fast.memory.profile import LiveBytes, _run, meta_model, profile_body
+from amopo_fast.models.architecture import language_model_of
 from amopo_fast.models.check import prepare_model
 from amopo_fast.models.depth import set_layers
+from amopo_fast.models.miniature import tiny_config
 from amopo_fast.models.scoring import score
 from amopo_fast.models.streaming import stream_weights
 from amopo_fast.optim import AdamW
-from amopo_fast.optim.host_states import blocks_of
+from amopo_fast.optim.host_states import blocks_of, parcel_bytes
+from amopo_fast.optim.states import moment_bytes
 from amopo_fast.packing.plan import build_plan
 from amopo_fast.prompts.tokens import PairTokens
 
@@ -141,15 +146,13 @@ def test_within_five_percent_of_a_real_step(name):
     """What lies on the host is beside the GPU's part there, and both are a CPU's memory here."""
     tied, setup = SETUPS[name]
     plan, row = real_step()
-    config = Qwen2Config(vocab_size=512, hidden_size=160, intermediate_size=320, num_hidden_layers=8,
+    config = Qwen2Config(vocab_size=512, hidden_size=160, intermediate_size=320, num_hidden_layers=5,
                          num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied)  # fmt: skip
     prediction = estimate(config, row, setup)
     assert prediction.peak + prediction.host_pinned == pytest.approx(measured_peak(config, plan, setup), rel=0.05)
 
 
 def test_the_line_through_two_depths_goes_through_a_third():
-    from amopo_fast.memory.profile import _run
-
     def seven_layers():
         config = copy.deepcopy(QWEN_32B)
         set_layers(config, 7)
@@ -158,8 +161,8 @@ def test_the_line_through_two_depths_goes_through_a_third():
     for checkpointing, dtype in ((True, torch.bfloat16), (False, torch.bfloat16), (True, torch.float32)):
         profile = profile_body(seven_layers(), tokens=256, kv_tokens=512, dtype=dtype,
                                checkpointing=checkpointing)  # fmt: skip
-        seven = seven_layers()
-        kept, forward, backward, *flops = _run(seven, (1, 256), 512, dtype, checkpointing, None, False)
+        seven = meta_model(seven_layers(), dtype).train()
+        kept, forward, backward, *flops = _run(seven, (1, 256), 512, checkpointing, liger=False, autocast=True)
         assert (profile.kept, profile.forward, profile.backward, profile.flops, profile.forward_flops) == (
             kept, forward - kept, backward - kept, *flops)  # fmt: skip
 
@@ -233,6 +236,10 @@ def test_weights_in_host_memory_are_those_that_stream():
     streamed = stream_weights(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), torch.device("cpu"))
     slots = sum(slot.memory.nbytes for slot in streamed._vacant)
     assert streams.pinned == {"weights": streamed.nbytes}
+    # While it is loaded: embedding, head and norm on the host, and one tensor of 4 bytes beside its 2.
+    assert streams.unpinned["loading"] == 2 * (2 * 2048 * 256 + 256) + 6 * 2048 * 256
+    both = estimate(config, row, dataclasses.replace(setup, host_weights=True, host_states=True))
+    assert both.unpinned["loading"] == 0 < both.pinned["optimizer states"] - streams.unpinned["loading"]  # later
     assert resident.parts["weights"] - streams.parts["weights"] == streamed.nbytes - slots
 
 
@@ -263,6 +270,32 @@ def test_a_reference_costs_a_forward_and_no_memory():
         assert matmuls < plain.forward_flops < 1.15 * matmuls, plain.forward_flops / matmuls
         assert own.peak == plain.peak
         assert own.flops - plain.flops == (plain.forward_flops if setup is adapter else 0)
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("causal", "bart"), pytest.param("causal", "deepseek_v32", marks=pytest.mark.slow),
+        pytest.param("multimodal", "ernie4_5_vl_moe", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_what_a_run_freezes_has_no_states_and_no_gradients(kind, name):
+    """Cross-attention without its encoder, indexers that choose keys, experts of images in a text's layers."""
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if kind == "causal" else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    config = tiny_config(CONFIG_MAPPING[name]())
+    config.architectures = [mapping[type(config)].__name__]
+    model = mapping[type(config)](config)
+    prepare_model(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    prediction = estimate(config, Row(64, 32, 96), Setup(weights="fp32", states="8bit"))
+    assert [p.numel for p in parameters_of(config) if p.trained] == [p.numel() for p in trained]
+    in_text = sum(p.numel() for p in language_model_of(model).parameters())
+    assert prediction.trained == sum(p.numel() for p in trained) < in_text
+    assert prediction.parts["weights"] == 4 * prediction.parameters
+    assert prediction.parts["optimizer states"] == sum(moment_bytes(p.numel(), "8bit") for p in trained)
+    on_host = estimate(config, Row(64, 32, 96), Setup(states="8bit", in_backward=True, host_states=True))
+    blocks = [[p.numel() for p in block] for block in blocks_of(model)]
+    assert on_host.pinned["optimizer states"] == sum(parcel_bytes(block, "8bit") for block in blocks)
 
 
 @pytest.mark.parametrize(

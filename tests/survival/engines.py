@@ -13,6 +13,7 @@ from amopo_fast.models.check import prepare_model
 from amopo_fast.models.scoring import score_wrapped
 from amopo_fast.packing.schedule import Collator, PairDataset, PairSizes, Schedule
 from amopo_fast.training.checks import in_the_root_unit
+from amopo_fast.training.clipping import clip_gradients
 from amopo_fast.training.objective import AMoPO, Batch
 from amopo_kernels import linear_logps
 from amopo_kernels.errors import ShardedTensorError
@@ -66,20 +67,29 @@ def fsdp(folder, world, *, tied=False):
     if world > 1:
         model = group_like_accelerate(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses, gradients = [], []
+    losses, gradients, norms = [], [], []
     for batch in step_batches(small_pairs(12), world, rank, 3):
         optimizer.zero_grad()
         loss, total = objective(model, model, batch, world)
         loss.backward()
         losses.append(total)
         gradients.append({name: whole(p.grad) for name, p in model.named_parameters()})
+        norms.append(clip_gradients(model.parameters(), 0.1))
         optimizer.step()
+    first, *others = model.parameters()
+    before = [whole(p.grad) for p in others]
+    (first.grad.to_local() if world > 1 else first.grad)[0] = float("nan")
+    norm_of_bad = clip_gradients(model.parameters(), 1e-3)
+    left_alone = all(torch.equal(whole(p.grad), old) for p, old in zip(others, before, strict=True))
     if world > 1:
         weights, states = get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optimizer": states}, checkpoint_id=folder / f"sharded-{world}-{tied}")
     return {
         "losses": torch.stack(losses),
         "gradients": gradients,
+        "norms": torch.stack(norms),
+        "norm_of_bad": norm_of_bad,
+        "left_alone": left_alone,
         "weights": {name: whole(p) for name, p in model.named_parameters()},
         "moments": [whole(optimizer.state[p]["exp_avg_sq"]) for p in model.parameters()],
         "sharded": isinstance(next(model.parameters()), DTensor),

@@ -151,10 +151,24 @@ def ddp_sigterm(folder, world):
     return {"stopped": trainer.checkpointer.stopped, "step": trainer.state.global_step, "complete": complete}
 
 
+class KilledAt(SigtermAt):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ddp_killed(folder, world):
+    """The last rank is killed in its fourth step, a checkpoint after the third; the others wait for it in vain."""
+    callbacks = [KilledAt(3)] if int(os.environ["RANK"]) == world - 1 else []
+    model = small_model(attention_dropout=0.0)
+    trainer = small_trainer(folder / "killed", model=model, callbacks=callbacks, **{**SGD, "save_steps": 3})
+    trainer.train()
+
+
 SCENARIOS = {
     f.__name__: f
-    for f in (ddp, ddp_saved, ddp_resumed, ddp_goes_on, ddp_ends, ddp_bad_loss, ddp_sigterm, fsdp, fsdp_tied,
-              fsdp_loaded, fsdp_units, fsdp_own_head, fsdp_goes_on, head_not_gathered, zero2, zero3)
+    for f in (ddp, ddp_saved, ddp_resumed, ddp_goes_on, ddp_ends, ddp_bad_loss, ddp_sigterm, ddp_killed, fsdp,
+              fsdp_tied, fsdp_loaded, fsdp_units, fsdp_own_head, fsdp_goes_on, head_not_gathered, zero2, zero3)
 }  # fmt: skip
 
 

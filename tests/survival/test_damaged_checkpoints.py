@@ -188,6 +188,28 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(copy, capl
     assert not (copy / "owned").exists()
 
 
+CUTS = {"empty": lambda size: 0, "cut in half": lambda size: size // 2, "without its last byte": lambda size: size - 1,
+        "missing": None}  # fmt: skip
+
+
+def test_of_every_file_that_is_cut_or_missing_the_checkpoint_before_is_taken(copy, caplog, record_property):
+    files = sorted(path for path in (copy / NEWEST).rglob("*") if path.is_file())
+    assert {path.name for path in files} > {MARKER, "model.safetensors", "optimizer.pt", "trainer_state.json"}
+    for path in files:
+        content = path.read_bytes()
+        if path.name == MARKER:  # which lists the others, and whose JSON is whole without the end of its last line
+            content = content.rstrip()
+        for name, size in CUTS.items():
+            path.unlink() if size is None else path.write_bytes(content[: size(len(content))])
+            caplog.clear()
+            for word in ("last", "auto"):
+                assert resolve(copy, word) == copy / OLDER, f"{path.name} {name}"
+            assert f"skipped {copy / NEWEST}: " in caplog.text and path.name in caplog.text, f"{path.name} {name}"
+            path.write_bytes(content)
+            assert damage_of(copy / NEWEST) == "", f"{path.name} {name}"
+    record_property("counts", {"files": len(files), "cut or missing": len(files) * len(CUTS)})
+
+
 def test_undamaged_checkpoints_are_whole(copy):
     assert [damage_of(each.path) for each in complete_checkpoints(copy)] == ["", "", ""]
     (copy / NEWEST / "notes.txt").write_text("a user's own file harms nothing")

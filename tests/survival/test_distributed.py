@@ -93,6 +93,15 @@ def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(groups):
     assert groups("ddp_sigterm", 2) == {"stopped": True, "step": 3, "complete": [3]}
 
 
+def test_a_killed_rank_ends_the_other_with_the_way_back(tmp_path):
+    """Without waiting for gloo's half hour: in 2 to 5 s."""
+    done = run(str(SCRIPT), str(tmp_path), "ddp_killed:2", environment=child_environment(OMP_NUM_THREADS="1"),
+               timeout=60)  # fmt: skip
+    assert done.returncode and "ddp_killed on 2 ranks: exit codes [1, -9]" in done.stderr
+    last = tmp_path / "killed" / "checkpoint-3"
+    assert f"stopped after step 3. The last complete checkpoint is {last}: go on with" in done.stderr
+
+
 @pytest.mark.parametrize("scenario, worlds", [("fsdp", (2, 4)), ("fsdp_tied", (2,))])
 def test_sharded_scoring_equals_the_single_process(groups, scenario, worlds):
     """accelerate's FSDP2 grouping; three steps, since hooks that ran once may not run again."""
@@ -103,6 +112,8 @@ def test_sharded_scoring_equals_the_single_process(groups, scenario, worlds):
         close(alone["losses"][:1], result["losses"][:1])
         for name, gradient in alone["gradients"][0].items():
             close(gradient, result["gradients"][0][name])
+        close(alone["norms"], result["norms"])
+        assert result["left_alone"] and result["norm_of_bad"].isnan()
         # Later steps have passed through Adam, which divides by the size of gradients that are nearly zero.
         close(alone["losses"], result["losses"], 1e-4)
         for name, weight in alone["weights"].items():

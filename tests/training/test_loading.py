@@ -8,6 +8,7 @@ from run_training import pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from amopo_fast.cli import main
+from amopo_fast.cli.train import rows_as_begun
 from amopo_fast.demo.model import demo_model
 from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.memory.estimate import Row, Setup
@@ -20,6 +21,7 @@ from amopo_fast.models.loading import load_model
 from amopo_fast.models.precision import weights_dtype
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.loading import load_for_training
+from amopo_fast.training.resume import options_of
 
 SHAPE = Qwen2Config(vocab_size=1152, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
                     num_key_value_heads=1, tie_word_embeddings=False)  # fmt: skip
@@ -137,6 +139,15 @@ def test_on_a_cpu_too_and_the_default_row_follows_the_free_memory(tmp_path, fold
     with pytest.raises(DoesNotFit):  # a row that was chosen is not shortened
         load(int(1.7 * needed), tokens_per_micro_batch=8192)
     assert load(needed // 2, memory_check=False) == (8192, None, "")
+
+
+def test_a_resume_goes_on_with_the_rows_that_were_chosen(tmp_path, monkeypatch):
+    saved = {"fingerprint": options_of(args(tmp_path, tokens_per_micro_batch=1024), torch.nn.Linear(1, 1))}
+    monkeypatch.setattr("amopo_fast.training.resume.read_marker", lambda checkpoint: saved)
+    for given, checkpoint, tokens in ((None, tmp_path, 1024), (2048, tmp_path, 2048), (None, None, None)):
+        run = args(tmp_path, tokens_per_micro_batch=given)
+        rows_as_begun(run, checkpoint)
+        assert run.tokens_per_micro_batch == tokens
 
 
 def lora_trainer(folder, tmp_path, model=None, target_modules="all-linear", **options):

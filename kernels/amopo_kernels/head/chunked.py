@@ -93,14 +93,12 @@ def new_d_hidden(problem: Problem) -> Tensor:
     return problem.hidden.new_zeros(1, problem.rows, problem.features, dtype=torch.float32)
 
 
-def d_hidden(problem: Problem, d_logits: Tensor, out: Tensor, rescale: Tensor | None = None) -> launch.Slices:
+def d_hidden(problem: Problem, d_logits: Tensor, out: Tensor) -> launch.Slices:
     """As slice_gradients.d_hidden."""
     out = out[0]
 
     def slices(begin: int, end: int) -> None:
         of_slice, weight = d_logits[:, : end - begin], problem.weight[begin:end]
-        if rescale is not None:
-            out.mul_(rescale[:, None])
         if not out.is_cuda:
             out.add_(of_slice.float() @ weight.float())
         elif of_slice.dtype == torch.float32:

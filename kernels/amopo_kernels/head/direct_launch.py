@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 Grid = tuple[int, int, int]
 ENABLED = os.environ.get("AMOPO_KERNELS_DIRECT_LAUNCH") == "1"
@@ -76,7 +75,7 @@ def kind(value: Any) -> Any:
         return None
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, TensorDescriptor):
+    if hasattr(value, "block_shape"):  # a tensor descriptor, Triton's or Gluon's
         return value.base.dtype, *value.block_shape
     if isinstance(value, int) and not isinstance(value, bool):
         return value == 1, value % 16 == 0, -(2**31) <= value < 2**31

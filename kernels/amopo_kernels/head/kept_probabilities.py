@@ -66,7 +66,7 @@ def _cached_gradient_kernel(
     real = r < rows_to_compute(scoring)
     place = tl.program_id(1) * STRIP + tl.arange(0, STRIP)
     c = begin + place
-    scale = load_scale(scoring, row, ROWS)
+    scale = load_scale(scoring, r)
     strip = (begin // STRIP + tl.program_id(1)).to(tl.int64)
     reference = tl.load(strip_maximum + strip * scoring.rows + r, mask=real, other=0.0)
     share = _share_in_bits(out.rows, r, real, scale, reference)[:, None]
@@ -77,16 +77,16 @@ def _cached_gradient_kernel(
         log_p += tl.log2(q)
     gradient = gradient_of_others(q * tl.exp2(share), log_p, r, real, out)
     at_label = gradient_at_label(r, real, out) * _label_slope(out.rows, r, real, scale, scoring.softcap)
-    is_label = c[None, :] == load_labels(scoring, row, ROWS)[:, None]
+    is_label = c[None, :] == load_labels(scoring, r)[:, None]
     gradient = add_mean(tl.where(is_label, at_label[:, None], gradient), r, real, c, scoring, out)
     gradient = tl.where((c < scoring.vocabulary)[None, :], gradient, 0.0)
-    store_gradient(gradient, row, place, tl.program_id(0), scoring, out, ROWS)
+    store_gradient(gradient, r, place, tl.program_id(0), scoring, out)
 
 
 @triton.jit
 def _raise_kernel(
-    begin, end, exponentials, strip_maximum, reference, rescale, scoring, stride, limit, headroom,
-    ROWS: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr,
+    begin, end, exponentials, strip_maximum, reference, d_hidden, scoring, stride, splits, features, limit, headroom,
+    ROWS: tl.constexpr, STRIP: tl.constexpr, STRIPS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     strips = tl.cdiv(end - begin, STRIP)
     strip_maximum += (begin // STRIP).to(tl.int64) * scoring.rows
@@ -94,7 +94,7 @@ def _raise_kernel(
     r = row + tl.arange(0, ROWS)
     rows = scoring.rows
     real = r < rows_to_compute(scoring)
-    scale = load_scale(scoring, row, ROWS)
+    scale = load_scale(scoring, r)
     before = tl.load(reference + r, mask=real, other=0.0)
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     for first in range(0, strips, STRIPS):
@@ -105,7 +105,6 @@ def _raise_kernel(
     raised = (largest - before) * scale > limit
     after = tl.where(raised, largest - headroom / scale, before)
     tl.store(reference + r, after, mask=real)
-    tl.store(rescale + r, tl.exp2((before - after) * scale), mask=real)
     if tl.max(raised.to(tl.int32), 0) > 0:  # rare after the first slice
         for strip in range(0, strips):
             maximum = tl.load(strip_maximum + tl.cast(strip, tl.int64) * rows + r, mask=real, other=0.0)
@@ -116,6 +115,14 @@ def _raise_kernel(
             inside = (real & raised)[:, None]
             p = tl.load(places, mask=inside, other=0.0).to(tl.float32)
             tl.store(places, narrow(p * factor[:, None], exponentials.dtype.element_ty), mask=inside)
+        if begin > 0:  # before there is nothing in d_hidden
+            factor = tl.exp2((before - after) * scale)
+            blocks = tl.cdiv(features, FEATURES)
+            for block in range(0, splits * blocks):
+                h = block % blocks * FEATURES + tl.arange(0, FEATURES)
+                places = d_hidden + (block // blocks * rows + r).to(tl.int64)[:, None] * features + h[None, :]
+                inside = (real & raised)[:, None] & (h < features)[None, :]
+                tl.store(places, tl.load(places, mask=inside, other=0.0) * factor[:, None], mask=inside)
 
 
 @triton.jit
@@ -124,8 +131,8 @@ def _finish_kernel(d_hidden, weight, scoring, rows, reference, features, weight_
     r = n + tl.arange(0, 1)
     real = r < rows_to_compute(scoring)
     h = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    scale = load_scale(scoring, n, 1)
-    label = load_labels(scoring, n, 1)
+    scale = load_scale(scoring, r)
+    label = load_labels(scoring, r)
     at_label = tl.load(rows.miss + r, mask=real, other=0.0) * _label_slope(rows, r, real, scale, scoring.softcap)
     share = tl.exp2(_share_in_bits(rows, r, real, scale, tl.load(reference + r, mask=real, other=0.0)))
     inside = (h < features)[None, :] & real[:, None]
@@ -168,7 +175,7 @@ def raise_reference(
     exponentials: Tensor,  # (N, width) of one slice, changed in place
     statistics: StripStatistics,
     reference: Tensor,  # (N,) float32, a logit, changed in place
-    rescale: Tensor,  # (N,) float32, written: what the sum so far must be multiplied by
+    d_hidden: Tensor,  # (splits, N, H) float32, the sums so far, changed in place
     limit: float,
     headroom: float,
 ) -> launch.SliceLaunch:
@@ -176,8 +183,9 @@ def raise_reference(
     return launch.SliceLaunch(
         _raise_kernel,
         lambda _: (launch.blocks(problem.rows, block), 1, 1),
-        exponentials, statistics.tables.maximum, reference, rescale, problem.scoring,
-        exponentials.stride(0), limit, headroom, ROWS=block, STRIP=statistics.strip, STRIPS=64, num_warps=4,
+        exponentials, statistics.tables.maximum, reference, d_hidden, problem.scoring, exponentials.stride(0),
+        d_hidden.shape[0], problem.features, limit, headroom,
+        ROWS=block, STRIP=statistics.strip, STRIPS=64, FEATURES=64, num_warps=4,
     )  # fmt: skip
 
 

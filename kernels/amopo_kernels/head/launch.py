@@ -43,6 +43,7 @@ class Configuration:
     d_hidden: Tile  # dS x weight: N x H
     descriptors: bool  # read operands through tensor descriptors (TMA)
     blocks_per_processor: int = 1  # of the persistent grid; 1 where a block takes all registers
+    add_in_l2: bool = False  # to dX32, by TMA's reductions; sm_90 alone has room; off until a GPU has tried it
 
 
 def _uniform(tile: Tile, descriptors: bool) -> Configuration:

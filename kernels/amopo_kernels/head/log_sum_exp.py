@@ -45,13 +45,11 @@ class LogSumExp(NamedTuple):
 
 
 @triton.jit
-def finish_log_sum_exp(products, row, column, begin, scoring, out, ROWS: tl.constexpr, STRIP: tl.constexpr):
-    """One strip, (ROWS, STRIP) products x . w at (row, column); `begin` is the first column of the slice."""
-    r = row + tl.arange(0, ROWS)
-    c = column + tl.arange(0, STRIP)
+def finish_log_sum_exp(products, r, c, column, scoring, out, STRIP: tl.constexpr):
+    """One strip, (ROWS, STRIP) products x . w of rows r and columns c, from `column` on. Returns what is to be kept."""
     rows = rows_to_compute(scoring)
     z, slope = logit_tile(products, c, scoring)
-    label = load_labels(scoring, row, ROWS)
+    label = load_labels(scoring, r)
     here = (label >= column) & (label < column + STRIP)
     place = (column // STRIP).to(tl.int64) * scoring.rows + r
     # The last tile may have whole strips past the vocabulary.
@@ -68,7 +66,7 @@ def finish_log_sum_exp(products, row, column, begin, scoring, out, ROWS: tl.cons
     if out.tables.top is not None:
         best = tl.where(z == maximum[:, None], c[None, :], 2147483647)
         tl.store(out.tables.top + place, tl.min(best, 1), mask=counts)
-    scale = load_scale(scoring, row, ROWS)
+    scale = load_scale(scoring, r)
     exponents = (z - maximum[:, None]) * scale[:, None]
     exponentials = tl.exp2(exponents)
     tl.store(out.tables.maximum + place, maximum, mask=counts)
@@ -79,13 +77,21 @@ def finish_log_sum_exp(products, row, column, begin, scoring, out, ROWS: tl.cons
     if out.tables.squares is not None:
         tl.store(out.tables.squares + place, tl.sum(exponentials * exponentials, 1), mask=counts)
     if out.exponentials is not None:
-        first = 0
         if out.reference is not None:
-            first = begin
             reference = tl.load(out.reference + r, mask=r < rows, other=0.0)
             base = tl.where((maximum - reference) * scale > out.limit, maximum, reference)
             exponentials *= tl.exp2((maximum - base) * scale)[:, None]
         if scoring.softcap is not None:
             exponentials *= slope
-        places = out.exponentials + r.to(tl.int64)[:, None] * out.stride + (c - first)[None, :]
-        tl.store(places, narrow(exponentials, out.exponentials.dtype.element_ty), mask=(r < rows)[:, None])
+    return exponentials
+
+
+@triton.jit
+def store_exponentials(exponentials, r, c, begin, scoring, out):
+    """What finish_log_sum_exp returned, of a slice from `begin` on."""
+    first = 0
+    if out.reference is not None:
+        first = begin
+    places = out.exponentials + r.to(tl.int64)[:, None] * out.stride + (c - first)[None, :]
+    kept = narrow(exponentials, out.exponentials.dtype.element_ty)
+    tl.store(places, kept, mask=(r < rows_to_compute(scoring))[:, None])

@@ -85,17 +85,15 @@ def add_mean(gradient, r, real, c, scoring, out):
 
 
 @triton.jit
-def finish_logit_gradient(products, row, column, begin, scoring, out, ROWS: tl.constexpr, STRIP: tl.constexpr):
-    """One strip, (ROWS, STRIP) products x . w at (row, column); `begin` is the first column of the slice."""
-    r = row + tl.arange(0, ROWS)
-    c = column + tl.arange(0, STRIP)
+def logit_gradient(products, r, c, column, scoring, out, STRIP: tl.constexpr):
+    """(ROWS, STRIP) of dS of one strip's products x . w of rows r and columns c, from `column` on."""
     real = r < rows_to_compute(scoring)
     z, slope = logit_tile(products, c, scoring)
     maximum = tl.load(out.rows.maximum + r, mask=real, other=0.0)
     log_sum = tl.load(out.rows.log_sum + r, mask=real, other=0.0)
-    log_p = (z - maximum[:, None]) * load_scale(scoring, row, ROWS)[:, None] - log_sum[:, None]
+    log_p = (z - maximum[:, None]) * load_scale(scoring, r)[:, None] - log_sum[:, None]
     gradient = gradient_of_others(tl.exp2(log_p), log_p, r, real, out)
-    label = load_labels(scoring, row, ROWS)
+    label = load_labels(scoring, r)
     here = (label >= column) & (label < column + STRIP)
     if may_hold_a_label(here, scoring):
         gradient = tl.where(c[None, :] == label[:, None], gradient_at_label(r, real, out)[:, None], gradient)
@@ -103,14 +101,12 @@ def finish_logit_gradient(products, row, column, begin, scoring, out, ROWS: tl.c
     if scoring.softcap is not None:
         gradient *= slope
     # Not a product with the mask: a row whose log_sum is NaN must not leak into the columns past the vocabulary.
-    gradient = tl.where((c < scoring.vocabulary)[None, :], gradient, 0.0)
-    store_gradient(gradient, row, c - begin, row // ROWS, scoring, out, ROWS)
+    return tl.where((c < scoring.vocabulary)[None, :], gradient, 0.0)
 
 
 @triton.jit
-def store_gradient(gradient, row, place, block, scoring, out, ROWS: tl.constexpr):
-    """(ROWS, STRIP) of dS from `row` on, at columns `place` of the slice, and its column sums for a block of rows."""
-    r = row + tl.arange(0, ROWS)
+def store_gradient(gradient, r, place, block, scoring, out):
+    """(ROWS, STRIP) of dS of rows r, at columns `place` of the slice, and its column sums for a block of rows."""
     if scoring.count is not None:  # what stands behind is read with its tile
         gradient = tl.where((r < rows_to_compute(scoring))[:, None], gradient, 0.0)
     real = r < scoring.rows

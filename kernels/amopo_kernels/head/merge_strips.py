@@ -33,7 +33,7 @@ def _merge_kernel(tables, label_logit, scoring, out, strips, ROWS: tl.constexpr,
     r = row + tl.arange(0, ROWS)
     rows = scoring.rows
     real = r < rows_to_compute(scoring)
-    scale = load_scale(scoring, row, ROWS)
+    scale = load_scale(scoring, r)
     others = tl.full((ROWS,), -1e30, tl.float32)  # finite: with one token there is nothing but the label
     for first in range(0, strips, STRIPS):
         values = _load(tables.maximum, first, r, rows, strips, real, float("-inf"), STRIPS)

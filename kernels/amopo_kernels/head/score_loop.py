@@ -9,15 +9,19 @@ walk and the sum are one loop (`flatten`), so that the next tile's loads are in 
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
 
 from . import launch
-from .log_sum_exp import LogSumExp, finish_log_sum_exp
-from .logit_gradient import LogitGradient, finish_logit_gradient
+from .log_sum_exp import LogSumExp, finish_log_sum_exp, store_exponentials
+from .logit_gradient import LogitGradient, logit_gradient, store_gradient
 from .problem import Problem
 from .tiles import dot, grouped_tile, load_tile, rows_to_compute, strips_of
+
+WARP_SPECIALIZED = os.environ.get("AMOPO_KERNELS_WARP_SPECIALIZED") == "1"  # where warp_specialized.py has a kernel
 
 
 @triton.jit
@@ -25,10 +29,15 @@ def finish_strip(
     products, row, column, begin, scoring, epilogue, ROWS: tl.constexpr, STRIP: tl.constexpr, GRADIENT: tl.constexpr
 ):
     """The epilogue of one strip: `epilogue` is a LogitGradient if GRADIENT, else a LogSumExp."""
+    r = row + tl.arange(0, ROWS)
+    c = column + tl.arange(0, STRIP)
     if GRADIENT:
-        finish_logit_gradient(products, row, column, begin, scoring, epilogue, ROWS, STRIP)
+        gradient = logit_gradient(products, r, c, column, scoring, epilogue, STRIP)
+        store_gradient(gradient, r, c - begin, row // ROWS, scoring, epilogue)
     else:
-        finish_log_sum_exp(products, row, column, begin, scoring, epilogue, ROWS, STRIP)
+        exponentials = finish_log_sum_exp(products, r, c, column, scoring, epilogue, STRIP)
+        if epilogue.exponentials is not None:
+            store_exponentials(exponentials, r, c, begin, scoring, epilogue)
 
 
 @triton.jit
@@ -66,6 +75,11 @@ def row_blocks(problem: Problem) -> int:
 
 def scores(problem: Problem, strip: int, epilogue: LogSumExp | LogitGradient, width: int) -> launch.SliceLaunch:
     """Scores a slice of at most `width` columns and finishes every strip of it. It begins at a multiple of a tile's."""
+    if WARP_SPECIALIZED:
+        from . import warp_specialized  # in Gluon, which Triton calls experimental
+
+        if warp_specialized.fits(problem, epilogue):
+            return warp_specialized.scores(problem, strip, epilogue)
     configuration = launch.configuration(problem)
     tile, descriptors = configuration.scores, configuration.descriptors
     return launch.SliceLaunch(

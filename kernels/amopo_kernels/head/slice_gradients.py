@@ -1,11 +1,12 @@
 """Backward of the head, step 2: what a slice of dS gives to the weight and to the hidden states.
 
     dW[slice]  = scale * dS^T X            written once, in the weight's dtype, straight into the gradient
-    dX32      = rescale * dX32 + dS W[slice]            float32
+    dX32     += dS W[slice]                float32
 
 Work: 2 N H FLOP per column each. With dS resident in L2, memory sees X (again per slice), dW once, dX32 read and
-written once per slice: 8 N H bytes. Order: persistent grids, no atomics. Where N x H has fewer tiles than the GPU has
-processors, the sum over a slice's columns is split and every split has a dX32 of its own, added up in the end.
+written once per slice: 8 N H bytes. Order: persistent grids; a launch adds to each number once, so a sum's order is that
+of the slices. Where N x H has fewer tiles than the GPU has processors, the sum over a slice's columns is split and every
+split has a dX32 of its own, added up in the end.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ def _d_weight_kernel(
 
 @triton.jit
 def _d_hidden_kernel(
-    begin, end, d_logits, weight, d_hidden, rescale, count, splits,
+    begin, end, d_logits, weight, d_hidden, count, splits,
     rows, features, width, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    IN_L2: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(_first(rows, count), ROWS)
     column_tiles = tl.cdiv(features, COLUMNS)
@@ -85,13 +86,13 @@ def _d_hidden_kernel(
         r = row + tl.arange(0, ROWS)
         strips = strips_of(accumulator, COLUMNS // STRIP)
         for i in tl.static_range(COLUMNS // STRIP):
-            c = h + i * STRIP + tl.arange(0, STRIP)
-            inside = (r < rows)[:, None] & (c < features)[None, :]
-            places = d_hidden + (split * rows + r).to(tl.int64)[:, None] * features + c[None, :]
-            before = tl.load(places, mask=inside, other=0.0)
-            if rescale is not None:
-                before *= tl.load(rescale + r, mask=r < rows, other=0.0)[:, None]
-            tl.store(places, before + strips[i], mask=inside)
+            if IN_L2:  # a tile's last rows may be the next split's first: their sums are 0
+                d_hidden.atomic_add([split * rows + row, h + i * STRIP], strips[i])
+            else:
+                c = h + i * STRIP + tl.arange(0, STRIP)
+                inside = (r < rows)[:, None] & (c < features)[None, :]
+                places = d_hidden + (split * rows + r).to(tl.int64)[:, None] * features + c[None, :]
+                tl.store(places, tl.load(places, mask=inside, other=0.0) + strips[i], mask=inside)
 
 
 def d_weight(
@@ -131,19 +132,20 @@ def d_hidden(
     problem: Problem,
     d_logits: Tensor,  # (N, width), width >= the columns of a slice
     out: Tensor,  # of new_d_hidden
-    rescale: Tensor | None = None,  # (N,) float32
 ) -> launch.SliceLaunch:
     """Adds a slice's part to `out`."""
     configuration = launch.configuration(problem)
     tile, descriptors = configuration.d_hidden, configuration.descriptors
     rows = problem.rows * out.shape[0]
+    # Rows of no whole 16 numbers are read and written one by one, and need the registers.
+    strip = min(tile.columns, 32 if problem.features % 16 else 64)
+    in_l2 = configuration.add_in_l2 and descriptors
     return launch.SliceLaunch(
         _d_hidden_kernel,
         lambda _: launch.grid(configuration, out.device, rows, problem.features, tile),
         launch.source(d_logits, (tile.rows, tile.depth), descriptors),
-        launch.source(problem.weight, (tile.depth, tile.columns), descriptors), out, rescale, problem.count,
+        launch.source(problem.weight, (tile.depth, tile.columns), descriptors),
+        launch.source(out.flatten(0, 1), (tile.rows, strip), in_l2), problem.count,
         out.shape[0], problem.rows, problem.features, d_logits.stride(0), problem.weight.stride(0),
-        # Rows of no whole 16 numbers are read and written one by one, and need the registers.
-        STRIP=min(tile.columns, 32 if problem.features % 16 else 64),
-        **launch.matmul(configuration, tile, problem.weight.dtype),
+        STRIP=strip, IN_L2=in_l2, **launch.matmul(configuration, tile, problem.weight.dtype),
     )  # fmt: skip

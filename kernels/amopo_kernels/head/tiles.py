@@ -4,6 +4,9 @@ A logit is z = cap(x . w_v + b_v), a score in bits (z - reference) * scale with 
 difference comes first, since logits that have much in common leave few digits to a product. The label is left out of
 every sum: its logit comes from the same accumulator, and 1 - p_y keeps its digits where p_y rounds to 1. Columns past
 the vocabulary count as -inf. Dot products accumulate in float32; nothing here uses an atomic.
+
+Functions that take the numbers of their rows and columns, instead of making them, are called from Gluon too, where a
+range has a layout (warp_specialized.py).
 """
 
 from __future__ import annotations
@@ -88,11 +91,10 @@ def rows_to_compute(scoring):
 
 
 @triton.jit
-def load_scale(scoring, row, ROWS: tl.constexpr):
-    """(ROWS,) from differences of logits to bits."""
-    scale = tl.full((ROWS,), scoring.scale, tl.float32)
+def load_scale(scoring, r):
+    """(ROWS,) from differences of logits to bits, of rows r."""
+    scale = tl.where(r == r, scoring.scale, 0.0)  # which Gluon gives the layout of r
     if scoring.row_scale is not None:
-        r = row + tl.arange(0, ROWS)
         scale = tl.load(scoring.row_scale + r, mask=r < scoring.rows, other=1.0)
     return scale
 
@@ -108,9 +110,8 @@ def load_mean_shares(scoring, columns):
 
 
 @triton.jit
-def load_labels(scoring, row, ROWS: tl.constexpr):
-    """int32 labels, -1 where there is none in the vocabulary: ignored, out of range, or past the last row."""
-    r = row + tl.arange(0, ROWS)
+def load_labels(scoring, r):
+    """int32 labels of rows r, -1 where there is none in the vocabulary: ignored, out of range, or past the last row."""
     values = tl.load(scoring.labels + r, mask=r < scoring.rows, other=-1).to(tl.int64)
     return tl.where((values >= 0) & (values < scoring.vocabulary), values, -1).to(tl.int32)
 

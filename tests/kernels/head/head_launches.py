@@ -22,11 +22,12 @@ from amopo_kernels.head import (
     passes,
     score_loop,
     slice_gradients,
+    warp_specialized,
 )
 from amopo_kernels.head.options import Options
 from amopo_kernels.head.problem import Gradients, Problem
 
-MODULES = (score_loop, slice_gradients, chunked, kept_probabilities, merge_strips)
+MODULES = (score_loop, warp_specialized, slice_gradients, chunked, kept_probabilities, merge_strips)
 OPTIONS = ("num_warps", "num_stages")
 # name -> what the case asks of the head
 CASES = {
@@ -46,6 +47,10 @@ CASES = {
     "few rows": {"rows": 512, "features": 896},
     "rows that no descriptor can read": {"features": 900},
     "eight features": {"rows": 64, "features": 8},
+    "warp-specialised": {"specialised": True},
+    "warp-specialised, all options": {"specialised": True, "softcap": 30.0, "outputs": "entropy,lse,mean_logit,top1"},
+    "warp-specialised, float16, a bias": {"specialised": True, "dtype": torch.float16, "bias": True},
+    "warp-specialised, temperatures and ignored rows": {"specialised": True, "counted": True},
 }
 
 
@@ -65,15 +70,16 @@ class _Recorder:
 
 
 def _recorded(value):
-    if isinstance(value, TensorDescriptor):
-        return Descriptor(value.base.dtype, tuple(value.shape), tuple(value.block_shape))
+    if hasattr(value, "block_shape"):
+        gluon = not isinstance(value, TensorDescriptor)
+        return Descriptor(value.base.dtype, tuple(value.shape), tuple(value.block_shape), gluon)
     if isinstance(value, tuple):
         return type(value)(*map(_recorded, value))
     return value.dtype if isinstance(value, torch.Tensor) else value
 
 
 @contextlib.contextmanager
-def recording(cc: int, dtype: torch.dtype):
+def recording(cc: int, dtype: torch.dtype, specialised: bool = False):
     launches: list[Launch] = []
     configuration = launch.FLOAT32 if dtype == torch.float32 else launch.SIXTEEN_BIT[cc]
     with contextlib.ExitStack() as stack:
@@ -85,20 +91,21 @@ def recording(cc: int, dtype: torch.dtype):
                     )
         stack.enter_context(mock.patch.object(launch, "INTERPRETED", False))
         stack.enter_context(mock.patch.object(launch, "tiles", lambda device, dtype: configuration))
+        stack.enter_context(mock.patch.object(score_loop, "WARP_SPECIALIZED", specialised))
         stack.enter_context(mock.patch.object(launch, "processors", lambda device: 132))
         yield launches
 
 
 def launches_of(
     cc: int, backend: str, *, dtype=torch.bfloat16, features=5120, bias=False, softcap=None, outputs="",
-    cached=False, frozen=False, counted=False, rows=4096, vocabulary=152064,
+    cached=False, frozen=False, counted=False, specialised=False, rows=4096, vocabulary=152064,
 ) -> list[Launch]:  # fmt: skip
     """The distinct launches of a forward and a backward of case A, or what is asked for."""
     def empty(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     hidden = empty(rows, features)
-    with recording(cc, dtype) as launches:
+    with recording(cc, dtype, specialised) as launches:
         columns = layout.slice_columns(hidden, dtype) * 2 if cached else 0
         mode = "frozen" if frozen else "cached" if cached else "exact"
         options = Options(

@@ -1,8 +1,9 @@
 """Launches of the head as they reach CUDA's driver, where there is none: of Triton's launcher and of direct_launch.
 
-    python tests/kernels/head/launches_without_device.py FOLDER kernel|exact|cached|frozen     compares them; JSON
+    python tests/kernels/head/launches_without_device.py FOLDER WHAT                           compares them; JSON
     python tests/kernels/head/launches_without_device.py FOLDER exact --rounds 400             CPU time of a call, too
 
+WHAT: kernel (a small one), a mode of the head, or warp_specialized: mode exact with the kernel of warp_specialized.py.
 A child process of the test and of benchmarks/head_host.py, with absent_driver's `environment`.
 """
 
@@ -24,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 from absent_driver import AbsentDriver  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from amopo_kernels.head import direct_launch, launch, passes, slice_gradients  # noqa: E402
+from amopo_kernels.head import direct_launch, launch, passes, score_loop, slice_gradients  # noqa: E402
 from amopo_kernels.head.options import Options  # noqa: E402
 from amopo_kernels.head.problem import Gradients, Problem  # noqa: E402
 
@@ -140,14 +141,16 @@ def milliseconds(call: Call, rounds: int) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("what", choices=("kernel", "exact", "cached", "frozen"))
+    parser.add_argument("what", choices=("kernel", "exact", "cached", "frozen", "warp_specialized"))
     parser.add_argument("--rounds", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     absent = AbsentDriver(arguments.folder)
     absent.use()
+    score_loop.WARP_SPECIALIZED = arguments.what == "warp_specialized"
+    mode = "exact" if score_loop.WARP_SPECIALIZED else arguments.what
     with on_sm_90(absent):
-        call = one_kernel() if arguments.what == "kernel" else head(arguments.what)
+        call = one_kernel() if mode == "kernel" else head(mode)
         found: dict = {"triton": triton.__version__, **compare(call, absent)}
         if arguments.rounds:
             absent.write_down(False)

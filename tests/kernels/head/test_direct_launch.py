@@ -35,7 +35,7 @@ def test_of_every_kind_of_argument_and_slice(tmp_path):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["exact", "cached", "frozen"])
+@pytest.mark.parametrize("mode", ["exact", "cached", "frozen", "warp_specialized"])
 def test_of_the_head(tmp_path, mode):
     found = launches(tmp_path, mode)
     assert found["different"] == []
