@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import reprlib
 from collections.abc import Iterable
 from typing import Any
@@ -48,6 +49,17 @@ class OptionError(ValueError):
 def shown(value: object) -> str:
     """A value as an error message shows it: its type and at most about 60 characters of it."""
     return f"{type(value).__name__} {_short.repr(value)}"
+
+
+def of_a_library(error: BaseException) -> str:
+    """A library's error in one line of about 400 characters, without advice that is no user's to take."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    stumbled = re.search(r"(?:'(\w+)' object (?:has no attribute|is not)|between instances of '\w+' and '(\w+)')", text)
+    if stumbled:  # where a file has a value of another type than the library expects
+        return f"a value in one of its files is of the wrong type, {stumbled[1] or stumbled[2]}"
+    if "trust_remote_code" in text:
+        return "it asks for code of the Hub, which is not run"
+    return text[:400]
 
 
 def changed_fields(config: Any) -> dict[str, Any]:

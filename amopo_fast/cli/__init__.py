@@ -8,6 +8,9 @@ One module per command; each has `add_parser(commands)`, which makes its parser 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -49,6 +52,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; `argv` without the program's name. Returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # bars and arrows on a terminal that has no UTF-8
+        sys.stdout.reconfigure(errors="replace")
     parser = _Parser(
         "amopo-fast", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -74,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(arguments.command, error, 2)
     except NumbersError as error:
         return _fail(arguments.command, error, 4)
+    except BrokenPipeError:  # as of `| head`, which has read enough
+        with contextlib.suppress(OSError, ValueError):  # what is in the buffer still has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         return _fail(arguments.command, _with_path(error), 1)
     except (ValueError, CheckpointError, JudgeError) as error:
@@ -95,9 +104,10 @@ _LESS_MEMORY = (
 
 def _with_path(error: OSError) -> str:
     """What the system says of a file, without its number and with what to do; libraries' own texts as they are."""
-    if error.filename is None or error.strerror is None:
+    if error.strerror is None or error.filename is None and error.errno not in (errno.ENOSPC, errno.EIO, errno.EBADF):
         return str(error)
-    return f"{error.filename}: {error.strerror}; check the path, its rights and the room on its disk"
+    name = "the output" if error.filename is None else error.filename  # a file of the shell
+    return f"{name}: {error.strerror}; check the path, its rights and the room on its disk"
 
 
 def _fail(command: str, error: object, code: int) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import fields
 
 from amopo_fast.cli.numbers import boolean, finite, seed, whole, whole_or_zero
 from amopo_fast.cli.outputs import output_file
+from amopo_fast.errors import OptionError
 
 _HELP_OF_SAMPLING = {
     "max_new_tokens": "tokens of an answer, at most", "do_sample": "draw tokens instead of taking the likeliest",
@@ -135,6 +137,10 @@ def run_chat(arguments) -> int:
 
     target, sampling = _target(arguments), sampling_of(arguments)
     trained = TrainedModel.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    if sys.stdin is None:
+        raise OptionError("chat reads what you write, and its input is closed: give generate --prompt TEXT instead")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     messages = list(opening)
     trained.prompt([*messages, {"role": "user", "content": "Hello"}], target)  # what it cannot be asked for is said now
@@ -161,8 +167,12 @@ def run_chat(arguments) -> int:
         elif line.startswith("/"):
             print(f"unknown command {line.split()[0]}: /target DIMENSION=SCORE ..., /new or /exit")
         elif line:
+            try:
+                prompt = trained.prompt([*messages, {"role": "user", "content": line}], target)
+            except ValueError as error:
+                print(error)
+                continue
             messages.append({"role": "user", "content": line})
-            prompt = trained.prompt(messages, target)
             streamer = TextStreamer(trained.tokenizer, skip_prompt=True, skip_special_tokens=True)
             [answer] = generate(trained.model, trained.tokenizer, [prompt], sampling, streamer=streamer)
             messages.append({"role": "assistant", "content": answer})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import datetime
+import enum
 import functools
 import importlib.util
 import types
@@ -20,6 +22,7 @@ from amopo_fast.cli.numbers import finite, integer
 from amopo_fast.cli.spellings import hint
 from amopo_fast.data.sources.spec import parse_sources
 from amopo_fast.errors import OptionError, shown
+from amopo_fast.text_files import read_text
 
 # Keys whose YAML value may be a mapping or a list of them.
 SOURCE_KEYS = ("train_data", "eval_data")
@@ -40,7 +43,8 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses a key written twice instead of taking the last one."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"  # <<, which takes the keys of another mapping
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"the key {key!r} is there twice, the second time before {node.end_mark}")
@@ -135,7 +139,7 @@ def _from_yaml(
     config: str, types_of: dict[str, Any], known: set[str], ignore: Sequence[str]
 ) -> dict[str, Any]:
     try:
-        values = yaml.load(Path(config).read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(read_text(config), _Loader)
     except OSError as error:
         raise OptionError(f"{config}: {error.strerror or error}; check the path of the configuration") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -166,7 +170,10 @@ def _typed(where: str, value: Any, hint: Any) -> Any:
         kinds = [get_origin(each) or each for each in options]
         if isinstance(value, (list, dict)) and type(value) not in kinds:
             raise OptionError(f"{where}: write one value, found {shown(value)}")
-        return value if isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type))) else str(value)
+        known = tuple(kind for kind in kinds if isinstance(kind, type))
+        if value is False and bool not in known and any(issubclass(kind, enum.Enum) for kind in known):
+            return "no"  # of eval_strategy and others, which YAML reads as false
+        return value if isinstance(value, known) and not isinstance(value, str) else _text(where, value)
     if origin is Literal:
         if value not in get_args(hint):
             raise OptionError(f"{where}: found {shown(value)}; choose one of {', '.join(map(str, get_args(hint)))}")
@@ -190,11 +197,21 @@ def _typed(where: str, value: Any, hint: Any) -> Any:
             kind = "a whole number" if hint is int else "a number"
             raise OptionError(f"{where}: write {kind}, found {shown(value)}")
         return number
-    if hint is str:
-        if isinstance(value, (list, dict)):
-            raise OptionError(f"{where}: write text, found {shown(value)}")
-        return str(value)
-    return value
+    return _text(where, value) if hint is str else value
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, (str, int, float, datetime.date)) or isinstance(value, bool):
+        aside = ", in quotes: YAML reads yes, no, on and off as truths" if isinstance(value, bool) else ""
+        raise OptionError(f"{where}: write text{aside}, found {shown(value)}")
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # by an escape
+        raise OptionError(f"{where}: write whole characters, found {shown(value)}, half of a surrogate pair") from None
+    if "\0" in text:
+        raise OptionError(f"{where}: write text without a null character, found {shown(value)}")
+    return text
 
 
 def _build(each: type, given: dict[str, Any], origin: dict[str, str]) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +14,12 @@ from torch import nn
 
 from amopo_fast.data.pair import PLAIN
 from amopo_fast.data.sources.candidate import NO_OBJECT
-from amopo_fast.errors import OptionError
+from amopo_fast.errors import ModelError, OptionError, of_a_library
 from amopo_fast.models.loading import load_trained, tokenizer_folder
 from amopo_fast.prompts.recipe import RECIPE_FILE, Recipe, recipe_of
 from amopo_fast.prompts.template import change_templates, prompt_of
 from amopo_fast.prompts.tokenizer import load_tokenizer
+from amopo_fast.text_files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,6 +114,7 @@ class TrainedModel:
             )
         if own is None:
             logger.warning("%s has no recipe of its own: it is asked as the other model was trained", name)
+        _check_generation_config(Path(name) / "generation_config.json")
         chosen = own or recipe
         tokenizer = change_templates(load_tokenizer(tokenizer_folder(name)), chosen.served)
         return cls(load_trained(name, dtype=dtype, device=device), tokenizer, chosen)
@@ -171,6 +175,9 @@ def generate(
         batch_size: prompts at a time, longest first, padded on the left.
         done: called with the number of answers that have come.
         streamer: of transformers, for a single prompt.
+
+    Raises:
+        ModelError: it cannot generate; names the file that may be why.
     """
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -189,9 +196,9 @@ def generate(
                 mask[row, width - len(prompts[i]) :] = 1
             with torch.random.fork_rng():
                 torch.manual_seed(sampling.seed + begin)
-                out = model.generate(
-                    input_ids=ids.to(device), attention_mask=mask.to(device), pad_token_id=padding,
-                    streamer=streamer, **sampling.arguments(),
+                out = _generated(
+                    model, input_ids=ids.to(device), attention_mask=mask.to(device), pad_token_id=padding,
+                    streamer=streamer, num_return_sequences=1, **sampling.arguments(),
                 )  # fmt: skip
             texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
             for i, text in zip(batch, texts, strict=True):
@@ -200,3 +207,27 @@ def generate(
     finally:
         model.train(was_training)
     return answers
+
+
+def _check_generation_config(path: Path) -> None:
+    """Raises ModelError for one that transformers would leave unread without a word."""
+    if path.exists():
+        try:
+            json.loads(read_text(path))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(f"{path} cannot be read ({error}): copy it again, or remove it") from None
+
+
+def _generated(model: nn.Module, **arguments: Any) -> torch.Tensor:
+    """model.generate, which fails in many ways where the model's own generation_config cannot be."""
+    try:
+        return model.generate(**arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+        name = getattr(model.config, "_name_or_path", "") or "the model"
+        own = ", ".join(key for key in model.generation_config.to_diff_dict() if not key.startswith(("_", "transf")))
+        raise ModelError(
+            f"{name} cannot generate: {of_a_library(error)}. Its generation_config.json may be why, which sets "
+            f"{own or 'nothing'}: correct the file, or remove it"
+        ) from error

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from amopo_fast.errors import DataError
 from amopo_fast.judges.judge import Answer
 from amopo_fast.prompts.wording import Wording
+from amopo_fast.text_files import read_text
 
 Kind = Literal["score", "compare"]
 _FOLDER = Path(__file__).parent / "templates"
@@ -48,7 +49,7 @@ class JudgeTemplate:
         """
         path = Path(path) if path else _FOLDER / f"{kind}.txt"
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
             found = getattr(error, "strerror", None) or str(error)
             raise DataError("unreadable file", found, "check the path of the template", source=str(path)) from None

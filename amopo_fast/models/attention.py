@@ -32,6 +32,7 @@ NAME = "amopo_packed"
 _EAGER = f"{NAME}_eager"
 # What models hand over that changes nothing in the attention of a row: positions are in the keys already.
 _WITHOUT_EFFECT = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
+_NO_MASK = (1, 1, 1, 1)  # the shape of a mask that tells no two tokens apart
 _row_active: ContextVar[bool] = ContextVar("amopo_packed_row_active", default=False)
 
 
@@ -52,10 +53,13 @@ class PackedRow:
 
 @contextmanager
 def packed_row(paths: Paths, backend: str) -> Iterator[dict[str, Any]]:
-    """While open, the mask is left out; yields the keyword arguments that `model(...)` must get."""
+    """While open, no mask is made; yields the keyword arguments that `model(...)` must get."""
     token = _row_active.set(True)
+    # transformers hands a mask of four dimensions on as it is. Without one it asks, waiting for the device, whether
+    # the positions are those of one sequence.
+    mask = torch.ones(_NO_MASK, dtype=torch.bool, device=paths.position_ids.device)
     try:
-        yield {"position_ids": paths.position_ids, KEYWORD: PackedRow(paths, backend)}
+        yield {"position_ids": paths.position_ids, "attention_mask": mask, KEYWORD: PackedRow(paths, backend)}
     finally:
         _row_active.reset(token)
 
@@ -145,7 +149,8 @@ def _attention(
     row = kwargs.pop(KEYWORD, None)
     if row is not None:
         unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _WITHOUT_EFFECT)
-        if attention_mask is not None or unknown:
+        masked = attention_mask is not None and attention_mask.shape != _NO_MASK
+        if masked or unknown:
             raise ValueError(
                 f"{type(module).__name__} gives its attention {', '.join(unknown) or 'a mask'}, which packed attention "
                 "does not apply; train with --layout separate"

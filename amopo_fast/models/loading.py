@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 
 from amopo_fast import hub
-from amopo_fast.errors import ModelError, OptionError, shown
+from amopo_fast.errors import ModelError, OptionError, of_a_library, shown
 from amopo_fast.models.architecture import UnsupportedModelError, refusal_unloaded
 from amopo_fast.models.config import ModelConfig, lora_targets
 from amopo_fast.models.depth import depth_of, set_layers
@@ -49,7 +49,7 @@ def model_errors(name: str | None, what: str = "model_name_or_path") -> Iterator
         text = " ".join(str(error).split()).split(" Please note")[0]
         raise ValueError(f"{what}: {name!r} cannot be loaded: {text}") from error
     except Exception as error:
-        text = " ".join(str(error).split())[:400] or type(error).__name__
+        text = of_a_library(error)
         text = f"{text} is not known" if isinstance(error, KeyError) else text
         remedy = hub.remedy(str(name)) or (
             f"{text}; give a folder with config.json, tokenizer.json and whole "

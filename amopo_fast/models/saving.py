@@ -126,11 +126,12 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def final_dtype(save_dtype: str, base: PretrainedConfig, random_weights: bool) -> torch.dtype | None:
-    """The dtype of the final model's file; "auto" is the base model's own. None: the one that is trained."""
+    """The dtype of the final model's file; "auto" is the base model's own. None: the one that is trained, also where
+    config.json names a dtype that holds no weights without scales (int8, float8)."""
     if save_dtype != "auto":
         return getattr(torch, save_dtype)
-    own = base.dtype
-    return None if random_weights else getattr(torch, own) if isinstance(own, str) else own
+    own = getattr(torch, base.dtype) if isinstance(base.dtype, str) else base.dtype
+    return None if random_weights or own is None or not own.is_floating_point or own.itemsize < 2 else own
 
 
 def size_of_weights(folder: str | Path) -> str:

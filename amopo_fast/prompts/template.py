@@ -185,7 +185,7 @@ def prompt_of(
 
     Raises:
         ValueError: the tokenizer's template knows no dimensions, or the template refuses: an unknown dimension, a score
-            out of range.
+            out of range; or a text is no UTF-8.
     """
     template = tokenizer.chat_template
     known = template.get("default", "") if isinstance(template, Mapping) else template or ""
@@ -203,6 +203,11 @@ def prompt_of(
         )
     except jinja2.TemplateError as error:
         raise ValueError(" ".join(str(error).split())) from None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # what a terminal makes of bytes that are no UTF-8
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"the prompt holds half of a character, {half}: write it whole, in UTF-8") from None
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from amopo_fast import hub
+from amopo_fast.errors import of_a_library
 from amopo_fast.prompts.chat import fallback_template
 from amopo_fast.prompts.template import change_templates, without_dimensions
 
@@ -30,9 +31,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     hub.prefer_cache_if_unreachable(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer("Xq7")  # some values of tokenizer_config.json are looked at here
     except Exception as error:  # tokenizers raises plain Exception for a broken file
-        text = " ".join(str(error).split())[:300]
-        remedy = hub.remedy(name) or f"{text}; give a folder with tokenizer.json, or a Hub name"
+        remedy = hub.remedy(name) or f"{of_a_library(error)}; give a folder with tokenizer.json, or a Hub name"
         raise ValueError(f"tokenizer {name!r} cannot be loaded: {remedy}") from None
     require_vocabulary(tokenizer, name)
     if tokenizer.chat_template is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from amopo_fast.errors import DataError, shown
+from amopo_fast.text_files import read_text
 
 DEFAULT_TEMPLATE = Path(__file__).parent / "templates" / "default.yaml"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -35,7 +36,7 @@ class Wording:
         path = Path(path) if path is not None else DEFAULT_TEMPLATE
         source = str(path)
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.safe_load(read_text(path))
         except OSError as error:
             raise DataError(
                 "unreadable file", error.strerror or str(error), "check the path of the template", source=source

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from amopo_fast.data.pairs import record_of
+from amopo_fast.text_files import read_text
 
 _COLUMNS = ("logp_chosen", "logp_rejected", "margin", "weight", "prob_std_chosen", "prob_std_rejected")
 
@@ -52,7 +53,7 @@ class FailedStep:
         from jsonschema.exceptions import best_match
 
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(read_text(path))
         except (OSError, ValueError, RecursionError) as error:
             raise _not_one(path, error) from None
         wrong = best_match(Draft202012Validator(SCHEMA).iter_errors(content))

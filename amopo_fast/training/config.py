@@ -7,7 +7,6 @@ import json
 import logging
 import math
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,7 @@ from amopo_fast.models.faster_layers import liger_by_default, liger_config
 from amopo_fast.models.precision import WEIGHT_PRECISIONS, autocasts_by_default
 from amopo_fast.optim import IN_BACKWARD
 from amopo_fast.optim.adamw import CLIPPING
+from amopo_fast.text_files import read_text
 from amopo_fast.training.arguments import (
     refuse_other_engine,
     refuse_unread,
@@ -378,7 +378,7 @@ def _check_mapping(option: str, value: Any, *, file: bool) -> None:
         content = _from_json(option, value)
     else:
         try:
-            content = json.loads(Path(value).read_text(encoding="utf-8"))
+            content = json.loads(read_text(value))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OptionError(f"{option}: {value} cannot be read ({reason}); name a JSON file", option) from None

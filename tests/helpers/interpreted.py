@@ -21,10 +21,9 @@ def mend_the_interpreter() -> None:
 
     At every call of a kernel, and of a function in one, it looks through all of `triton.language` for what is to be
     replaced. It computes whether an integer overflows, and without `debug` asserts nothing about it. It makes a dict of
-    all types for each look into it, and the shape, name and size of a block's type anew for each value.
-
-    It has no `atomic_add` of a tensor descriptor. Before 3.7.1 it converts a bound of a `range` by int() of an array of
-    one element, which numpy 2.5 refuses."""
+    all types for each look into it, and the shape, name and size of a block's type anew for each value. It has no
+    `atomic_add` of a tensor descriptor. Before 3.7.1 it converts a bound of a `range` by int() of an array of one
+    element, which numpy 2.5 refuses."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:

@@ -114,3 +114,20 @@ def test_a_model_loaded_with_another_implementation_keeps_it():
     pairs, key = pairs_of("llama")
     got = loss_and_gradients(model.train(), score(model, build_plan(pairs, min_node_tokens=4)))
     assert largest_error(got, expected("llama", *key)) < TOLERANCE
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_a_mask_of_a_model_s_own_is_refused(square):
+    """Of its keys, or of queries and keys; the one that a row is handed tells no two tokens apart."""
+    model = prepare_model(tiny_model("llama"))
+    seen = []
+
+    def masked(module, args, kwargs):
+        tokens = kwargs["hidden_states"].shape[1]
+        seen.append(kwargs["attention_mask"].shape)
+        return args, kwargs | {"attention_mask": torch.ones(1, 1, tokens if square else 1, tokens, dtype=torch.bool)}
+
+    model.model.layers[1].self_attn.register_forward_pre_hook(masked, with_kwargs=True)
+    with pytest.raises(ValueError, match="LlamaAttention gives its attention a mask, which packed attention does not"):
+        score(model, build_plan(pairs_of("llama")[0], min_node_tokens=4))
+    assert seen == [(1, 1, 1, 1)]

@@ -103,4 +103,4 @@ def test_loading_takes_the_weights_once(tmp_path):
                timeout=60)  # fmt: skip
     assert done.returncode == 0, done.stderr
     for name, taken in json.loads(done.stdout).items():
-        assert 0.9 < taken < 1.3, (name, taken)
+        assert 0.5 < taken < 1.3, (name, taken)  # less: of what an earlier one gave back

@@ -16,7 +16,7 @@ KERNELS = ROOT / "kernels" / "amopo_kernels"
 
 # From the ground up: a room imports from floors below its own and from itself, nothing else of the trainer.
 FLOORS = (
-    ("errors", "hub", "report", "optim"),  # and amopo_kernels
+    ("errors", "hub", "text_files", "report", "optim"),  # and amopo_kernels
     ("data",),
     ("prompts",),
     ("packing", "survival"),

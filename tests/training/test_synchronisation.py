@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "survival"))
-from small_run import small_trainer  # noqa: E402
+from small_run import small_model, small_trainer  # noqa: E402
 
 READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero", "argwhere",
          "masked_select", "unique", "unique_consecutive", "equal", "allclose", "is_nonzero"}  # fmt: skip
@@ -26,9 +26,6 @@ ON_A_CPU = {
     ("check_cu_seqlens", "__bool__"): "likewise",
     ("check_labels", "item"): "likewise",
 }
-# A read by transformers that waits: whether positions are those of one sequence, where no attention_mask is given.
-OF_TRANSFORMERS = ("body", "__bool__")
-
 
 class Waits(TorchFunctionMode):
     def __init__(self):
@@ -66,14 +63,19 @@ def watched(trainer, names, waits):
         setattr(owner, name, inside)
 
 
-def test_a_step_waits_where_the_guard_reads_its_numbers_and_nowhere_else(tmp_path):
-    waits = Waits()
-    run = small_trainer(tmp_path, save_strategy="no", eval_strategy="no", logging_steps=100, num_train_epochs=1)
+# Of padded rows transformers asks on the host whether their positions are those of one sequence.
+@pytest.mark.parametrize("layout, of_a_micro_batch", [("shared", {}), ("separate", {("body", "__bool__"): 1})])
+def test_a_step_waits_where_the_guard_reads_its_numbers_and_nowhere_else(layout, of_a_micro_batch, tmp_path):
+    waits, micro_batches = Waits(), 0
+    run = small_trainer(tmp_path, save_strategy="no", eval_strategy="no", logging_steps=100, num_train_epochs=1,
+                        layout=layout)  # fmt: skip
     watched(run, [(run, "training_step"), (run, "_clip_grad_norm"), (run, "_get_grad_norm"),
                   (run.guard, "on_pre_optimizer_step")], waits)  # fmt: skip
     training_step = run.training_step
 
     def of_batch(model, inputs, *args):
+        nonlocal micro_batches
+        micro_batches += 1
         plan = inputs["plan"]
         waits.batch = [value for value in [*inputs.values(), *vars(plan).values()] if isinstance(value, torch.Tensor)]
         return training_step(model, inputs, *args)
@@ -81,18 +83,18 @@ def test_a_step_waits_where_the_guard_reads_its_numbers_and_nowhere_else(tmp_pat
     run.training_step = of_batch
     run.train()
     assert len(waits.batch) > 8
-    steps, micro_batches = run.state.global_step, run.state.global_step * run._batches.epoch.accumulation
     found = {where: count for where, count in waits.found.items() if where not in ON_A_CPU}
-    assert found.pop(("on_pre_optimizer_step", "tolist")) == steps
-    assert found.pop(OF_TRANSFORMERS, 0) <= micro_batches
-    assert not found
+    expected = {where: count * micro_batches for where, count in of_a_micro_batch.items()}
+    assert micro_batches > run.state.global_step
+    assert found == {("on_pre_optimizer_step", "tolist"): run.state.global_step, **expected}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_torch_sees_no_other_wait(tmp_path):
-    run = small_trainer(tmp_path, save_strategy="no", eval_strategy="no", logging_steps=100, num_train_epochs=1,
-                        use_cpu=False, layout="separate")  # fmt: skip
+    model = small_model(attention_dropout=0.0).to(torch.bfloat16)  # or no backend but SDPA would take it
+    run = small_trainer(tmp_path, model=model, save_strategy="no", eval_strategy="no", logging_steps=100,
+                        num_train_epochs=1, use_cpu=False)  # fmt: skip
     step, seen = run.training_step, []
 
     def training_step(*args, **kwargs):

@@ -22,6 +22,7 @@ from amopo_fast.data.sources.json_list import (
     unloadable,
 )
 from amopo_fast.errors import DataError
+from amopo_fast.text_files import refuse_pipe
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 SUFFIXES = (".json", *LINE_SUFFIXES, ".csv", ".parquet")
@@ -53,6 +54,7 @@ def file_records(path: str | Path) -> Iterator[RawRecord | DataError]:
             source=source,
         )
     try:
+        refuse_pipe(path)
         if suffix == ".parquet":
             yield from _parquet(path, source)
             return

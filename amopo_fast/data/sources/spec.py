@@ -91,7 +91,7 @@ class Source:
                 meant = did_you_mean(key, known)
                 raise OptionError(f"{value.get('path', 'a data set')}: unknown option {key!r}{meant}")
         path = value.get("path")
-        if not isinstance(path, str) or not path.strip():
+        if not isinstance(path, str) or not path.strip() or "\0" in path:
             raise OptionError(f"path must be a file, folder or Hub name, got {path!r}")
         options: dict[str, Any] = {}
         for key, given in value.items():

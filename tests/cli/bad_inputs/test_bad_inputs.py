@@ -10,12 +10,13 @@ from bad_input import Bad, what_is_wrong
 from files_as_input import FILES_GIVEN
 from good_files import make_inputs, make_outputs
 from numbers_as_input import NUMBERS, TRAIN
+from odd_files_as_input import ODD_FILES
 from paths_as_input import PATHS_GIVEN
 from records_as_input import RECORDS_GIVEN
 from words_as_input import WORDS
 
 PAGE = Path(__file__).parents[3] / "docs" / "errors.md"
-ALL = [*NUMBERS, *PATHS_GIVEN, *FILES_GIVEN, *RECORDS_GIVEN, *WORDS]
+ALL = [*NUMBERS, *PATHS_GIVEN, *FILES_GIVEN, *RECORDS_GIVEN, *WORDS, *ODD_FILES]
 
 
 @pytest.fixture(scope="module")
