@@ -123,8 +123,8 @@ def arguments(tmp_path_factory):
     demo_model(0).save_pretrained(folder)
     demo_tokenizer().save_pretrained(folder)
     return ["train", "--model_name_or_path", str(folder), "--train_data", str(HELDOUT_FILE),
-            "--dimensions", *DIMENSIONS, "--use_cpu", "true", "--report_to", "none", "--max_steps", "2", "--pairs_per_step", "2",
-            "--save_steps", "1", "--output_dir"]  # fmt: skip
+            "--dimensions", *DIMENSIONS, "--use_cpu", "true", "--report_to", "none", "--max_steps", "2",
+            "--pairs_per_step", "2", "--save_steps", "1", "--output_dir"]  # fmt: skip
 
 
 def test_while_the_data_is_read(arguments, tmp_path, monkeypatch, capsys):
