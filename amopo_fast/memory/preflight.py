@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -19,6 +19,7 @@ from amopo_fast.packing.plan import Plan
 from amopo_fast.packing.schedule import Epoch, MicroBatch, PairSizes
 
 _LEAST_ROW = 512  # tokens, that a default is lowered to
+_LONGEST = 1 << 16  # tokens, beyond which nobody asks
 
 
 class DoesNotFit(OptionError):
@@ -71,6 +72,16 @@ def row_that_fits(tokens: int, fits: Callable[[int], bool]) -> int:
             each //= 2
 
     return next((each for each in halves() if fits(each)), min(tokens, _LEAST_ROW))
+
+
+def longest_that_fits(row: Row, fits: Callable[[Row], bool]) -> int:
+    """Computed tokens of the longest of a row that fits, one of twice its tokens, four times, ... up to _LONGEST."""
+    while 2 * row.tokens <= _LONGEST:
+        twice = replace(row, tokens=2 * row.tokens, label_tokens=2 * row.label_tokens, kv_tokens=2 * row.kv_tokens)
+        if not fits(twice):
+            break
+        row = twice
+    return row.tokens
 
 
 def require_fit(name: str, config: PretrainedConfig, row: Row, setup: Setup, room: Room) -> Estimate:

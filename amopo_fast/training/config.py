@@ -114,7 +114,7 @@ class AMoPOConfig(TrainingArguments):
     tokens_per_micro_batch: int | None = field(
         default=None,
         metadata={"help": "Computed tokens of a micro-batch, at most. Default: 8192; on a CPU less where that does not "
-                  "fit into the memory that is free."},
+                  "fit into the memory that is free; with optim_in_backward as many as a step's pairs have."},
     )  # fmt: skip
     kernel_backend: str = field(default="auto", metadata={"help": "amopo_kernels' backend of the head."})
     logits_cache_gib: str = field(

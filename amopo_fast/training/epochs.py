@@ -19,13 +19,35 @@ if TYPE_CHECKING:
     from amopo_fast.training.config import AMoPOConfig
 
 _PAIRS_AHEAD = 100_000  # planned in seconds
+_ROUNDED = 1024  # tokens, to which a row that nobody chose is rounded up
 
 
 def schedule_of(args: AMoPOConfig, sizes: PairSizes) -> Schedule:
-    """Of this rank. Raises ValueError for fewer pairs in a step than ranks, or none."""
+    """Of this rank. Settles `tokens_per_micro_batch` where a step in the backward pass needs more than its default.
+
+    Raises:
+        ValueError: fewer pairs in a step than ranks, or none.
+    """
+    if tokens := _row_of_a_step(args, sizes):
+        args.tokens_per_micro_batch = tokens
     return Schedule(
         sizes, args.pairs_per_step, args.row_tokens, args.seed, args.world_size, args.process_index
     )
+
+
+def tokens_of_longest(sizes: PairSizes) -> np.ndarray:
+    """(pairs,) int64: computed tokens of a row of the longest 1, 2, ... pairs, which no others exceed."""
+    padded = sizes.longest.max()
+    tokens = sizes.computed // sizes.longest * padded if padded else sizes.computed
+    return np.sort(tokens)[::-1].cumsum()
+
+
+def _row_of_a_step(args: AMoPOConfig, sizes: PairSizes) -> int | None:
+    """With which every step of every epoch is one row, where nobody set it; None: the default is enough."""
+    if not args.optim_in_backward or args.tokens_per_micro_batch is not None or not len(sizes.computed):
+        return None
+    tokens = int(tokens_of_longest(sizes)[: args.pairs_per_step][-1])
+    return -(-tokens // _ROUNDED) * _ROUNDED if tokens > args.row_tokens else None
 
 
 def costs(args: AMoPOConfig, schedule: Schedule) -> str:
@@ -33,10 +55,7 @@ def costs(args: AMoPOConfig, schedule: Schedule) -> str:
     the longer it is, the more computation there is for the optimizer's update, and for copies from and to the host."""
     text = schedule.describe()
     if args.optim_in_backward:
-        sizes, padded = schedule.sizes, schedule.sizes.longest.max()
-        tokens = sizes.computed // sizes.longest * padded if padded else sizes.computed
-        longest = np.sort(tokens)[::-1].cumsum()  # of the longest 1, 2, ... pairs
-        most = int(np.searchsorted(longest, schedule.tokens_per_micro_batch, side="right"))
+        most = pairs_within(schedule.sizes, schedule.tokens_per_micro_batch)
         text += f"\na step is one row of {schedule.pairs_per_step:,} pairs"
         if most > schedule.pairs_per_step:
             text += (
@@ -44,6 +63,17 @@ def costs(args: AMoPOConfig, schedule: Schedule) -> str:
                 f"{schedule.tokens_per_micro_batch:,}, and is longer"
             )
     return text
+
+
+def row_line(args: AMoPOConfig, sizes: PairSizes, tokens: int) -> str:
+    """How many pairs a step could have where its row may have so many computed tokens."""
+    return (f"rows of {tokens:,} computed tokens would fit too, which is a step of pairs_per_step="
+            f"{pairs_within(sizes, tokens):,} pairs; this run's has {args.pairs_per_step:,}")  # fmt: skip
+
+
+def pairs_within(sizes: PairSizes, tokens: int) -> int:
+    """Of any pairs, how many always fit into a row of so many computed tokens."""
+    return int(np.searchsorted(tokens_of_longest(sizes), tokens, side="right"))
 
 
 def most_micro_batches(args: AMoPOConfig, schedule: Schedule) -> int:

@@ -19,6 +19,7 @@ from amopo_fast.memory.preflight import (
     fit_line,
     free_host_memory,
     longest_micro_batch,
+    longest_that_fits,
     require_fit,
     row_of,
     row_that_fits,
@@ -43,7 +44,7 @@ from amopo_fast.optim.choose import IN_BACKWARD, STATES_OF_OPTIM
 from amopo_fast.packing.plan import Layout, build_plan
 from amopo_fast.packing.schedule import Epoch, PairSizes
 from amopo_fast.prompts.tokens import PairTokens
-from amopo_fast.training.epochs import schedule_of
+from amopo_fast.training.epochs import row_line, schedule_of
 from amopo_fast.training.host_memory import refuse_in_host_memory
 from amopo_kernels.head.torch_slices import slice_columns
 
@@ -118,6 +119,12 @@ def _most_tokens(pair: PairTokens) -> int:
     return 2 * sum(prompts) + len(prompts) * (len(pair.chosen) + len(pair.rejected))
 
 
+def _longest_tokens(pairs: Sequence[PairTokens], args: AMoPOConfig) -> int:
+    """Of a micro-batch, at most; above its budget is a pair alone, or a whole step in the backward pass."""
+    alone = 1 if args.tokens_per_micro_batch or not args.optim_in_backward else args.pairs_per_step
+    return sum(sorted(map(_most_tokens, pairs))[-alone:])
+
+
 def surely_fits(config: PretrainedConfig, args: AMoPOConfig, longest: int, free: int) -> bool:
     """Whether a run on a CPU is so small that nothing need be estimated, by generous bounds: 16 bytes a parameter, and
     400 a token, layer and channel."""
@@ -131,7 +138,7 @@ def load_for_training(
 ) -> nn.Module:
     """Choose the weights' precision, check that the run fits, and load the model on its device, or with `weights` host
     into pinned host memory, which is taken first. On a CPU the default of `tokens_per_micro_batch` becomes the largest
-    of 8192, 4096, ..., 512 that fits.
+    of 8192, 4096, ..., 512 that fits; a step in the backward pass stays one row.
 
     Args:
         pairs: the training data; without it nothing is checked, and "auto" is float32, as it is off CUDA.
@@ -146,7 +153,7 @@ def load_for_training(
     room = room_for(args)
     checks = bool(pairs) and args.deepspeed is None and (on_gpu or args.memory_check)
     if checks and not on_gpu:
-        checks = not surely_fits(shape, args, max(map(_most_tokens, pairs)), room.host)
+        checks = not surely_fits(shape, args, _longest_tokens(pairs, args), room.host)
     layout = choose_layout(meta_model(shape), args.layout).layout if checks else None
 
     def setup(dtype: torch.dtype, accumulates: bool) -> Setup:
@@ -178,7 +185,8 @@ def load_for_training(
         if first:
             print(fit_line(dtype, prediction, room), flush=True)
             if room.gpu and (copies := copies_line(prediction, room.gpu)):
-                print(copies, flush=True)
+                most = longest_that_fits(row, lambda row: room.fits(estimate(shape, row, setup(dtype, False))))
+                print(copies, row_line(args, PairSizes.of(pairs, layout), most), sep="\n", flush=True)
     if args.weights != "host":
         return load_model(config, args, dtype)
     empty = meta_model(shape, dtype)

@@ -9,7 +9,7 @@ from transformers import Qwen2Config
 from amopo_fast.memory.advice import cheapest_change
 from amopo_fast.memory.estimate import HOST_PROCESS, Row, Setup, estimate
 from amopo_fast.memory.gpus import GIB, GPUS, Gpu, known_peak, measure_copies, parse_gpu
-from amopo_fast.memory.preflight import DoesNotFit, Room, copies_line, require_fit, row_that_fits
+from amopo_fast.memory.preflight import DoesNotFit, Room, copies_line, longest_that_fits, require_fit, row_that_fits
 from amopo_fast.memory.speed import UPDATE, copied, time_of, tokens_per_second
 
 QWEN_32B = Qwen2Config(vocab_size=152064, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64,
@@ -99,6 +99,8 @@ def test_a_default_row_is_halved_until_it_fits():
     assert row_that_fits(8192, fits(2500)) == 2048 and asked == [8192, 4096, 2048]
     assert row_that_fits(8192, fits(9000)) == 8192
     assert row_that_fits(8192, fits(0)) == 512 and row_that_fits(300, fits(0)) == 300
+    assert longest_that_fits(SHORT, lambda row: row.tokens <= 5000) == 4096
+    assert longest_that_fits(SHORT, lambda row: False) == 1024 and longest_that_fits(SHORT, lambda row: True) == 2**16
 
 
 def test_copies_hide_or_are_counted():

@@ -177,6 +177,26 @@ def test_how_many_pairs_a_step_holds_and_could_hold_is_said(tmp_path, budget, sa
     assert costs(args, schedule_of(args, sizes)) == schedule_of(args, sizes).describe()
 
 
+def test_a_step_in_the_backward_pass_is_one_row_where_nobody_set_its_length(tmp_path):
+    """Whatever pairs meet in an epoch; what was set stays, and is refused where it is too little."""
+    computed = np.random.default_rng(0).integers(200, 3000, 40)
+
+    def settled(longest=0 * computed, **options):
+        args = AMoPOConfig(str(tmp_path), use_cpu=True, pairs_per_step=7, **options)
+        schedule = schedule_of(args, PairSizes(*(computed,) * 5, longest=longest))
+        return args.tokens_per_micro_batch, max(schedule.accumulation(number) for number in range(20))
+
+    inside = {"optim_in_backward": "adamw_8bit"}
+    tokens = -(-int(np.sort(computed)[-7:].sum()) // 1024) * 1024
+    assert settled(**inside) == (tokens, 1) and tokens > 8192
+    assert settled()[0] is None and settled()[1] > 1
+    assert settled(**inside, tokens_per_micro_batch=8192)[0] == 8192
+    separate = settled(longest=computed // 2, **inside)  # rows are as long as the longest
+    assert separate[1] == 1 and separate[0] > tokens
+    computed //= 20
+    assert settled(**inside) == (None, 1)
+
+
 def test_slots_fill_what_the_estimate_leaves_of_a_gpu():
     """32B with all of it in host memory: 1.2 GiB of the head's probabilities and layers of 0.91 GiB."""
     sizes_32b = dict(num_hidden_layers=64, hidden_size=5120, intermediate_size=27648, num_attention_heads=40,

@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused_with_a_flag_that_fixes_it():
     assert require_fit("qwen", shape, row, four, Room(GPUS["h200"], 0)).peak < 139 * GIB  # it pins nothing
 
 
-def test_the_check_runs_before_loading_on_a_gpu(tmp_path, folder, monkeypatch):
+def test_the_check_runs_before_loading_on_a_gpu(tmp_path, folder, monkeypatch, capsys):
     """With a device that claims to be a GPU: nothing is loaded, the message names the model."""
     run = args(tmp_path, pairs_per_step=4)
     monkeypatch.setattr(type(run), "device", torch.device("cuda", 0))
@@ -102,6 +102,7 @@ def test_the_check_runs_before_loading_on_a_gpu(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr("amopo_fast.training.loading.load_model", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("amopo_fast.memory.preflight.cheapest_change", lambda *a: None)
     with pytest.raises(DoesNotFit, match="no change of optimizer"):
         load_for_training(ModelConfig(str(folder)), run, list(pairs(6)), adapter=False)
     monkeypatch.setattr("amopo_fast.training.loading.load_model", lambda config, args, dtype: dtype)
@@ -110,6 +111,14 @@ def test_the_check_runs_before_loading_on_a_gpu(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * GIB, 80 * GIB))
     run.memory_check = True
     assert load_for_training(ModelConfig(str(folder)), run, list(pairs(6)), adapter=False) == torch.float32
+    assert "GB/s" not in capsys.readouterr().out
+    monkeypatch.setattr("amopo_fast.memory.gpus.measure_copies", lambda device: (5e10, 4e10))
+    monkeypatch.setattr("amopo_fast.memory.preflight._LONGEST", 500)
+    run.optim_in_backward, run.optimizer_states, run.weight_precision = "adamw_8bit", "host", "bf16_stochastic"
+    assert load_for_training(ModelConfig(str(folder)), run, list(pairs(6)), adapter=False) == torch.bfloat16
+    said = capsys.readouterr().out
+    assert "back, at measured 50 and 40 GB/s" in said
+    assert "computed tokens would fit too, which is a step of pairs_per_step=6 pairs; this run's has 4" in said
 
 
 def test_on_a_cpu_too_and_the_default_row_follows_the_free_memory(tmp_path, folder, monkeypatch, capsys):
@@ -119,6 +128,7 @@ def test_on_a_cpu_too_and_the_default_row_follows_the_free_memory(tmp_path, fold
                 num_key_value_heads=2, tie_word_embeddings=False).save_pretrained(big)  # fmt: skip
     demo_tokenizer().save_pretrained(big)
     data = list(pairs(200))
+    monkeypatch.setattr("amopo_fast.memory.preflight.cheapest_change", lambda *a: None)  # seconds of other tests
 
     def load(free, **options):
         capsys.readouterr()
