@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from amopo_fast.models.architecture import decoder_of
-from amopo_fast.models.depth import lists_per_layer, overrides_of, own_fields, set_depth, set_field
+from amopo_fast.models.depth import kinds_of_layers, lists_per_layer, overrides_of, own_fields, set_depth, set_field
 from amopo_fast.models.small_sizes import (
     BOUNDS,
     HEAD_DIM,
@@ -98,11 +98,12 @@ def tiny_config(config: PretrainedConfig, layers: Sequence[int] | None = None) -
             _set_token(tiny, config, name)
         return tiny
     layers = range(_depth(config)) if layers is None else layers
-    depth = len(layers)
     if getattr(config, "num_kv_shared_layers", 0):  # the last layers take keys and values of the ones before
-        depth = min(2 * depth, config.num_hidden_layers)
-        tiny.num_kv_shared_layers = depth // 2
-        layers = range(depth)
+        kinds = kinds_of_layers(config)
+        layers = sorted({kinds[layer]: layer for layer in layers}.values())
+        tiny.num_kv_shared_layers = len(layers)
+        layers *= 2
+    depth = len(layers)
     lists = dict(lists_per_layer(config))
     overrides = overrides_of(config)
     if overrides:

@@ -72,6 +72,52 @@ def fsdp(folder, world, kind, adapted=False):
     return {"loss": total, "gradients": gradients, "trained": sum(p.requires_grad for p in model.parameters())}
 
 
+def fsdp_resumed(folder, world, kind):
+    """Four steps of AdamW under FSDP2, and the last two of them from the files that Trainer's functions wrote after the
+    second, by another model of the same class: all weights and moments, bit for bit."""
+    from accelerate.utils import load_fsdp_model, load_fsdp_optimizer, save_fsdp_model, save_fsdp_optimizer
+
+    accelerator = engines.accelerator_with_fsdp2()
+    plugin, saved = accelerator.state.fsdp_plugin, str(folder / f"saved-{kind}")
+    rows = [random_pairs(seed, 2) for seed in range(4 * world)][dist.get_rank() :: world]
+
+    def begin(seed):
+        model = prepare_model(model_of(kind, seed))
+        layout = choice_of(model).layout
+        model = engines.group_like_accelerate(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return model, torch.optim.AdamW(trained, lr=1e-3), layout
+
+    def steps(model, optimizer, layout, rows):
+        for row in rows:
+            score_wrapped(model, model, build_plan(row, layout, min_node_tokens=4)).logp_sum.sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def bits(model, optimizer):
+        weights = {name: engines.whole(p).clone() for name, p in model.named_parameters()}
+        names = {p: name for name, p in model.named_parameters()}
+        moments = {
+            f"{key} of {names[p]}": engines.whole(state[key]).clone()
+            for p, state in optimizer.state.items()
+            for key in ("exp_avg", "exp_avg_sq")
+        }
+        return weights | moments
+
+    model, optimizer, layout = begin(0)
+    steps(model, optimizer, layout, rows[:2])
+    save_fsdp_model(plugin, accelerator, model, saved)
+    save_fsdp_optimizer(plugin, accelerator, optimizer, model, saved)
+    middle = bits(model, optimizer)
+    steps(model, optimizer, layout, rows[2:])
+    expected = bits(model, optimizer)
+    model, optimizer, layout = begin(5)
+    load_fsdp_model(plugin, accelerator, model, saved)
+    load_fsdp_optimizer(plugin, accelerator, optimizer, model, saved)
+    steps(model, optimizer, layout, rows[2:])
+    return {"middle": middle, "expected": expected, "found": bits(model, optimizer)}
+
+
 def zero(folder, world, kind, stage):
     """Two SGD steps of two rows, a row a rank, under DeepSpeed's CPU accelerator; on one rank without DeepSpeed."""
     config = {
@@ -137,6 +183,7 @@ ranks.SCENARIOS = {
     "fsdp-multimodal": lambda *args: fsdp(*args, "multimodal"),
     **{f"adapted-{kind}": functools.partial(fsdp, kind=kind, adapted=True) for kind in KINDS},
     "real_logits": real_logits,
+    **{f"resumed-{kind}": functools.partial(fsdp_resumed, kind=kind) for kind in KINDS},
     **{f"zero{stage}-{kind}": functools.partial(zero, kind=kind, stage=stage) for kind in KINDS for stage in (2, 3)},
 }
 

@@ -65,6 +65,22 @@ def test_sharded_adapters_over_compiled_layers_have_the_gradients_of_one_process
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resume_of_sharded_weights_is_exact(kind, tmp_path):
+    environment = child_environment(OMP_NUM_THREADS="1")
+    done = run(str(SCRIPT), str(tmp_path), f"resumed-{kind}:2", environment=environment, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    found = torch.load(tmp_path / f"resumed-{kind}-2.pt", weights_only=True)
+    assert found["found"].keys() == found["expected"].keys()
+    moved = 0
+    for name, expected in found["expected"].items():
+        assert torch.equal(found["found"][name], expected), name
+        moved += not torch.equal(found["middle"][name], expected)
+    moments = [name for name in found["expected"] if " of " in name]
+    assert moved > len(moments) > 20  # all that is trained moves, and its moments
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_deepspeed_moves_the_weights_as_one_process(kind, stage, tmp_path):
