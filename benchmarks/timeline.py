@@ -1,10 +1,10 @@
 """A step's timeline with states, or weights and states, in host memory: simulated, not measured.
 
 For each model and card the first way to train that fits by the memory estimate, of 4-bit states on the GPU, states in
-host memory, weights there too, and layers' checkpoints there too. Its step is simulated (timeline_simulation.py) at the
-rates that were measured on an H100: FLOP/s of whole steps, the optimizer's update, copies of pinned memory. Other cards
-are taken to reach the same share of their peak, and PCIe 4 half of what PCIe 5 does. The rows go into docs/memory.md by
-tables.py, some of them as a picture.
+host memory, weights there too, and layers' checkpoints there too. Its step is simulated (amopo_fast/memory/timeline.py)
+at the rates that were measured on an H100: FLOP/s of whole steps, the optimizer's update, copies of pinned memory.
+Other cards are taken to reach the same share of their peak, and PCIe 4 half of what PCIe 5 does. The rows go into
+docs/memory.md by tables.py, some of them as a picture.
 
     PYTHONPATH=.:kernels python benchmarks/timeline.py --out benchmarks/results/timeline-cpu.json
 """
@@ -15,7 +15,6 @@ import bisect
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
@@ -24,12 +23,10 @@ import harness
 from amopo_fast.memory.estimate import Estimate, Row, Setup, estimate
 from amopo_fast.memory.gpus import GPUS, Gpu
 from amopo_fast.memory.parameters import parameters_of
-from amopo_fast.optim.host_states import SLOTS, parcel_bytes, slot_bytes
-from amopo_fast.optim.update import PIECE
-from amopo_fast.training.loading import weight_slots
+from amopo_fast.memory.timeline import TO_GPU, TO_HOST, Timeline, simulate
+from amopo_fast.memory.work import Work
 from memory import SHAPES
 from timeline_plot import Panel, draw
-from timeline_simulation import TO_GPU, TO_HOST, Parcel, Work, simulate
 
 RESULTS = harness.ROOT / "benchmarks" / "results"
 PICTURE = RESULTS / "timeline.png"
@@ -91,72 +88,37 @@ class Way:
     """How a model is trained on a card, and what that takes."""
 
     name: str
-    setup: Setup
-    weight_slots: int  # 0: weights on the GPU
+    states: str
     prediction: Estimate
-    needed: int  # bytes of the GPU
-    host: int
+
+    @property
+    def slots(self) -> int | None:
+        """Layers on the GPU at once; None: their weights stay there."""
+        return self.prediction.work.weight_slots or None
 
 
-def layer_bytes(config: PretrainedConfig) -> int:
-    """Of one decoder layer's weights in bfloat16."""
-    return 2 * sum(p.numel for p in parameters_of(config) if p.place == "layer") // config.num_hidden_layers
-
-
-def ways(config: PretrainedConfig, states: str, gpu: Gpu):
-    """From the least change on. With as many slots as training takes on that card, if it has room for two."""
+def ways(config: PretrainedConfig, states: str, gpu: Gpu, slots: int | None = None):
+    """From the least change on. slots: of weights; default: as many as training takes on that card, two at least."""
     for name, on_host, streams, offload in (
         (ON_GPU, False, False, False), (STATES, True, False, False), (BOTH, True, True, False), (ALL, True, True, True),
     ):  # fmt: skip
         setup = Setup(states=states, in_backward=True, host_states=on_host, host_weights=streams, offload=offload,
                       liger=True)  # fmt: skip
-        if streams:
-            sizes = [layer_bytes(config)] * config.num_hidden_layers
-            setup = dataclasses.replace(setup, weight_slots=weight_slots(config, ROW, setup, sizes, gpu.memory))
         prediction = estimate(config, ROW, setup)
-        slots = setup.weight_slots if streams else 0
-        yield Way(name, setup, slots, prediction, prediction.needed, prediction.host_pinned)
+        if streams:
+            most = min(slots or prediction.slots_on(gpu.memory), config.num_hidden_layers)
+            prediction = estimate(config, ROW, dataclasses.replace(setup, weight_slots=most))
+        yield Way(name, states, prediction)
 
 
 def first_that_fits(config: PretrainedConfig, gpu: Gpu, states: str) -> Way | None:
-    return next((way for way in ways(config, states, gpu) if way.needed <= gpu.memory), None)
+    return next((way for way in ways(config, states, gpu) if way.prediction.needed <= gpu.memory), None)
 
 
-def pieces(name: str, numel: int, states: str, room: int) -> list[Parcel]:
-    """Of a parameter outside of the layers, as optim/host_states.py cuts it."""
-    most = numel
-    if numel > PIECE and parcel_bytes([numel], states) > room:
-        most = max(1, room // parcel_bytes([PIECE], states)) * PIECE
-    sizes = [min(most, numel - begin) for begin in range(0, numel, most)]
-    return [Parcel((name, place), size, parcel_bytes([size], states)) for place, size in enumerate(sizes)]
-
-
-def work_of(config: PretrainedConfig, way: Way, gpu: Gpu, rates: Rates, tokens: int = TOKENS) -> Work:
-    """The step's operations. All FLOP grow with the tokens of a row, as sequences keep their length."""
-    parameters, layers = parameters_of(config), config.num_hidden_layers
-    blocks: dict[int | None, list[int]] = {}
-    for p in parameters:
-        blocks.setdefault(p.block, []).append(p.numel)
-    layer_block = next(block for block in blocks.values() if len(block) > 1)
-    room = slot_bytes(list(blocks.values()), way.setup.states)
-    head, embedding = [], []
-    for p in reversed(parameters):
-        if p.place != "layer":
-            target = embedding if p.place == "embedding" else head
-            target += pieces(p.place, p.numel, way.setup.states, room)
-    second = gpu.flops * rates.share_of_peak
-    product = 2 * ROW.label_tokens * config.vocab_size * config.hidden_size
-    forward = (way.prediction.forward_flops - product) / layers
-    gradients = (way.prediction.flops - 4 * product) / layers - 2 * forward
-    scale = tokens / TOKENS / second
-    return Work(
-        layers=layers, forward=forward * scale, gradients=gradients * scale, head_forward=product * scale,
-        head_backward=3 * product * scale, update=rates.update[way.setup.states], layer_numel=sum(layer_block),
-        weight_bytes=layer_bytes(config), head=head, embedding=embedding,
-        layer_states=parcel_bytes(layer_block, way.setup.states),
-        checkpoint_bytes=2 * tokens * config.hidden_size if way.setup.offload else 0,
-        state_slots=SLOTS if way.setup.host_states else 0, weight_slots=way.weight_slots,
-    )  # fmt: skip
+def of_tokens(work: Work, tokens: int) -> Work:
+    """The step of a row of so many tokens. All FLOP grow with them, as sequences keep their length."""
+    grows = ("forward", "recomputation", "gradients", "head_forward", "head_backward", "checkpoint_bytes")
+    return dataclasses.replace(work, **{name: getattr(work, name) * tokens / TOKENS for name in grows})
 
 
 def on_the_gpu(work: Work) -> Work:
@@ -164,25 +126,31 @@ def on_the_gpu(work: Work) -> Work:
     return dataclasses.replace(work, checkpoint_bytes=0, state_slots=0, weight_slots=0)
 
 
-def speed(work: Work, rates: Rates, lanes: float) -> float:
+def simulated(work: Work, gpu: Gpu, rates: Rates, lanes: float) -> Timeline:
+    """lanes: of the links, over those of the measured ones."""
+    rate, update = gpu.flops * rates.share_of_peak, rates.update[work.states]
+    return simulate(work, rate, update, lanes * rates.to_gpu, lanes * rates.to_host)
+
+
+def speed(work: Work, gpu: Gpu, rates: Rates, lanes: float) -> float:
     """Of the speed with everything on the GPU."""
-    here, there = (simulate(each, lanes * rates.to_gpu, lanes * rates.to_host) for each in (on_the_gpu(work), work))
+    here, there = (simulated(each, gpu, rates, lanes) for each in (on_the_gpu(work), work))
     return here.seconds / there.seconds
 
 
-def hides_from(work_at: Callable[[int], Work], rates: Rates, lanes: float) -> int | None:
+def hides_from(work: Work, gpu: Gpu, rates: Rates, lanes: float) -> int | None:
     """Tokens of the shortest row, of multiples of 1024, at HIDDEN of the speed."""
     kibitokens = range(1, LONGEST // 1024 + 1)
-    place = bisect.bisect_left(kibitokens, HIDDEN, key=lambda each: speed(work_at(1024 * each), rates, lanes))
+    place = bisect.bisect_left(
+        kibitokens, HIDDEN, key=lambda each: speed(of_tokens(work, 1024 * each), gpu, rates, lanes)
+    )
     return 1024 * kibitokens[place] if place < len(kibitokens) else None
 
 
 def with_slots(config: PretrainedConfig, gpu: Gpu, states: str, slots: int) -> Way:
     """Weights and states in host memory, with so many layers on the GPU at once."""
-    way = next(each for each in ways(config, states, gpu) if each.name == BOTH)
-    slots = min(slots, config.num_hidden_layers)
-    needed = way.needed - (way.weight_slots - slots) * layer_bytes(config)
-    return dataclasses.replace(way, name=f"{BOTH}, {slots} slots", weight_slots=slots, needed=needed)
+    way = next(each for each in ways(config, states, gpu, slots) if each.name == BOTH)
+    return dataclasses.replace(way, name=f"{BOTH}, {way.slots} slots")
 
 
 def row_of(
@@ -194,13 +162,12 @@ def row_of(
     way = with_slots(config, gpu, "4bit", slots) if slots else first_that_fits(config, gpu, "4bit")
     if way is None:
         return {**case, "status": "does not fit"}, None
-    work = work_of(config, way, gpu, rates)
-    lanes = LANES[OWN_PCIE[card]]
-    own = simulate(work, lanes * rates.to_gpu, lanes * rates.to_host)
+    work = way.prediction.work
+    own = simulated(work, gpu, rates, LANES[OWN_PCIE[card]])
     row = {
-        **case, "variant": way.name, "status": "predicted", "slots": way.weight_slots or None,
-        "GPU_bytes": way.needed, "host_bytes": way.host,
-        "to_GPU_bytes": own.moved(TO_GPU), "back_bytes": own.moved(TO_HOST), "step, s": own.seconds,
+        **case, "variant": way.name, "status": "predicted", "slots": way.slots,
+        "GPU_bytes": way.prediction.needed, "host_bytes": way.prediction.host_pinned,
+        "to_GPU_bytes": round(own.moved(TO_GPU)), "back_bytes": round(own.moved(TO_HOST)), "step, s": own.seconds,
         "tokens per s": round(TOKENS / own.seconds),
     }  # fmt: skip
     if way.name != ON_GPU:
@@ -208,11 +175,9 @@ def row_of(
             each for each in ways(config, "8bit", gpu) if each.name == way.name
         )
         for generation, share in LANES.items():
-            row[f"speed, PCIe {generation}"] = speed(work, rates, share)
-            row[f"from tokens, PCIe {generation}"] = hides_from(
-                lambda tokens: work_of(config, way, gpu, rates, tokens), rates, share
-            )
-            row[f"8-bit, PCIe {generation}"] = speed(work_of(config, eight, gpu, rates), rates, share)
+            row[f"speed, PCIe {generation}"] = speed(work, gpu, rates, share)
+            row[f"from tokens, PCIe {generation}"] = hides_from(work, gpu, rates, share)
+            row[f"8-bit, PCIe {generation}"] = speed(eight.prediction.work, gpu, rates, share)
     return row, Panel(f"{model} on one {card}: {way.name}, PCIe {OWN_PCIE[card]}", work, own)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from amopo_fast.memory.timeline import COMPUTE, TO_GPU, TO_HOST, Operation, Timeline
+from amopo_fast.memory.work import Work
 from amopo_fast.report.style import DIM, GRID, INK, LOOKS, styled
-from timeline_simulation import COMPUTE, TO_GPU, TO_HOST, Operation, Timeline, Work
 
 COLORS = {
     "forward": LOOKS[5].color,
@@ -82,7 +83,8 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
             lanes = lanes_of(panel.timeline)
             middle = next(each for each in panel.timeline.operations
                           if each.kind == "recomputation" and each.label == panel.work.layers // 2)  # fmt: skip
-            layer = 2 * panel.work.forward + panel.work.gradients
+            last = panel.timeline.operations[panel.timeline.first :]
+            layer = sum(each.seconds for each in last if each.stream == COMPUTE and each.label == middle.label)
             _lanes(whole, lanes, (0, panel.timeline.seconds), 1.0)
             whole.set_title(panel.title)
             whole.set_xlabel("seconds of a step")

@@ -28,6 +28,10 @@ def pytest_collection_finish():
     gc.enable()
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
     if "children" in sys.modules and not torch.cuda.is_available():
         sys.modules["children"].fork_from_here()
 

@@ -47,7 +47,7 @@ def run(arguments) -> int:
     from amopo_fast.cli.estimated_run import THIS_RUN, asked_of
     from amopo_fast.memory.advice import OPTIMIZERS, cheapest_change
     from amopo_fast.memory.estimate import RESERVE, estimate
-    from amopo_fast.memory.speed import EFFICIENCY
+    from amopo_fast.memory.speed import EFFICIENCY, SOURCE
 
     room = _room(arguments.gpu, arguments.host_memory)
     efficiency = arguments.efficiency or EFFICIENCY
@@ -78,7 +78,7 @@ def run(arguments) -> int:
                              "needed": change.prediction.needed, "slower": change.slower}  # fmt: skip
     report = {"model": asked.name, "gpu": dataclasses.asdict(room.gpu), "host_memory": room.host,
               "row": dataclasses.asdict(asked.row), "efficiency": efficiency,
-              "efficiency_source": "given" if arguments.efficiency else "assumed", "reserve": RESERVE,
+              "efficiency_source": "given" if arguments.efficiency else SOURCE, "reserve": RESERVE,
               "epoch": asked.epoch and dataclasses.asdict(asked.epoch), "price": arguments.price,
               "setup": asked.changes, "objective": asked.objective, "notes": asked.notes, "rows": rows,
               "advice": advice}  # fmt: skip
@@ -104,12 +104,14 @@ def _room(gpu: str, host_memory: float | None):
 
 def _speed(result, asked, gpu, gpus: int, efficiency: float, price: float | None) -> dict:
     """Tokens/s, the copies of a micro-batch and whether they hide, and an epoch's hours and cost."""
-    from amopo_fast.memory.speed import time_of, tokens_per_second
+    from amopo_fast.memory.speed import copied, time_of, tokens_per_second, work_on
 
     speed, time = tokens_per_second(result, asked.row, gpu, gpus, efficiency), time_of(result, gpu, efficiency)
     found: dict = {"tokens_per_second": speed, "copies": None}
-    if result.traffic.to_device:
-        found["copies"] = {"to_device": result.traffic.to_device, "to_host": result.traffic.to_host,
+    to_device, to_host = copied(result, gpu)
+    if to_device:
+        slots = work_on(result, gpu).weight_slots
+        found["copies"] = {"to_device": to_device, "to_host": to_host, "slots": slots, "layers": result.work.layers,
                            "seconds": time and dataclasses.asdict(time), "hide": time and time.hides}  # fmt: skip
     if asked.epoch and speed:
         found["hours"] = asked.epoch.tokens / speed / 3600

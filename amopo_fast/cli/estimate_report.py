@@ -48,7 +48,7 @@ def print_report(report: dict) -> None:
     _print_copies(say, report, fitting)
     if any(entry["tokens_per_second"] for entry in fitting):
         say(f"tokens/s: FLOP at {report['efficiency']:.0%} of the GPU's dense bfloat16 peak; that share is "
-            f"{report['efficiency_source']}, not measured.")  # fmt: skip
+            f"{report['efficiency_source']}.")  # fmt: skip
     _print_reference(say, report)
 
 
@@ -82,7 +82,8 @@ def _print_copies(say, report: dict, fitting: list[dict]) -> None:
         copies = entry["copies"]
         if not copies:
             continue
-        text = (f"{entry['optimizer']} copies {copies['to_device'] / GIB:.1f} GiB to the GPU and "
+        slots = f", {copies['slots']} of {copies['layers']} layers on the GPU at once," if copies["slots"] else ""
+        text = (f"{entry['optimizer']}{slots} copies {copies['to_device'] / GIB:.1f} GiB to the GPU and "
                 f"{copies['to_host'] / GIB:.1f} back in a micro-batch ({speeds})")  # fmt: skip
         if time := copies["seconds"]:
             longest = max(time["to_device"], time["to_host"])

@@ -144,13 +144,16 @@ def cheapest_change(
     """The change with which a run fits that costs least, if there is one.
 
     What is trained weighs most, then the pairs of a step, then the row's length; then speed, the copies from and to the
-    host included; then pinned memory, the bits of weights and states, and how many options it takes.
+    host included and updates left out, which fewer bits make shorter; then pinned memory, the bits of weights and
+    states, and how many options it takes.
 
     Args:
         fits: whether an estimate fits. gpu: that computes, of an unknown one the H100's figures; None: a CPU, where
             nothing lies on another side.
     """
-    on_gpu, speed = gpu is not None, gpu if gpu is not None and gpu.flops else GPUS["h100"]
+    on_gpu, speed = gpu is not None, gpu or GPUS["h100"]
+    if not speed.flops:
+        speed = replace(GPUS["h100"], memory=speed.memory)
     rows = list(shorter_rows(row))
 
     def of(way: _Way, row: Row) -> Estimate:
@@ -158,8 +161,10 @@ def cheapest_change(
         adds = way.setup.accumulates or (row is not rows[0] and not way.setup.in_backward)
         return estimate(config, row, replace(way.setup, accumulates=adds))
 
-    def seconds(prediction: Estimate, row: Row) -> float:
-        return time_of(prediction, speed).total / row.tokens
+    def seconds(prediction: Estimate, row: Row) -> tuple[float, float]:
+        """Of a token: (all, without the update)"""
+        time = time_of(prediction, speed)
+        return time.total / row.tokens, (time.total - time.update) / row.tokens
 
     now = seconds(estimate(config, row, setup), row)
 
@@ -168,9 +173,9 @@ def cheapest_change(
         for way in ways:
             prediction = of(way, row)
             if fits(prediction):
-                slower = seconds(prediction, row) / now - 1
+                slower, ranked = (there / here - 1 for there, here in zip(seconds(prediction, row), now, strict=True))
                 shorter = [] if row is rows[0] else [f"--tokens_per_micro_batch {row.tokens}"]
-                rank = (round(slower / _ALIKE), bool(prediction.pinned), way.coarser, len(way.flags))
+                rank = (round(ranked / _ALIKE), bool(prediction.pinned), way.coarser, len(way.flags))
                 found.append((rank, Change(" ".join([*way.flags, *shorter]), prediction, slower, fewer_pairs)))
         return min(found, key=lambda each: each[0])[1] if found else None
 

@@ -28,6 +28,7 @@ from amopo_fast.errors import OptionError
 from amopo_fast.memory.gpus import GIB
 from amopo_fast.memory.parameters import Parameter, Shape, parameters_of, tried
 from amopo_fast.memory.profile import BodyProfile, llama_of_widths, meta_model, profile_body
+from amopo_fast.memory.work import Work, work_of
 from amopo_fast.models import streaming
 from amopo_fast.models.architecture import layer_configs
 from amopo_fast.models.depth import depth_of
@@ -36,6 +37,7 @@ from amopo_fast.optim.states import moment_bytes
 from amopo_fast.packing.plan import Layout
 
 RESERVE = 4 * GIB
+FILLED = 0.95  # of a GPU's memory, which what nobody asked for may fill
 HEAD_SLICE = 4096  # columns of logits alive in the head at a time, in the Triton backends
 HEAD_SLICE_BYTES = 6  # per logit: float32 and its bfloat16 gradient
 QUANTISED_BYTES = 0.5 + 4 / 64  # per weight: nf4 with a float32 scale per 64
@@ -93,27 +95,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """Bytes that a micro-batch copies between pinned host memory and the GPU, by pass and direction."""
-
-    forward_in: int = 0
-    forward_out: int = 0
-    backward_in: int = 0
-    backward_out: int = 0
-    first: int = 0  # of `forward_in`, what the first layer waits for
-
-    @property
-    def to_device(self) -> int:
-        return self.forward_in + self.backward_in
-
-    @property
-    def to_host(self) -> int:
-        return self.forward_out + self.backward_out
-
-
-@dataclass(frozen=True)
 class Estimate:
-    """Bytes on one GPU at the peak, by part, and of its host's memory; FLOP and copies of one micro-batch."""
+    """Bytes on one GPU at the peak, by part, and of its host's memory; FLOP and work of one micro-batch."""
 
     parts: dict[str, int]
     pinned: dict[str, int]  # of the host's memory
@@ -121,7 +104,9 @@ class Estimate:
     moment: str  # when the peak is
     flops: int
     forward_flops: int  # of scoring the same pairs without gradient
-    traffic: Traffic
+    work: Work
+    streamed: tuple[int, ...]  # bytes of each layer whose weights are in host memory
+    whole_cache: int  # by which the peak grows where the head keeps all that it can
     parameters: int
     trained: int
 
@@ -143,6 +128,15 @@ class Estimate:
     def host_needed(self) -> int:
         """What the host must have for each GPU."""
         return self.host_pinned + sum(self.unpinned.values())
+
+    def slots_on(self, memory: int) -> int:
+        """Layers whose weights are on a GPU of `memory` bytes at once, with weights in host memory: what is left of
+        FILLED of it beside a head that keeps all that it can.
+
+        The more, the less is copied, and the further ahead of the computation.
+        """
+        beside = self.needed + self.whole_cache - (self.work.weight_slots - streaming.SLOTS) * max(self.streamed)
+        return streaming.slots_within(self.streamed, FILLED * (memory // GIB * GIB) - beside)
 
     @property
     def needed_on_cpu(self) -> int:
@@ -273,7 +267,8 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     tied = not any(p.place == "embedding" for p in parameters)
     head_gradient = (setup.weight_bytes if gpus == 1 else 2) * vocabulary * hidden if head_trained else 0
     head_working = row.label_tokens * min(setup.head_slice, vocabulary) * HEAD_SLICE_BYTES + rows * (2 + 2 + 4)
-    head_working += min(setup.head_cache, cache_bytes(config, row)) if head_trained else 0
+    probabilities = cache_bytes(config, row) if head_trained else 0
+    kept_probabilities = min(setup.head_cache, probabilities)
 
     if setup.in_backward:
         # the profile holds the layers' gradients until they are stepped; a tied head's waits for the embedding's
@@ -289,7 +284,7 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
         "backward pass of the head": {
             "gradients": carried if carried else head_gradient,
             "activations": kept,
-            "head": head_working,
+            "head": head_working + kept_probabilities,
         },
         "backward pass of the last layer": {"gradients": waiting, "activations": kept, "working memory": backward},
         "backward pass of the first layer": {
@@ -299,6 +294,7 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
         },
     }
     moment, dynamic = max(moments.items(), key=lambda item: sum(item[1].values()))
+    in_head = sum(moments["backward pass of the head"].values()) + probabilities - kept_probabilities
     parts = {
         "weights": weights,
         "optimizer states": states,
@@ -314,25 +310,20 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     forward_flops = body.forward_flops + 2 * products + attention
     if setup.reference and setup.lora_rank is not None:
         flops += forward_flops
-    traffic = _traffic(pinned, streamed[: setup.weight_slots])
+    work = work_of(
+        parameters, layers, setup.states, flops=flops, forward_flops=forward_flops, product=2 * products,
+        head_trained=head_trained, recomputed=recomputed, streamed=streamed, weight_slots=setup.weight_slots,
+        host_states=setup.host_states, gpus=gpus,
+        checkpoint_bytes=body.kept_per_layer if "activations" in pinned else 0,
+    )  # fmt: skip
     unpinned = {"process": HOST_PROCESS}
     if streamed:
         outside = setup.weight_bytes * sum(p.numel for p in parameters) - sum(streamed)
         read = (4 + setup.weight_bytes) * max(p.numel for p in parameters)  # a tensor as its file has it, and converted
         unpinned["loading"] = max(0, pinned["weights"] + outside + read - sum(pinned.values()))
     return Estimate(
-        parts, pinned, unpinned, moment, flops, forward_flops, traffic,
-        sum(p.numel for p in parameters), sum(p.numel for p in trained),
-    )  # fmt: skip
-
-
-def _traffic(pinned: dict[str, int], slots: tuple[int, ...]) -> Traffic:
-    """Layers go to the device in each pass, but for those in the slots where the passes turn; each returns once."""
-    weights, states, activations = (pinned.get(name, 0) for name in ("weights", "optimizer states", "activations"))
-    once = weights - sum(slots)
-    return Traffic(
-        forward_in=once, forward_out=activations, backward_in=once + states + activations,
-        backward_out=weights + states, first=max(slots, default=0),
+        parts, pinned, unpinned, moment, flops, forward_flops, work, streamed,
+        max(0, in_head - sum(dynamic.values())), sum(p.numel for p in parameters), sum(p.numel for p in trained),
     )  # fmt: skip
 
 

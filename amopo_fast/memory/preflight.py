@@ -14,7 +14,7 @@ from amopo_fast.errors import OptionError
 from amopo_fast.memory.advice import cheapest_change
 from amopo_fast.memory.estimate import Estimate, Row, Setup, estimate
 from amopo_fast.memory.gpus import GIB, Gpu
-from amopo_fast.memory.speed import time_of
+from amopo_fast.memory.speed import copied, time_of
 from amopo_fast.packing.plan import Plan
 from amopo_fast.packing.schedule import Epoch, MicroBatch, PairSizes
 
@@ -123,13 +123,13 @@ def fit_line(dtype: torch.dtype, prediction: Estimate, room: Room) -> str:
 
 def copies_line(prediction: Estimate, gpu: Gpu) -> str:
     """What a step copies between host and GPU and whether that hides; "" if nothing."""
-    traffic = prediction.traffic
-    if not traffic.to_device:
+    time = time_of(prediction, gpu)
+    to_device, to_host = copied(prediction, gpu)
+    if not to_device:
         return ""
     source = "measured" if gpu.measured else "assumed"
-    text = (f"a step copies {traffic.to_device / GIB:.1f} GiB to the GPU and {traffic.to_host / GIB:.1f} back, at "
+    text = (f"a step copies {to_device / GIB:.1f} GiB to the GPU and {to_host / GIB:.1f} back, at "
             f"{source} {gpu.to_device / 1e9:.0f} and {gpu.to_host / 1e9:.0f} GB/s")  # fmt: skip
-    time = time_of(prediction, gpu)
     if time is None:
         return text
     hidden = "which hides behind" if time.hides else f"of which {time.exposed:.1f} s do not hide behind"

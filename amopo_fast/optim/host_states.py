@@ -49,7 +49,7 @@ def parcel_bytes(numels: Sequence[int], states: str) -> int:
     return sum(map(aligned, sizes))
 
 
-def _piece(numel: int, states: str, room: int) -> int:
+def piece_of(numel: int, states: str, room: int) -> int:
     """Elements that travel at once of a parameter outside of the layers: whole PIECEs that fit into `room` bytes."""
     if numel <= PIECE or parcel_bytes([numel], states) <= room:
         return numel
@@ -59,7 +59,7 @@ def _piece(numel: int, states: str, room: int) -> int:
 def slot_bytes(blocks: Sequence[Sequence[int]], states: str) -> int:
     """Of one slot, from the elements of every block's parameters; a block of one parameter travels in pieces."""
     room = max((parcel_bytes(block, states) for block in blocks if len(block) > 1), default=0)
-    pieces = (_piece(block[0], states, room) for block in blocks if len(block) == 1)
+    pieces = (piece_of(block[0], states, room) for block in blocks if len(block) == 1)
     return max(room, *(parcel_bytes([piece], states) for piece in pieces), 0)
 
 
@@ -138,7 +138,7 @@ class HostStates:
             self._states[parameter] = {array.name: array.host for array in arrays}
             places[parameter] = (0, parameter.numel(), arrays)
         parcels = [_Parcel(places, [(buffer, 0)])]
-        if len(block) == 1 and (piece := _piece(block[0].numel(), states, room)) < block[0].numel():
+        if len(block) == 1 and (piece := piece_of(block[0].numel(), states, room)) < block[0].numel():
             parcels = self._pieces(block[0], piece)
         for parameter in block:
             self._parcels[parameter] = parcels

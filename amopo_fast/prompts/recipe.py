@@ -69,7 +69,8 @@ class Recipe:
         objective: its name and hyper-parameters.
         base_model: {"name", "revision", "weights"}: what was trained, its Hub revision, a digest of its weights.
         tokenizer: {"name", "digest"}.
-        data: {"pairs", "tokens", "sources"}: count, digest of all token ids, and what became of every source's records.
+        data: {"pairs", "tokens", "scores", "sources"}: count, digests of all token ids and differences of scores, and
+            what became of every source's records.
         versions: of the packages that trained it.
     """
 

@@ -17,14 +17,14 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PretrainedConfig
 
-from amopo_fast.memory.estimate import Row, Setup, cache_bytes, estimate
+from amopo_fast.memory.estimate import FILLED, Row, Setup, cache_bytes, estimate
 from amopo_fast.memory.gpus import GIB
 from amopo_fast.models.architecture import language_model_of
 from amopo_fast.models.choice import choice_of
 from amopo_fast.models.head import head_of
 from amopo_fast.packing.schedule import Epoch
 from amopo_fast.prompts.tokens import PairTokens
-from amopo_fast.training.loading import FILLED, run_of
+from amopo_fast.training.loading import run_of
 from amopo_kernels.dispatch import choose_backend
 
 if TYPE_CHECKING:

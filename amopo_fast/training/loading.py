@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from amopo_fast.memory.estimate import HEAD_SLICE, Row, Setup, cache_bytes, estimate
+from amopo_fast.memory.estimate import HEAD_SLICE, Row, Setup, estimate
 from amopo_fast.memory.gpus import GIB, gpu_here
 from amopo_fast.memory.preflight import (
     Room,
@@ -36,7 +36,6 @@ from amopo_fast.models.streaming import (
     homes_in,
     host_bytes,
     memory_for,
-    slots_within,
     stream_weights,
     streamed_of,
 )
@@ -50,9 +49,6 @@ from amopo_kernels.head.torch_slices import slice_columns
 
 if TYPE_CHECKING:
     from amopo_fast.training.config import AMoPOConfig
-
-FILLED = 0.95  # of a GPU's memory, which what nobody asked for may fill
-
 
 def setup_of(
     args: AMoPOConfig, dtype: torch.dtype, *, lora_rank: int | None, quantised: bool, nested: bool, accumulates: bool
@@ -130,16 +126,6 @@ def surely_fits(config: PretrainedConfig, args: AMoPOConfig, longest: int, free:
     return 16 * sum(p.numel() for p in meta_model(config).parameters()) + rows < free / 4
 
 
-def weight_slots(shape: PretrainedConfig, row: Row, setup: Setup, sizes: Sequence[int], free: int) -> int:
-    """Layers of `sizes` bytes (`host_bytes`) that are on a GPU of `free` bytes at once, with `weights` host: what the
-    estimate leaves of FILLED of it, beside a head that keeps all that it can.
-
-    The more, the less is copied, and the further ahead of the computation.
-    """
-    whole = replace(setup, head_cache=max(setup.head_cache, cache_bytes(shape, row)))
-    return slots_within(sizes, FILLED * (free // GIB * GIB) - estimate(shape, row, whole).needed)
-
-
 def load_for_training(
     config: ModelConfig, args: AMoPOConfig, pairs: Sequence[PairTokens] | None, *, adapter: bool
 ) -> nn.Module:
@@ -199,7 +185,7 @@ def load_for_training(
     sizes = host_bytes(empty)
     slots = SLOTS
     if checks and args.memory_check and room.gpu:
-        slots = weight_slots(shape, row, setup(dtype, accumulates), sizes, room.gpu.memory)
+        slots = prediction.slots_on(room.gpu.memory)
         print(f"weights: {slots} of {len(sizes)} layers are on the GPU at once", flush=True)
     memory = memory_for(sizes, args.device)
     model = load_model(config, args, dtype, homes_in(memory, empty))

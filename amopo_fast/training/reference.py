@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from amopo_fast.errors import CheckpointError
 from amopo_fast.packing.plan import Plan, build_plan
 from amopo_fast.packing.schedule import PairDataset, PairSizes, best_fit
-from amopo_fast.survival.fingerprint import data_digest
+from amopo_fast.survival.fingerprint import data_digests
 from amopo_kernels import SequenceStats
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ class ReferenceLogps(TrainerCallback):
                 dataset.references = self._references(name, dataset, args, fresh=state.global_step == 0)
 
     def _references(self, name: str, dataset: PairDataset, args, fresh: bool) -> np.ndarray:
-        digest = hashlib.blake2b(f"{self.base} {data_digest(dataset.pairs)}".encode(), digest_size=16).hexdigest()
+        of = f"{self.base} {data_digests(dataset.pairs)['tokens']}"
+        digest = hashlib.blake2b(of.encode(), digest_size=16).hexdigest()
         path = Path(args.output_dir) / FOLDER / f"{name}-{digest}.npy"
         if path.is_file():
             found = np.load(path, allow_pickle=False)

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OPTIONS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-           "clip_in_backward", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+           "clip_in_backward", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "router_aux_loss_coef",
            *HYPER_PARAMETERS)  # fmt: skip
-METHOD = ("objective", "optim", "optim_args", "optim_in_backward")
+METHOD = ("objective", "optim", "optim_args", "optim_target_modules", "optim_in_backward")
 ADAPTER = ("lora_alpha", "lora_dropout")
 ADAPTER_METHOD = {"lora_r": "r", "lora_target_modules": "target_modules", "use_rslora": "use_rslora",
                   "use_dora": "use_dora"}  # fmt: skip
@@ -79,6 +79,7 @@ def keep_options(trainer: Trainer, values: dict[str, Any]) -> None:
     args = trainer.args
     for name, value in values.items():
         setattr(args, name, value)
+    trainer.routers.coefficient = args.router_aux_loss_coef
     trainer.objective = trainer.compute_loss_func = objective_of(args, trainer.meter.dimensions)
     if trainer.recipe is not None:
         trainer.recipe = dataclasses.replace(trainer.recipe, objective=objective_entry(trainer.objective))

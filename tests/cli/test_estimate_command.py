@@ -35,7 +35,7 @@ def test_the_report_adds_up(model, capsys):
         host = "host" in row["optimizer"] or "weights too" in row["optimizer"]
         assert bool(row["copies"]) == bool(row["host_pinned"]) == host
     assert rows["4-bit, weights too", 1]["copies"]["hide"] and ("AdamW, fp32 weights", 8) in rows
-    assert report["efficiency_source"] == "assumed" and report["advice"] is None and report["epoch"] is None
+    assert report["efficiency_source"].startswith("assumed") and report["advice"] is None and report["epoch"] is None
     assert rows["AdamW, fp32 weights", 1]["parts"]["weights"] == 4 * rows["AdamW, fp32 weights", 1]["parameters"]
 
 
@@ -51,7 +51,7 @@ def test_a_table_is_as_wide_as_the_terminal(model, capsys, monkeypatch, width):
     words = table.split()
     for column in ("weights", "states", "grads", "acts", "work", "needed", "fits", "host", "tokens/s", "hours", "cost"):
         assert column in words
-    assert "6,000,000 computed tokens" in shown and "assumed, not measured" in rest
+    assert "6,000,000 computed tokens" in shown and "that share is assumed, as 14B reached it on an H100" in rest
     # A line that is to be copied is never broken.
     assert any(line.endswith("--optimizer_states host --weights host --gradient_checkpointing true")
                for line in rest.splitlines())  # fmt: skip

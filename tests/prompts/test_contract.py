@@ -5,6 +5,8 @@ response ids   where the whole conversation, tokenised in one piece, begins with
                end token; elsewhere ids that read as that text behind the prompt
 """
 
+import functools
+
 import numpy as np
 import pytest
 import tokenizers_for_tests as chat
@@ -113,14 +115,18 @@ TEXT = st.text(
     min_size=1,
     max_size=30,
 ).filter(lambda text: text.strip())
-_HYPOTHESIS = {name: builder_of(FAMILIES[name]) for name in ("llama-2", "mistral-3", "gemma", "qwen-3", "unigram")}
 
 
-@pytest.mark.parametrize("name", _HYPOTHESIS)
+@functools.cache
+def of_family(name):
+    return builder_of(FAMILIES[name])
+
+
+@pytest.mark.parametrize("name", ["llama-2", "mistral-3", "gemma", "qwen-3", "unigram"])
 @given(prompt=TEXT, chosen=TEXT, rejected=TEXT)
 @settings(max_examples=40, deadline=None)
 def test_any_text_keeps_it_or_is_refused_by_name(name, prompt, chosen, rejected):
-    builder = _HYPOTHESIS[name]
+    builder = of_family(name)
     pair = Pair(3, (Message("user", prompt),), chosen, rejected, {"helpfulness": 1.0, "correctness": 2.0}, {}, "f")
     tokens = next(builder.iter_tokens([pair]))
     if isinstance(tokens, DataError):

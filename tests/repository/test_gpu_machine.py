@@ -23,7 +23,8 @@ ABSENT = ("torchao", "datasets", "bitsandbytes", "liger_kernel", "jsonschema", "
 def test_gpu_tests_are_collected_without_optional_packages():
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("tests/helpers", ".", "kernels"))
     environment = os.environ | {"PYTHONPATH": paths, "WITHOUT_PACKAGES": ",".join(ABSENT)}
-    command = [sys.executable, "-m", "pytest", "-p", "without_packages", "--collect-only", "-m", "gpu", "tests"]
+    command = [sys.executable, "-m", "pytest", "-p", "without_packages", "--collect-only", "--assert=plain",
+               "-m", "gpu", "tests"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     collected = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}

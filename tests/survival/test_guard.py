@@ -228,9 +228,21 @@ def test_a_step_that_begins_with_bad_weights_names_the_step_that_made_them(tmp_p
     assert "finite before the update of step 2; this step did not change them" in str(caught.value)
 
 
-def test_show_prints_the_failed_step_and_its_records(tmp_path, capsys):
+@pytest.fixture
+def few_pairs(tmp_path, monkeypatch):
+    """The demo's data, cut to a few."""
+    from amopo_fast.demo.data import TRAIN_FILE
+
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(TRAIN_FILE.read_text().splitlines()[:24]))
+    for name in ("TRAIN_FILE", "HELDOUT_FILE"):
+        monkeypatch.setattr(f"amopo_fast.demo.run.{name}", path)
+    return str(path)
+
+
+def test_show_prints_the_failed_step_and_its_records(tmp_path, few_pairs, capsys):
     from amopo_fast.cli import main
-    from amopo_fast.demo.data import DIMENSIONS, TRAIN_FILE
+    from amopo_fast.demo.data import DIMENSIONS
     from amopo_fast.demo.run import demo_trainer
 
     run = demo_trainer(tmp_path, seed=0, max_steps=3)
@@ -239,12 +251,12 @@ def test_show_prints_the_failed_step_and_its_records(tmp_path, capsys):
         run.train()
     report = json.loads((tmp_path / "failed-step-2.json").read_text())
     options = ["--dimensions", *DIMENSIONS, "--failed_step", str(tmp_path / "failed-step-2.json")]
-    assert main(["show", str(TRAIN_FILE), *options]) == 0
+    assert main(["show", few_pairs, *options]) == 0
     output = capsys.readouterr().out
     assert "step 2: the loss is not finite" in output and "model.layers.1.mlp.up_proj.weight" in output
     for record in report["records"]:
         assert f"record {record}" in output
-    assert main(["show", str(TRAIN_FILE), "--failed_step", str(tmp_path / "metrics.jsonl")]) == 1
+    assert main(["show", few_pairs, "--failed_step", str(tmp_path / "metrics.jsonl")]) == 1
     assert "is no report of a failed step" in capsys.readouterr().err
 
 
@@ -345,9 +357,9 @@ def test_a_last_step_that_breaks_the_weights_is_not_saved_as_the_model(tmp_path)
     assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "config.json").exists()
 
 
-def test_show_reads_every_report_that_the_guard_writes(tmp_path, capsys):
+def test_show_reads_every_report_that_the_guard_writes(tmp_path, few_pairs, capsys):
     from amopo_fast.cli import main
-    from amopo_fast.demo.data import DIMENSIONS, TRAIN_FILE
+    from amopo_fast.demo.data import DIMENSIONS
     from amopo_fast.demo.run import demo_trainer
 
     def reports():
@@ -370,7 +382,7 @@ def test_show_reads_every_report_that_the_guard_writes(tmp_path, capsys):
         report = max(tmp_path.rglob("failed-step-*.json"), key=lambda path: path.stat().st_mtime_ns)
         content = json.loads(report.read_text())
         options = ["--dimensions", *DIMENSIONS, "--failed_step", str(report)]
-        assert main(["show", str(TRAIN_FILE), *options]) == 0, capsys.readouterr().err
+        assert main(["show", few_pairs, *options]) == 0, capsys.readouterr().err
         output = capsys.readouterr().out
         assert f"step {content['step']}: {content['reason']}" in output, number
         assert all(f"record {record}" in output for record in content["records"])

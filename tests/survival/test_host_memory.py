@@ -11,7 +11,7 @@ from small_run import V, small_model, small_pairs, small_trainer
 from transformers import Qwen2Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from amopo_fast.errors import NumbersError, OptionError
-from amopo_fast.memory.estimate import Row, Setup, cache_bytes, estimate
+from amopo_fast.memory.estimate import FILLED, Row, Setup, cache_bytes, estimate
 from amopo_fast.memory.profile import meta_model
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.streaming import host_bytes, stream_weights, streamed_of
@@ -20,7 +20,6 @@ from amopo_fast.training import loading
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.epochs import costs, schedule_of
 from amopo_fast.training.host_memory import refuse_in_host_memory
-from amopo_fast.training.loading import weight_slots
 
 DEVICE = {"optim_in_backward": "adamw_8bit", "tokens_per_micro_batch": 10**6, "num_train_epochs": 1}
 HOST = {**DEVICE, "weights": "host", "optimizer_states": "host"}
@@ -188,9 +187,10 @@ def test_slots_fill_what_the_estimate_leaves_of_a_gpu():
     sizes = host_bytes(meta_model(shape))
     found = {}
     for gpu in (12.0, 23.5, 79.0, 139.0):
-        slots = found[gpu] = weight_slots(shape, row, setup, sizes, int(gpu * 2**30))
+        slots = found[gpu] = estimate(shape, row, setup).slots_on(int(gpu * 2**30))
+        assert slots == estimate(shape, row, replace(setup, weight_slots=5)).slots_on(int(gpu * 2**30))
         prediction = estimate(shape, row, replace(setup, weight_slots=slots, head_cache=cache_bytes(shape, row)))
-        room = loading.FILLED * int(gpu) * 2**30 - prediction.needed
+        room = FILLED * int(gpu) * 2**30 - prediction.needed
         assert slots in (2, 64) or 0 <= room < max(sizes)
     assert found[12.0] == 2 < found[23.5] < 8 and 40 < found[79.0] < 64 == found[139.0]
 

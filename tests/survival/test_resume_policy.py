@@ -1,19 +1,29 @@
 """What a run may change when it goes on: each option by name with both values, and each answer to it."""
 
 import dataclasses
+import itertools
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from small_run import small_model, small_trainer
+from safetensors.torch import load_file
+from small_run import small_model, small_pairs, small_trainer
 from test_checkpoints import At, lora_model
 
+from amopo_fast.data.config import DataConfig
 from amopo_fast.errors import CheckpointError
+from amopo_fast.models.config import ModelConfig
 from amopo_fast.prompts.recipe import Recipe
 from amopo_fast.prompts.wording import Wording
 from amopo_fast.survival.checkpoints import complete_checkpoints
 from amopo_fast.survival.manifest import read_marker
+from amopo_fast.training.arguments import REFUSED
+from amopo_fast.training.config import AMoPOConfig
+from amopo_fast.training.resume import ADAPTER, ADAPTER_METHOD, METHOD
+from amopo_fast.training.resume import OPTIONS as OPTIONS_ASKED
 
 OPTIONS = {"max_steps": 8, "num_train_epochs": 2, "eval_strategy": "no", "logging_steps": 1, "save_steps": 3,
            "warmup_steps": 2, "save_total_limit": None}  # fmt: skip
@@ -34,6 +44,48 @@ def stopped(tmp_path_factory):
     run.train()
     assert [each.step for each in complete_checkpoints(folder / "run")] == [3]
     return folder
+
+
+# What becomes of every option on a resume; the page has the same.
+ASKED = {*OPTIONS_ASKED, *ADAPTER}
+SAME_METHOD = {*METHOD, *ADAPTER_METHOD}
+# By what they make: the model's shape, dtypes and frozen weights, the token ids, the differences of scores, the order.
+SAME_MODEL = {"model_name_or_path", "random_weights", "config_overrides", "use_peft", "load_in_4bit",
+              "bnb_4bit_quant_type", "use_bnb_nested_quant", "weight_precision"}  # fmt: skip
+SAME_DATA = {"train_data", "eval_share", "dimensions", "score_min", "score_max", "prompt_order", "prompt_template",
+             "chat_template_kwargs", "template_date", "reasoning", "max_length", "truncated_responses",
+             "on_bad_record", "missing_scores", "tied_dimensions", "tokenizer_name_or_path"}  # fmt: skip
+SAME_ORDER = {"seed", "pairs_per_step", "per_device_train_batch_size", "gradient_accumulation_steps"}
+LENGTH = {"num_train_epochs", "max_steps"}
+FREE = {
+    "ranks": ("ddp_", "fsdp", "deepspeed"), "rounding": ("bf16", "fp16", "tf32", "layout", "full_determinism"),
+    "micro-batches": ("tokens_per_micro_batch",), "backends": ("kernel_backend", "attention_backend"),
+    "speed": ("logits_cache_gib", "use_liger_kernel", "liger_kernel_config", "compile_layers", "dataloader_",
+              "use_cpu"),
+    "memory": ("gradient_checkpointing", "activation_checkpointing", "keep_layers", "optimizer_states", "weights",
+               "memory_check", "torch_empty_cache_steps", "streaming"),
+    "saving": ("save_", "output_dir", "hub_", "push_to_hub", "load_best_model_at_end", "metric_for_best_model",
+               "greater_is_better", "restore_callback_states_from_checkpoint", "resume_from_checkpoint",
+               "on_changed_option"),
+    "evaluation": ("eval_", "per_device_eval_batch_size", "do_eval", "do_train"),
+    "logging": ("log_", "logging_", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "debug",
+                "skip_memory_metrics", "dry_run"),
+}  # fmt: skip
+
+
+def test_every_option_has_its_place_in_the_policy():
+    fields = {each.name for kind in (AMoPOConfig, ModelConfig, DataConfig) for each in dataclasses.fields(kind)
+              if each.init} - set(REFUSED)  # fmt: skip
+    decided = [ASKED, SAME_METHOD, SAME_MODEL, SAME_DATA, SAME_ORDER, LENGTH]
+    prefixes = tuple(itertools.chain.from_iterable(FREE.values()))
+    rest = fields - set().union(*decided)
+    assert set().union(*decided) <= fields and sum(map(len, decided)) == len(set().union(*decided))
+    assert not {name for name in rest if not name.startswith(prefixes)}
+    assert all(any(name.startswith(prefix) for name in rest) for prefix in prefixes)
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    policy = page[page.index("## What may change on a resume") : page.index("`python -m pytest -m slow tests/surv")]
+    assert not {name for name in set().union(*decided) if f"`{name}`" not in policy}
+    assert all(part in policy for part in FREE)
 
 
 def resumed(stopped, tmp_path, **options):
@@ -75,13 +127,17 @@ def test_keep_goes_on_as_if_nothing_had_changed(stopped, tmp_path):
 @pytest.mark.parametrize("name", CHANGES)
 def test_use_goes_on_with_the_new_value(stopped, tmp_path, name):
     """The new value is what the optimizer, the schedule and the loss have after the resume, and it is saved."""
-    kept = resumed(stopped, tmp_path / "kept", **{name: CHANGES[name]}, on_changed_option="keep")
+    kept = load_file(stopped / "alone" / "checkpoint-8" / "model.safetensors")
     used = resumed(stopped, tmp_path / "used", **{name: CHANGES[name]}, on_changed_option="use")
-    assert not equal(weights(kept), weights(used))
+    assert not equal(kept, weights(used))
     assert read_marker(tmp_path / "used" / "checkpoint-8")["fingerprint"]["options"][name] == CHANGES[name]
     fresh = small_trainer(tmp_path / "fresh", **{**OPTIONS, name: CHANGES[name]})
-    fresh.train()
-    assert rates(used)[3:] == pytest.approx(rates(fresh)[3:])
+    fresh.create_optimizer_and_scheduler(OPTIONS["max_steps"])
+    schedule, expected_rates = fresh.lr_scheduler, []
+    for _ in range(OPTIONS["max_steps"]):
+        expected_rates += schedule.get_last_lr()[:1]
+        fresh.optimizer.step(), schedule.step()
+    assert rates(used)[3:] == pytest.approx(expected_rates[3:])
     for group, expected in zip(used.optimizer.param_groups, fresh.optimizer.param_groups, strict=True):
         for key in ("lr", "initial_lr", "betas", "eps", "weight_decay"):
             assert group[key] == pytest.approx(expected[key]), key
@@ -111,7 +167,6 @@ def test_the_options_of_an_adapter(tmp_path):
 
 
 def test_keep_makes_the_adapter_of_the_checkpoint(tmp_path):
-    from amopo_fast.models.config import ModelConfig
     from amopo_fast.training.resume import adapter_of
 
     small_trainer(tmp_path, model=lora_model(), max_steps=2).train()
@@ -126,6 +181,19 @@ def test_another_method_is_another_run(stopped, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=f"belongs to another run: .*{message}"):
             resumed(stopped, tmp_path, **options, on_changed_option="use")
+
+
+def test_other_scores_are_other_data(tmp_path):
+    """Where the tokens, which show the chosen side's alone, are the same."""
+
+    def run(gap, **options):
+        pairs = [dataclasses.replace(pair, score_gaps=np.array([np.nan, gap])) for pair in small_pairs(14)]
+        return small_trainer(tmp_path, pairs=pairs, weighting="score_gap", **options)
+
+    run(1.0, max_steps=2).train()
+    with pytest.raises(CheckpointError, match="data: scores changed"):
+        run(2.0, max_steps=3).train(resume_from_checkpoint="last")
+    run(1.0, max_steps=3).train(resume_from_checkpoint="last")
 
 
 def test_a_longer_run_follows_the_old_schedule_to_its_end_and_then_a_new_one(tmp_path):

@@ -13,7 +13,7 @@ from children import child_environment, run
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from amopo_fast.cli import main
-from amopo_fast.demo.data import DIMENSIONS, TRAIN_FILE
+from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE
 from amopo_fast.demo.model import demo_model
 from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.models.config import ModelConfig
@@ -46,7 +46,7 @@ def test_secrets_reach_neither_files_nor_the_terminal(model_folder, tmp_path):
     output = tmp_path / "run"
     environment = child_environment(OMP_NUM_THREADS="1", HF_TOKEN=SECRET, WANDB_API_KEY=OTHER, HF_HUB_OFFLINE="1")
     command = ["-m", "amopo_fast.cli", "train", "--model_name_or_path", str(model_folder),
-               "--train_data", str(TRAIN_FILE), "--dimensions", *DIMENSIONS, "--output_dir", str(output),
+               "--train_data", str(HELDOUT_FILE), "--dimensions", *DIMENSIONS, "--output_dir", str(output),
                "--use_cpu", "true", "--max_steps", "2", "--save_steps", "1", "--pairs_per_step", "1",
                "--report_to", "none"]  # fmt: skip
     done = run(*command, environment=environment)

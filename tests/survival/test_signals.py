@@ -12,7 +12,7 @@ from test_checkpoints import At, metrics
 
 from amopo_fast.cli import main
 from amopo_fast.cli import train as command
-from amopo_fast.demo.data import DIMENSIONS, TRAIN_FILE
+from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE
 from amopo_fast.demo.model import demo_model
 from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.survival import signals
@@ -122,9 +122,9 @@ def arguments(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     demo_model(0).save_pretrained(folder)
     demo_tokenizer().save_pretrained(folder)
-    return ["train", "--model_name_or_path", str(folder), "--train_data", str(TRAIN_FILE), "--dimensions", *DIMENSIONS,
-            "--use_cpu", "true", "--report_to", "none", "--max_steps", "2", "--pairs_per_step", "2",
-            "--save_steps", "1", "--output_dir"]  # fmt: skip
+    return ["train", "--model_name_or_path", str(folder), "--train_data", str(HELDOUT_FILE),
+            "--dimensions", *DIMENSIONS, "--use_cpu", "true", "--report_to", "none", "--max_steps", "2",
+            "--pairs_per_step", "2", "--save_steps", "1", "--output_dir"]  # fmt: skip
 
 
 def test_while_the_data_is_read(arguments, tmp_path, monkeypatch, capsys):

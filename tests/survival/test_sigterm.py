@@ -4,7 +4,7 @@ import signal
 
 from children import Child, child_environment, run, until
 
-from amopo_fast.demo.data import DIMENSIONS, TRAIN_FILE
+from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE
 from amopo_fast.demo.model import demo_model
 from amopo_fast.demo.tokenizer import demo_tokenizer
 
@@ -14,7 +14,7 @@ def test_sigterm_ends_with_3_and_the_run_goes_on(tmp_path):
     demo_tokenizer().save_pretrained(tmp_path / "model")
     environment = child_environment(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     command = ["-m", "amopo_fast.cli", "train", "--model_name_or_path", str(tmp_path / "model"),
-               "--train_data", str(TRAIN_FILE), "--dimensions", *DIMENSIONS, "--output_dir", str(tmp_path / "run"),
+               "--train_data", str(HELDOUT_FILE), "--dimensions", *DIMENSIONS, "--output_dir", str(tmp_path / "run"),
                "--use_cpu", "true", "--save_steps", "1000", "--logging_steps", "1",
                "--pairs_per_step", "2", "--report_to", "none"]  # fmt: skip
     first = Child(*command, "--max_steps", "5000", environment=environment)

@@ -6,6 +6,7 @@ import torch
 from packing_cases import random_pairs, sequences_of, tiny_model
 from transformers import GraniteMoeHybridConfig, MixtralConfig
 
+from amopo_fast.errors import CheckpointError
 from amopo_fast.models.architecture import UnsupportedModelError
 from amopo_fast.models.check import prepare_model
 from amopo_fast.models.scoring import score
@@ -63,10 +64,11 @@ def test_uses_count_the_sequences_of_every_token(layout):
 
 
 def trainer(folder, family="qwen3_moe", **options):
-    config = AMoPOConfig(
-        output_dir=str(folder), pairs_per_step=4, num_train_epochs=1, use_cpu=True, learning_rate=1e-3, logging_steps=1,
-        lr_scheduler_type="constant", save_strategy="no", disable_tqdm=True, report_to="none", **options,
-    )  # fmt: skip
+    config = AMoPOConfig(**{
+        "output_dir": str(folder), "pairs_per_step": 4, "num_train_epochs": 1, "use_cpu": True, "learning_rate": 1e-3,
+        "logging_steps": 1, "lr_scheduler_type": "constant", "save_strategy": "no", "disable_tqdm": True,
+        "report_to": "none", **options,
+    })  # fmt: skip
     return AMoPOTrainer(tiny_model(family), config, dimensions=["a", "b", "c"], train_dataset=random_pairs(4, 8))
 
 
@@ -82,6 +84,21 @@ def test_the_option_adds_it_to_the_loss_by_the_share_of_pairs(tmp_path):
     assert "router_loss" not in without[0] and with_loss[0]["router_loss"] > 1
     assert with_loss[0]["loss"] == pytest.approx(without[0]["loss"] + 0.5 * with_loss[0]["router_loss"], rel=1e-4)
     assert with_loss[1]["router_loss"] < with_loss[0]["router_loss"] + 0.5
+
+
+def test_a_resume_with_another_coefficient_is_asked_about(tmp_path):
+    def run(coefficient, steps, **options):
+        return trainer(tmp_path, router_aux_loss_coef=coefficient, max_steps=steps, save_strategy="steps", save_steps=1,
+                       **options)  # fmt: skip
+
+    alone = run(0.5, 2)
+    alone.train()
+    with pytest.raises(CheckpointError, match="router_aux_loss_coef was 0.5, is 0.1"):
+        run(0.1, 2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    kept = run(0.1, 2, on_changed_option="keep")
+    kept.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for name, weight in alone.model.named_parameters():
+        assert torch.equal(weight, kept.model.get_parameter(name)), name
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@
 
 Work: 2 N H FLOP per column each. With dS resident in L2, memory sees X (again per slice), dW once, dX32 read and
 written once per slice: 8 N H bytes. Order: persistent grids; a launch adds to each number once, so that sums are in
-the order of the slices. Where N x H has fewer tiles than the GPU has processors, the sum over a slice's columns is split
-and every split has a dX32 of its own, added up in the end.
+the order of the slices. Where N x H has fewer tiles than the GPU has processors, the sum over a slice's columns is
+split and every split has a dX32 of its own, added up in the end.
 """
 
 from __future__ import annotations

@@ -14,37 +14,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from amopo_fast.memory.work import Parcel, Work
+
 TO_GPU, TO_HOST, COMPUTE = "to the GPU", "to the host", "GPU"
 STEADY = 3  # steps that are simulated; the last one is told: it begins as the one before it ended
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """What travels at once of the optimizer's states: of a layer, or a piece of a parameter outside of the layers."""
-
-    name: tuple[str, int]
-    numel: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Work:
-    """A step: seconds of computation, and bytes of what may travel."""
-
-    layers: int
-    forward: float  # seconds of one layer, and of its recomputation
-    gradients: float  # of one layer, without the update of its weights
-    head_forward: float
-    head_backward: float
-    update: float  # per parameter
-    layer_numel: int
-    weight_bytes: int  # of one layer
-    head: Sequence[Parcel]  # in the order of their updates, all of them before the layers' and behind
-    embedding: Sequence[Parcel]
-    layer_states: int  # bytes of one layer's
-    checkpoint_bytes: int = 0  # of a layer's input, where it waits in host memory
-    state_slots: int = 0  # 0: states on the GPU
-    weight_slots: int = 0  # 0: weights on the GPU
 
 
 @dataclass(eq=False)
@@ -55,7 +28,7 @@ class Operation:
     seconds: float
     after: tuple[Operation, ...]
     link: str | None = None
-    nbytes: int = 0
+    nbytes: float = 0
     slot: int | None = None
     begin: float = 0.0
     end: float = 0.0
@@ -65,21 +38,26 @@ class Operation:
 class Program:
     """Operations in the order in which the host issues them."""
 
+    rate: float  # FLOP/s
+    update: float  # seconds per parameter
     to_gpu: float  # bytes/s
     to_host: float
     operations: list[Operation] = field(default_factory=list)
     last: Operation | None = None  # of the computation
     _waited_for: Operation | None = None
 
-    def compute(self, kind: str, label: Hashable, seconds: float, *after: Operation | None) -> Operation:
-        self.last = self._issue(Operation(COMPUTE, kind, label, seconds, self._events(after)))
-        return self.last
+    def compute(
+        self, kind: str, label: Hashable, flops: float, ready: Operation | None = None, updated: float = 0
+    ) -> None:
+        """updated: parameters."""
+        seconds = flops / self.rate + updated * self.update
+        self.last = self._issue(Operation(COMPUTE, kind, label, seconds, self._events((ready,))))
 
-    def copy(self, kind: str, label: Hashable, nbytes: int, link: str, slot: int, after: Iterable[Operation | None]):
+    def copy(self, kind: str, label: Hashable, nbytes: float, link: str, slot: int, after: Iterable[Operation | None]):
         seconds = nbytes / (self.to_gpu if link == TO_GPU else self.to_host)
         return self._issue(Operation(f"{kind} {link}", kind, label, seconds, self._events(after), link, nbytes, slot))
 
-    def copy_checkpoint(self, label: Hashable, nbytes: int, link: str) -> None:
+    def copy_checkpoint(self, label: Hashable, nbytes: float, link: str) -> None:
         """On the computation's own stream, as torch.autograd.graph.save_on_cpu does."""
         seconds = nbytes / (self.to_gpu if link == TO_GPU else self.to_host)
         self.last = self._issue(Operation(COMPUTE, "checkpoint", label, seconds, self._events(()), link, nbytes))
@@ -131,7 +109,7 @@ class _Slot:
 class _Weights:
     """Layers in slots; see models/streaming.py."""
 
-    def __init__(self, program: Program, nbytes: int, layers: int, slots: int):
+    def __init__(self, program: Program, nbytes: float, layers: int, slots: int):
         self._program, self._nbytes, self._layers = program, nbytes, layers
         self._resident: dict[int, _Slot] = {}
         self._vacant = [_Slot(number) for number in range(min(slots, layers))]
@@ -217,14 +195,18 @@ class Timeline:
     first: int  # of the last step's operations
     seconds: float  # of the last step
 
-    def moved(self, link: str) -> int:
+    def moved(self, link: str) -> float:
         """Bytes of a step over a link."""
         return sum(each.nbytes for each in self.operations[self.first :] if each.link == link)
 
 
-def simulate(work: Work, to_gpu: float, to_host: float) -> Timeline:
-    """A step in its steady state; `to_gpu` and `to_host` are bytes/s."""
-    program = Program(to_gpu, to_host)
+def simulate(work: Work, rate: float, update: float, to_gpu: float, to_host: float) -> Timeline:
+    """A step in its steady state.
+
+    Args:
+        rate: FLOP/s. update: seconds per parameter. to_gpu, to_host: bytes/s.
+    """
+    program = Program(rate, update, to_gpu, to_host)
     weights = _Weights(program, work.weight_bytes, work.layers, work.weight_slots) if work.weight_slots else None
     layers = [Parcel(("layer", layer), work.layer_numel, work.layer_states) for layer in range(work.layers)]
     states = None
@@ -256,9 +238,9 @@ def _step(program: Program, work: Work, weights, states, layers: Sequence[Parcel
         ready = weights.enter(layer, -1) if weights else None
         if work.checkpoint_bytes:
             program.copy_checkpoint(layer, work.checkpoint_bytes, TO_GPU)
-        program.compute("recomputation", layer, work.forward, ready)
+        program.compute("recomputation", layer, work.recomputation, ready)
         ready = states.visit(layers[layer]) if states else None
-        program.compute("gradients and update", layer, work.gradients + work.update * work.layer_numel, ready)
+        program.compute("gradients and update", layer, work.gradients, ready, work.layer_numel)
         if states:
             states.updated(layers[layer])
     _update(program, work, states, work.embedding)
@@ -268,6 +250,6 @@ def _step(program: Program, work: Work, weights, states, layers: Sequence[Parcel
 def _update(program: Program, work: Work, states, parcels: Sequence[Parcel]) -> None:
     for parcel in parcels:
         ready = states.visit(parcel) if states else None
-        program.compute("gradients and update", parcel.name, work.update * parcel.numel, ready)
+        program.compute("gradients and update", parcel.name, 0, ready, parcel.numel)
         if states:
             states.updated(parcel)
