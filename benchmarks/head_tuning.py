@@ -69,9 +69,10 @@ Ring = warp_specialized.Ring
 TUNINGS = [
     Tuning("shipped: 128 x 256 x 64, 8 warps, 4 stages"),
     Tuning("dX32 added to in L2", add_in_l2=True),
-    Tuning("warp-specialised, 4 stages of 64, 2 steps apart", ring=Ring(64, 4, 2)),
-    Tuning("warp-specialised, 4 stages of 64, 1 step apart", ring=Ring(64, 4, 1)),
-    Tuning("warp-specialised, 9 stages of 32, 6 steps apart", ring=Ring(32, 9, 6)),
+    Tuning("warp-specialised, 4 stages of 64, lead 2", ring=Ring(64, 4, 2)),
+    Tuning("warp-specialised, 9 stages of 32, lead 6", ring=Ring(32, 9, 6)),
+    Tuning("warp-specialised, 4 stages of 64, lead 1", ring=Ring(64, 4, 1)),
+    Tuning("warp-specialised, 4 stages of 64, lead 3", ring=Ring(64, 4, 3)),
     Tuning("3 stages", *[Tile(128, 256, 64, 8, 3)] * 3),
     Tuning("two blocks a processor, 128 x 128 x 64, 4 warps", *[SMALL] * 3, blocks_per_processor=2),
     Tuning("256 x 128 for dW", d_weight=Tile(256, 128, 64, 8, 4)),

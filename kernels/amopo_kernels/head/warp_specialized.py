@@ -9,8 +9,8 @@ tiles, order and results are score_loop.py's, whose epilogues finish the strips 
                             says that it is done with the stage; at the tile's end its epilogue
 
 Both consumers read the same W of a stage, so that a tile takes 3/256 bytes of operands from L2 per multiply-add, as in
-score_loop.py. The second one begins LEAD steps after the first and stays behind: while one is in its epilogue the other
-has that many steps in the ring to multiply, alone at twice the speed. There LEAD steps fewer are loaded ahead.
+score_loop.py. The second one begins when the first has asked for LEAD products, and stays behind: while one is in its
+epilogue, the other has steps in the ring to multiply, alone at twice the speed. As many fewer are loaded ahead.
 
 `full` of a stage counts the bytes that arrived, `empty` the consumers that are done with it. The n-th use of a stage is
 phase n of both, and a wait names the parity of the phase that has to be over. Rows, columns and features past the end
@@ -170,7 +170,7 @@ class Ring:
 
     depth: int  # of a step
     stages: int
-    lead: int  # steps that the first consumer is ahead of the second: 1 to stages
+    lead: int  # products that the first consumer asks for before the second begins: 1 to stages
 
 
 RING = Ring(64, 4, 2)
