@@ -19,7 +19,7 @@ def run(rows=53, features=40, vocabulary=150, dtype=torch.float16, ignored=slice
     """(log-probabilities, gradients of hidden and weight), and the exact ones."""
     hidden, weight, labels, _ = problem(rows, features, vocabulary, dtype=dtype)
     labels[::7], labels[ignored] = vocabulary - 1, -100
-    logps = linear_logps(hidden, weight, labels, backend="fused", **options)
+    logps = linear_logps(hidden, weight, labels, backend="fused", validate=False, **options)
     logps = logps[0] if isinstance(logps, tuple) else logps
     upstream = torch.linspace(-1, 1, rows, device=logps.device)
     found = torch.autograd.grad(logps, (hidden, weight), upstream)
