@@ -132,7 +132,7 @@ def test_models_load_from_whole_safetensors_without_remote_code(model_folder, tm
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\n")
-    with pytest.raises(ValueError, match="contains custom code"):
+    with pytest.raises(ValueError, match="asks for code of the Hub, which is not run"):
         load(folder)
     assert not (tmp_path / "owned").exists()
 
