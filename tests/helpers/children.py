@@ -111,7 +111,7 @@ def _become(command: tuple[str, ...], cwd: str, environment: dict[str, str], out
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
         for handler in getattr(logger, "handlers", ()):
-            if isinstance(handler, logging.StreamHandler):  # made when the libraries were imported
+            if type(handler) is logging.StreamHandler:  # made by imports; those derived may close it
                 handler.setStream(sys.stderr)
     os.environ.clear()
     os.environ.update(environment)
