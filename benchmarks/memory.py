@@ -152,7 +152,7 @@ def train(shape: str, options: dict, budget: int, device: str, steps: int) -> di
             pairs_per_step=per_step, save_strategy="no", logging_steps=5,
             disable_tqdm=True, report_to=[], bf16=True, **options,
         )  # fmt: skip
-        row, _ = longest_row(pairs, args)
+        row, _ = longest_row(pairs, sizes, args)
         live = None if cuda else LiveBytes()
         window = Window(cuda, live, steps)
         with live or contextlib.nullcontext():
@@ -216,6 +216,7 @@ def predict_only(shape: str, options: dict, budget: int) -> dict:
     from dataclasses import replace
 
     from amopo_fast.models.config import ModelConfig
+    from amopo_fast.packing.schedule import PairSizes
     from amopo_fast.training.config import AMoPOConfig
     from amopo_fast.training.loading import longest_row, setup_of
 
@@ -228,7 +229,7 @@ def predict_only(shape: str, options: dict, budget: int) -> dict:
             output_dir=folder, tokens_per_micro_batch=budget, pairs_per_step=per_step, use_cpu=True, report_to=[],
             **options,
         )  # fmt: skip
-    row, accumulates = longest_row(pairs, args)
+    row, accumulates = longest_row(pairs, PairSizes.of(pairs), args)
     dtype = torch.float32 if options.get("weight_precision") == "fp32" else torch.bfloat16
     setup = setup_of(args, dtype, lora_rank=rank, quantised=four_bits, nested=False, accumulates=accumulates)
     config = Qwen2Config(**SHAPES[shape], max_position_embeddings=8192)

@@ -14,8 +14,7 @@ from amopo_fast.cli.options import parse_options
 from amopo_fast.data.config import DataConfig
 from amopo_fast.errors import OptionError
 from amopo_fast.memory.estimate import HEAD_SLICE, Row, Setup, estimate
-from amopo_fast.memory.profile import meta_model
-from amopo_fast.models.check import choose_layout
+from amopo_fast.memory.parameters import tried
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.loading import load_shape, model_errors
 from amopo_fast.packing.schedule import PairSizes
@@ -137,9 +136,10 @@ def _of_data(data_config, model_config, args, config) -> tuple[Row, bool, Epoch]
     """(longest micro-batch, whether a step has several, an epoch) of the data, tokenised as `train` does."""
     tokenizer = load_tokenizer(model_config.tokenizer_name_or_path or model_config.model_name_or_path)
     pairs = load_data(data_config, tokenizer, seed=args.seed).train
-    layout = choose_layout(meta_model(config), args.layout).layout
-    row, accumulates = longest_row(pairs, args, layout)
-    return row, accumulates, Epoch(len(pairs), int(PairSizes.of(pairs, layout).computed.sum()))
+    layout = tried(config, args.layout).choice.layout
+    sizes = PairSizes.of(pairs, layout)
+    row, accumulates = longest_row(pairs, sizes, args, layout)
+    return row, accumulates, Epoch(len(pairs), int(sizes.computed.sum()))
 
 
 def _setup(args, model_config, config, row, accumulates, arguments, fits) -> Setup:

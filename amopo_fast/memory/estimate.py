@@ -165,7 +165,7 @@ def gradient_bytes(setup: Setup) -> int:
 def _body(
     shape: Shape, row: Row, dtype: torch.dtype, checkpointing: bool, lora_rank: int | None, liger: bool, autocast: bool
 ) -> BodyProfile:
-    found = tried(shape)
+    found = tried(shape.config)
     separate = found.choice.layout is Layout.SEPARATE
     length = min(row.sequence_tokens, found.positions or row.sequence_tokens)
     rows = max(row.rows, row.tokens // length) if separate else 1

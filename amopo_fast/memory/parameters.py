@@ -48,15 +48,19 @@ class Tried:
 
 
 @functools.lru_cache(maxsize=8)
-def tried(shape: Shape) -> Tried:
-    """Raises UnsupportedModelError: no layout trains it exactly."""
+def _tried(shape: Shape, requested: str) -> Tried:
     model = meta_model(shape.config)
-    return Tried(type(model).__name__, choose_layout(model), positions_of(model))
+    return Tried(type(model).__name__, choose_layout(model, requested), positions_of(model))
+
+
+def tried(config: PretrainedConfig, requested: str = "auto") -> Tried:
+    """What the trial of a model finds (`check.choose_layout`, and its errors); of one configuration it is made once."""
+    return _tried(Shape(config), requested)
 
 
 @functools.lru_cache(maxsize=8)
 def _parameters_of(shape: Shape, lora_rank: int | None) -> tuple[Parameter, ...]:
-    model = meta_model(shape.config, torch.bfloat16, lora_rank, tried(shape).choice.unreached)
+    model = meta_model(shape.config, torch.bfloat16, lora_rank, tried(shape.config).choice.unreached)
     base = language_model_of(model)
     in_text = {id(parameter) for parameter in decoder_of(base).parameters()}
     head, embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight

@@ -15,6 +15,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from amopo_fast.memory.work import Parcel, Work
+from amopo_fast.models.streaming import arrivals
 
 TO_GPU, TO_HOST, COMPUTE = "to the GPU", "to the host", "GPU"
 STEADY = 3  # steps that are simulated; the last one is told: it begins as the one before it ended
@@ -112,25 +113,16 @@ class _Weights:
     def __init__(self, program: Program, nbytes: float, layers: int, slots: int):
         self._program, self._nbytes, self._layers = program, nbytes, layers
         self._resident: dict[int, _Slot] = {}
-        self._vacant = [_Slot(number) for number in range(min(slots, layers))]
+        self._slots = min(slots, layers)
+        self._vacant = [_Slot(number) for number in range(self._slots)]
         self._changed: set[int] = set()
         self._written: dict[int, Operation] = {}
 
     def enter(self, layer: int, direction: int) -> Operation | None:
         """The event behind which a layer is there; those that follow are on their way."""
-
-        def until_used(other: int) -> int:
-            ahead = (other - layer) * direction
-            return ahead if ahead >= 0 else self._layers - ahead
-
-        for coming in range(self._layers)[layer::direction]:
-            if coming in self._resident:
-                continue
-            if not self._vacant:
-                last = max(self._resident, key=until_used)
-                if until_used(last) < until_used(coming):
-                    break
-                self._evict(last)
+        for leaving, coming in arrivals(layer, direction, self._layers, self._resident, self._slots):
+            if leaving is not None:
+                self._evict(leaving)
             self._fetch(coming)
         if direction < 0:
             self._changed.add(layer)

@@ -20,7 +20,7 @@ earlier ones checkpoint its call, and hooks that run during a backward pass have
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,36 @@ def homes_in(memory: HostMemory, model: nn.Module) -> dict[str, Tensor]:
     for (_, _, parameters), block in zip(streamed_layers(model), memory.blocks, strict=True):
         homes.update(zip(parameters, _views(parameters, block), strict=True))
     return {name: homes[p] for name, p in model.named_parameters(remove_duplicate=False) if p in homes}
+
+
+def arrivals(
+    layer: int, direction: int, layers: int, resident: Iterable[int], slots: int
+) -> Iterator[tuple[int | None, int]]:
+    """(the layer that leaves, or None; the one that comes in its slot), in order, as a pass enters a layer.
+
+    What is needed last leaves first, and nothing leaves for what is needed later than it.
+
+    Args:
+        direction: 1 in a pass upwards, -1 downwards. layers: of the model. resident: those in slots now.
+    """
+    present = set(resident)
+
+    def until_used(other: int) -> int:
+        """Orders layers by their next use: this pass goes on, and the next one turns."""
+        ahead = (other - layer) * direction
+        return ahead if ahead >= 0 else layers - ahead
+
+    for coming in range(layers)[layer::direction]:
+        if coming in present:
+            continue
+        leaving = None
+        if len(present) == slots:
+            leaving = max(present, key=until_used)
+            if until_used(leaving) < until_used(coming):
+                return
+            present.remove(leaving)
+        yield leaving, coming
+        present.add(coming)
 
 
 @dataclass(eq=False)
@@ -199,20 +229,11 @@ class StreamedWeights:
         """Have a layer in a slot for what the current stream is given next, and fetch what follows it in a pass that
         goes upwards (1) or downwards (-1), as far as slots hold what is needed later."""
 
-        def until_used(other: _Layer) -> int:
-            """Orders layers by their next use: this pass goes on, and the next one turns."""
-            ahead = (other.number - layer.number) * direction
-            return ahead if ahead >= 0 else len(self._layers) - ahead
-
-        for coming in self._layers[layer.number :: direction]:
-            if coming.slot is not None:
-                continue
-            if not self._vacant:
-                last = max(self._resident, key=until_used)
-                if until_used(last) < until_used(coming):
-                    break
-                self._evict(last)
-            self._fetch(coming)
+        resident = [each.number for each in self._resident]
+        for leaving, coming in arrivals(layer.number, direction, len(self._layers), resident, self.slots):
+            if leaving is not None:
+                self._evict(self._layers[leaving])
+            self._fetch(self._layers[coming])
         self._transfers.wait_for(self._resident[layer].ready)
 
     def _fetch(self, layer: _Layer) -> None:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from amopo_fast.memory.estimate import HEAD_SLICE, Row, Setup, estimate
 from amopo_fast.memory.gpus import GIB, gpu_here
+from amopo_fast.memory.parameters import tried
 from amopo_fast.memory.preflight import (
     Room,
     copies_line,
@@ -25,7 +26,6 @@ from amopo_fast.memory.preflight import (
     row_that_fits,
 )
 from amopo_fast.memory.profile import meta_model
-from amopo_fast.models.check import choose_layout
 from amopo_fast.models.choice import choice_of
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.depth import depth_of
@@ -77,11 +77,14 @@ def setup_of(
 
 
 def longest_row(
-    pairs: Sequence[PairTokens], args: AMoPOConfig, layout: Layout = Layout.SHARED, tokens: int | None = None
-) -> tuple[Row, bool]:
+    pairs: Sequence[PairTokens], sizes: PairSizes, args: AMoPOConfig, layout: Layout = Layout.SHARED,
+    tokens: int | None = None,
+) -> tuple[Row, bool]:  # fmt: skip
     """(the longest micro-batch of the run's first epoch, whether a step has several); with micro-batches of at most
-    `tokens` computed tokens, if given."""
-    sizes = PairSizes.of(pairs, layout)
+    `tokens` computed tokens, if given.
+
+    sizes: of the pairs in the layout.
+    """
     schedule = schedule_of(args, sizes)
     epoch = replace(schedule, tokens_per_micro_batch=tokens or schedule.tokens_per_micro_batch).epoch(0)
     plan = build_plan([pairs[i] for i in longest_micro_batch(epoch, sizes).pairs], layout)
@@ -154,7 +157,9 @@ def load_for_training(
     checks = bool(pairs) and args.deepspeed is None and (on_gpu or args.memory_check)
     if checks and not on_gpu:
         checks = not surely_fits(shape, args, _longest_tokens(pairs, args), room.host)
-    layout = choose_layout(meta_model(shape), args.layout).layout if checks else None
+    if checks:
+        layout = tried(shape, args.layout).choice.layout
+        sizes = PairSizes.of(pairs, layout)
 
     def setup(dtype: torch.dtype, accumulates: bool) -> Setup:
         return setup_of(
@@ -163,7 +168,7 @@ def load_for_training(
         )  # fmt: skip
 
     def fits(dtype: torch.dtype, tokens: int | None = None) -> bool:
-        row, accumulates = longest_row(pairs, args, layout, tokens)
+        row, accumulates = longest_row(pairs, sizes, args, layout, tokens)
         return room.fits(estimate(shape, row, setup(dtype, accumulates)))
 
     dtype = weights_dtype(
@@ -180,22 +185,22 @@ def load_for_training(
                 args.tokens_per_micro_batch = tokens
                 if first:
                     print(f"tokens_per_micro_batch: {tokens}, as {room.host / GIB:.1f} GiB are free", flush=True)
-        row, accumulates = longest_row(pairs, args, layout)
+        row, accumulates = longest_row(pairs, sizes, args, layout)
         prediction = require_fit(name, shape, row, setup(dtype, accumulates), room)
         if first:
             print(fit_line(dtype, prediction, room), flush=True)
             if room.gpu and (copies := copies_line(prediction, room.gpu)):
                 most = longest_that_fits(row, lambda row: room.fits(estimate(shape, row, setup(dtype, False))))
-                print(copies, row_line(args, PairSizes.of(pairs, layout), most), sep="\n", flush=True)
+                print(copies, row_line(args, sizes, most), sep="\n", flush=True)
     if args.weights != "host":
         return load_model(config, args, dtype)
     empty = meta_model(shape, dtype)
-    sizes = host_bytes(empty)
+    layers = host_bytes(empty)
     slots = SLOTS
     if checks and args.memory_check and room.gpu:
         slots = prediction.slots_on(room.gpu.memory)
-        print(f"weights: {slots} of {len(sizes)} layers are on the GPU at once", flush=True)
-    memory = memory_for(sizes, args.device)
+        print(f"weights: {slots} of {len(layers)} layers are on the GPU at once", flush=True)
+    memory = memory_for(layers, args.device)
     model = load_model(config, args, dtype, homes_in(memory, empty))
     stream_weights(model, args.device, memory, slots)
     return model
