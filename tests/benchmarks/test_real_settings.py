@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from demo_folder import demo_folder
 
 from amopo_fast.demo.data import HELDOUT_FILE
-from amopo_fast.demo.model import demo_model
-from amopo_fast.demo.tokenizer import demo_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import real_settings  # noqa: E402
@@ -40,8 +39,7 @@ def test_what_training_changed():
 
 
 def test_it_goes_on_where_it_ended(tmp_path, monkeypatch, capsys):
-    demo_model(0).save_pretrained(tmp_path / "model")
-    demo_tokenizer().save_pretrained(tmp_path / "model")
+    demo_folder(tmp_path / "model")
     pairs = [json.loads(line) for line in HELDOUT_FILE.read_text().splitlines()[:24]]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
     out = tmp_path / "out.json"

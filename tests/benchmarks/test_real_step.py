@@ -5,10 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from demo_folder import demo_folder
 
 from amopo_fast.demo.data import HELDOUT_FILE
-from amopo_fast.demo.model import demo_model
-from amopo_fast.demo.tokenizer import demo_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import real_step  # noqa: E402
@@ -17,8 +16,7 @@ import real_step  # noqa: E402
 @pytest.mark.slow  # TRL is imported
 def test_variants_agree_on_equal_tokens(tmp_path, monkeypatch):
     pytest.importorskip("trl", reason="TRL is not installed")
-    demo_model(0).save_pretrained(tmp_path / "model")
-    demo_tokenizer().save_pretrained(tmp_path / "model")
+    demo_folder(tmp_path / "model")
     pairs = [json.loads(line) for line in HELDOUT_FILE.read_text().splitlines()[:6]]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
     out = tmp_path / "out.json"

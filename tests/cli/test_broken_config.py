@@ -5,14 +5,13 @@ import shutil
 
 import pytest
 import yaml
+from demo_folder import demo_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from amopo_fast.cli import main
 from amopo_fast.cli.options import parse_options
 from amopo_fast.data.config import DataConfig
-from amopo_fast.demo.model import demo_model
-from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.errors import OptionError
 from amopo_fast.training.config import AMoPOConfig
 
@@ -20,8 +19,7 @@ from amopo_fast.training.config import AMoPOConfig
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("broken")
-    demo_model(0).save_pretrained(folder / "model")
-    demo_tokenizer().save_pretrained(folder / "model")
+    demo_folder(folder / "model")
     records = [
         {
             "prompt": f"Where is {i}?",

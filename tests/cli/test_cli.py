@@ -4,17 +4,15 @@ import json
 import re
 
 import pytest
+from demo_folder import demo_folder
 
 from amopo_fast.cli import main
-from amopo_fast.demo.model import demo_model
-from amopo_fast.demo.tokenizer import demo_tokenizer
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
-    demo_model(0).save_pretrained(folder / "model")
-    demo_tokenizer().save_pretrained(folder / "model")
+    demo_folder(folder / "model")
     records = [
         {
             "prompt": f"Name number {i} of the list, please.",

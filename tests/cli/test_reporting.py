@@ -3,18 +3,16 @@
 import json
 
 import pytest
+from demo_folder import demo_folder
 
 from amopo_fast.cli import main
 from amopo_fast.demo.data import HELDOUT_FILE
-from amopo_fast.demo.model import demo_model
-from amopo_fast.demo.tokenizer import demo_tokenizer
 
 
 def test_tensorboard_gets_every_metric(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    demo_model(0).save_pretrained(tmp_path / "model")
-    demo_tokenizer().save_pretrained(tmp_path / "model")
+    demo_folder(tmp_path / "model")
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("\n".join(HELDOUT_FILE.read_text().splitlines()[:8]))
     board = tmp_path / "board"
@@ -39,8 +37,7 @@ def test_tensorboard_gets_every_metric(tmp_path, monkeypatch):
 
 
 def test_several_evaluation_sets_and_streamed_tokens(tmp_path, capsys):
-    demo_model(0).save_pretrained(tmp_path / "model")
-    demo_tokenizer().save_pretrained(tmp_path / "model")
+    demo_folder(tmp_path / "model")
     rows = HELDOUT_FILE.read_text().splitlines()
     for name, part in (("train", rows[:12]), ("own", rows[12:16]), ("other", rows[8:14])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(part))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from demo_folder import demo_folder
 
 from amopo_fast.cli import main
 from amopo_fast.data.pairs import read_pairs
@@ -20,8 +21,7 @@ LEVELS = (1.0, 4.0)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("levels")
-    demo_model(0).save_pretrained(folder / "model")
-    demo_tokenizer().save_pretrained(folder / "model")
+    demo_folder(folder / "model")
     (folder / "pairs.jsonl").write_text("\n".join(HELDOUT_FILE.read_text().splitlines()[:12]))
     return folder
 

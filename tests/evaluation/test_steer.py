@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from demo_folder import demo_folder
 from judge_server import JudgeServer, word_score
 
 from amopo_fast.cli import main
 from amopo_fast.demo.data import HELDOUT_FILE
-from amopo_fast.demo.model import demo_model
-from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.evaluation import steer as module
 from amopo_fast.evaluation.steer import Plan
 from amopo_fast.evaluation.steer_summary import steer_summary
@@ -34,8 +33,7 @@ SHORT = ["--max_new_tokens", "3"]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("steer")
-    demo_model(0).save_pretrained(folder / "base")
-    demo_tokenizer().save_pretrained(folder / "base")
+    demo_folder(folder / "base")
     lines = [line for line in HELDOUT_FILE.read_text().splitlines() if '"prompt": "Look at' in line][:14]
     (folder / "pairs.jsonl").write_text("\n".join(lines))
     train = ["train", "--model_name_or_path", str(folder / "base"), "--train_data", str(folder / "pairs.jsonl"),

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from demo_folder import demo_folder
 
 from amopo_fast.cli import main
 from amopo_fast.data.sources.spec import parse_sources
 from amopo_fast.demo.data import HELDOUT_FILE
-from amopo_fast.demo.model import demo_model
-from amopo_fast.demo.tokenizer import demo_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
@@ -65,8 +64,7 @@ def test_the_kernels_snippet_of_the_readme_runs():
 
 
 def test_the_python_snippet_of_the_readme_trains(tmp_path, monkeypatch):
-    demo_model(0).save_pretrained(tmp_path / "model")
-    demo_tokenizer().save_pretrained(tmp_path / "model")
+    demo_folder(tmp_path / "model")
     rows = [json.loads(line) for line in HELDOUT_FILE.read_text().splitlines()[:60]]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     [code] = [block for block in blocks(ROOT / "README.md") if "load_data(" in block]

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from demo_folder import demo_folder
 
 from amopo_fast.cli import main
 from amopo_fast.cli.options import parse_options
 from amopo_fast.data.config import DataConfig
 from amopo_fast.data.sources.spec import parse_sources
 from amopo_fast.demo.data import HELDOUT_FILE
-from amopo_fast.demo.model import demo_model
-from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.training.config import AMoPOConfig
 
@@ -24,8 +23,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("examples")
-    demo_model(0).save_pretrained(folder / "model")
-    demo_tokenizer().save_pretrained(folder / "model")
+    demo_folder(folder / "model")
     (folder / "pairs.jsonl").write_text("\n".join(HELDOUT_FILE.read_text().splitlines()[:60]))
     attributes = {"correctness": 2, "coherence": 4, "complexity": 1, "verbosity": 1}
     scores, preferences, ultra = [], [], []

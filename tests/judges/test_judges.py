@@ -6,12 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from demo_folder import demo_folder
 from judge_server import JudgeServer, word_score
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from amopo_fast.demo.data import HELDOUT_FILE
 from amopo_fast.demo.judge import score as demo_score
-from amopo_fast.demo.model import demo_config, demo_model
+from amopo_fast.demo.model import demo_config
 from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.errors import DataError, JudgeError, OptionError
 from amopo_fast.judges.choose import JudgeOptions, check_read, kind_of, load_comparer, load_judge
@@ -222,8 +223,7 @@ def test_outputs_of_a_reward_model_are_named(reward, tmp_path):
         RewardModel.load(str(reward / "one")).columns(["a", "b"])
     with pytest.raises(OptionError, match="x=2: .* has the outputs 0 to 1"):
         RewardModel.load(str(reward / "two"), outputs={"x": 2})
-    demo_model(0).save_pretrained(tmp_path / "causal")
-    demo_tokenizer().save_pretrained(tmp_path / "causal")
+    demo_folder(tmp_path / "causal")
     with pytest.raises(OptionError, match="lacks 1 tensors .score.weight., which would be random"):
         RewardModel.load(str(tmp_path / "causal"))
 

@@ -20,6 +20,15 @@ def results(tmp_path_factory):
     return lambda scenario, world: torch.load(folder / f"{scenario}-{world}.pt", weights_only=True)
 
 
+def ran(folder, scenario, *worlds, **variables):
+    """What the processes of each number saved, of a run of its own."""
+    environment = child_environment(OMP_NUM_THREADS="1", **variables)
+    asked = f"{scenario}:{','.join(map(str, worlds))}"
+    done = run(str(SCRIPT), str(folder), asked, environment=environment, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return [torch.load(folder / f"{scenario}-{world}.pt", weights_only=True) for world in worlds]
+
+
 def error(expected, found):
     return float((expected - found).norm() / expected.norm().clamp(min=1e-3))
 
@@ -58,19 +67,13 @@ def test_the_real_logits_of_sharded_weights_are_compared_on_every_rank(results):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharded_adapters_over_compiled_layers_have_the_gradients_of_one_process(kind, tmp_path):
-    environment = child_environment(OMP_NUM_THREADS="1")
-    done = run(str(SCRIPT), str(tmp_path), f"adapted-{kind}:1,2", environment=environment, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    same_gradients(*(torch.load(tmp_path / f"adapted-{kind}-{world}.pt", weights_only=True) for world in (1, 2)), kind)
+    same_gradients(*ran(tmp_path, f"adapted-{kind}", 1, 2), kind)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resume_of_sharded_weights_is_exact(kind, tmp_path):
-    environment = child_environment(OMP_NUM_THREADS="1")
-    done = run(str(SCRIPT), str(tmp_path), f"resumed-{kind}:2", environment=environment, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    found = torch.load(tmp_path / f"resumed-{kind}-2.pt", weights_only=True)
+    [found] = ran(tmp_path, f"resumed-{kind}", 2)
     assert found["found"].keys() == found["expected"].keys()
     moved = 0
     for name, expected in found["expected"].items():
@@ -86,11 +89,7 @@ def test_a_resume_of_sharded_weights_is_exact(kind, tmp_path):
 def test_deepspeed_moves_the_weights_as_one_process(kind, stage, tmp_path):
     """DeepSpeed's CPU accelerator. Optional: it is in no extra of this project."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    environment = child_environment(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-    name = f"zero{stage}-{kind}"
-    done = run(str(SCRIPT), str(tmp_path), f"{name}:1,2", environment=environment, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    alone, together = (torch.load(tmp_path / f"{name}-{world}.pt", weights_only=True) for world in (1, 2))
+    alone, together = ran(tmp_path, f"zero{stage}-{kind}", 1, 2, DS_ACCELERATOR="cpu")
     moved = 0
     for key, weight in alone["after"].items():
         step = weight - alone["before"][key]

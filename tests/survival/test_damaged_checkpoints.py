@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from payloads import Evil
 from safetensors.torch import load_file
 from small_run import small_trainer
 from transformers import TrainerCallback
@@ -91,11 +92,7 @@ def make_manifest_of(folder, marker):
     return make_manifest(folder, **{key: value for key, value in marker.items() if key != "files"})
 
 
-class Evil:
-    def __reduce__(self):
-        return (open, ("owned", "w"))
-
-
+EVIL = pickle.dumps(Evil("owned"))
 DAMAGE = {
     "a zeroed optimizer": (zero("optimizer.pt"), "optimizer.pt was changed"),
     "zeroed weights": (zero("model.safetensors"), "model.safetensors was changed"),
@@ -119,7 +116,7 @@ DAMAGE = {
     "another step's optimizer": (of_another("optimizer.pt"), "optimizer.pt was changed"),
     "another step's marker": (of_another(MARKER), "its complete.json is of step 2"),
     "a foreign pickle": (
-        lambda folder: (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil())),
+        lambda folder: (folder / "pytorch_model.bin").write_bytes(EVIL),
         "pytorch_model.bin was not part of the save",
     ),
     "a foreign adapter": (
@@ -161,8 +158,8 @@ DAMAGE = {
     "a list for the fingerprint": (marked(lambda c: c.update(fingerprint=[])), "by a save: fingerprint: "),
     "numbers in the fingerprint": (marked(lambda c: c.update(fingerprint={"model": 3})), "fingerprint.model: 3"),
     "no fingerprint": (marked(lambda c: c.pop("fingerprint") and c), "'fingerprint' is a required property"),
-    "a crafted pickle": (crafted("optimizer.pt", pickle.dumps(Evil())), "optimizer.pt cannot be read without running"),
-    "a crafted random state": (crafted("rng_state.pth", pickle.dumps(Evil())), "rng_state.pth cannot be read without"),
+    "a crafted pickle": (crafted("optimizer.pt", EVIL), "optimizer.pt cannot be read without running"),
+    "a crafted random state": (crafted("rng_state.pth", EVIL), "rng_state.pth cannot be read without"),
     "text for the optimizer": (crafted("optimizer.pt", b"no tensors"), "optimizer.pt cannot be read without running"),
     "crafted weights": (crafted("model.safetensors", bytes(64)), "model.safetensors cannot be read"),
     "Trainer's state of another step": (

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import child_environment, run
+from demo_folder import demo_folder
 from engines import VOCABULARY
 
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -221,11 +222,8 @@ def test_sharding_that_was_asked_for_must_be_in_effect(monkeypatch):
 def test_launchers_on_a_machine_without_gpus(tmp_path):
     """torchrun without use_cpu is refused; accelerate's ddp.yaml with use_cpu is one run of two processes."""
     from amopo_fast.demo.data import HELDOUT_FILE
-    from amopo_fast.demo.model import demo_model
-    from amopo_fast.demo.tokenizer import demo_tokenizer
 
-    demo_model(0).save_pretrained(tmp_path / "model")
-    demo_tokenizer().save_pretrained(tmp_path / "model")
+    demo_folder(tmp_path / "model")
     (tmp_path / "pairs.jsonl").write_text("\n".join(HELDOUT_FILE.read_text().splitlines()[:8]))
     environment = child_environment(OMP_NUM_THREADS="1")
     train = ["-m", "amopo_fast.cli", "train", "--model_name_or_path", "model", "--train_data", "pairs.jsonl",

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from children import Child, child_environment
+from demo_folder import demo_folder
 from safetensors.torch import load_file
 from small_run import small_model, small_trainer
 from transformers import TrainerCallback
 
 from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE
-from amopo_fast.demo.model import demo_model
-from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.survival.checkpoints import complete_checkpoints
 from amopo_fast.survival.lock import FILE
 from amopo_fast.survival.manifest import damage_of
@@ -64,8 +63,7 @@ def test_a_thousand_steps_leak_nothing(tmp_path, record_property, kind):
 
 
 def test_of_two_runs_in_one_folder_one_is_refused_and_the_other_whole(tmp_path, record_property):
-    demo_model(0).save_pretrained(tmp_path / "model")
-    demo_tokenizer().save_pretrained(tmp_path / "model")
+    demo_folder(tmp_path / "model")
     (tmp_path / "pairs.jsonl").write_text("\n".join(HELDOUT_FILE.read_text().splitlines()[:8]))
     environment = child_environment(OMP_NUM_THREADS="1")
     command = ["-m", "amopo_fast.cli", "train", "--model_name_or_path", "model", "--train_data", "pairs.jsonl",

@@ -10,11 +10,11 @@ import jinja2
 import pytest
 import torch
 import yaml
+from demo_folder import demo_folder
+from payloads import Evil
 
 from amopo_fast.cli import main
 from amopo_fast.demo.data import DIMENSIONS, TRAIN_FILE
-from amopo_fast.demo.model import demo_model
-from amopo_fast.demo.tokenizer import demo_tokenizer
 
 SHOW = ("show", str(TRAIN_FILE), "--dimensions", *DIMENSIONS, "--record", "0", "--model_name_or_path", "{folder}")
 GENERATE = ("generate", "{folder}", "--prompt", "Who?", "--max_new_tokens", "1", "--device", "cpu")
@@ -22,16 +22,6 @@ CONFIGURED = ("validate", "--config", "{folder}/given")
 WORDED = ("validate", str(TRAIN_FILE), "--dimensions", *DIMENSIONS, "--prompt_template", "{folder}/given.yaml")
 STEER = ("steer", "{folder}", "--prompts", str(TRAIN_FILE), "--judge_template", "{folder}/given", "--judge",
          "http://localhost:1/v1", "--output_dir", "{folder}/out", "--max_new_tokens", "1")  # fmt: skip
-
-
-class Evil:
-    """Pickled, it creates a file when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
 
 
 def pickled(canary):
@@ -123,10 +113,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    demo_model(0).save_pretrained(folder)
-    demo_tokenizer().save_pretrained(folder)
-    return folder
+    return demo_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("name", CASES)

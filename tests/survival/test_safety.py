@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from children import child_environment, run
+from demo_folder import demo_folder
+from payloads import Evil
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from amopo_fast.cli import main
 from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE
-from amopo_fast.demo.model import demo_model
-from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.loading import load_model
 from amopo_fast.survival.safety import redact, unreadable, write_arguments
@@ -26,20 +26,7 @@ SECRET, HUB_TOKEN, OTHER = "hf_environmentsecret1234", "hf_argumentsecret5678", 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    demo_model(0).save_pretrained(folder)
-    demo_tokenizer().save_pretrained(folder)
-    return folder
-
-
-class Evil:
-    """Pickled, it creates a file when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
+    return demo_folder(tmp_path_factory.mktemp("model"))
 
 
 def test_secrets_reach_neither_files_nor_the_terminal(model_folder, tmp_path):

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from demo_folder import demo_folder
 from safetensors.torch import load_file
 from small_run import small_trainer
 from test_checkpoints import At, metrics
@@ -13,8 +14,6 @@ from test_checkpoints import At, metrics
 from amopo_fast.cli import main
 from amopo_fast.cli import train as command
 from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE
-from amopo_fast.demo.model import demo_model
-from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.survival import signals
 from amopo_fast.survival.checkpoints import STAGING, complete_checkpoints
 from amopo_fast.survival.lock import FILE
@@ -120,8 +119,7 @@ def test_in_the_evaluation_of_a_resume_the_checkpoint_stays_as_it_is(finished, t
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    demo_model(0).save_pretrained(folder)
-    demo_tokenizer().save_pretrained(folder)
+    demo_folder(folder)
     return ["train", "--model_name_or_path", str(folder), "--train_data", str(HELDOUT_FILE),
             "--dimensions", *DIMENSIONS, "--use_cpu", "true", "--report_to", "none", "--max_steps", "2",
             "--pairs_per_step", "2", "--save_steps", "1", "--output_dir"]  # fmt: skip

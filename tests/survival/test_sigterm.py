@@ -3,15 +3,13 @@
 import signal
 
 from children import Child, child_environment, run, until
+from demo_folder import demo_folder
 
 from amopo_fast.demo.data import DIMENSIONS, HELDOUT_FILE
-from amopo_fast.demo.model import demo_model
-from amopo_fast.demo.tokenizer import demo_tokenizer
 
 
 def test_sigterm_ends_with_3_and_the_run_goes_on(tmp_path):
-    demo_model(0).save_pretrained(tmp_path / "model")
-    demo_tokenizer().save_pretrained(tmp_path / "model")
+    demo_folder(tmp_path / "model")
     environment = child_environment(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     command = ["-m", "amopo_fast.cli", "train", "--model_name_or_path", str(tmp_path / "model"),
                "--train_data", str(HELDOUT_FILE), "--dimensions", *DIMENSIONS, "--output_dir", str(tmp_path / "run"),

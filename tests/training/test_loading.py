@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
+from demo_folder import demo_folder
 from run_training import pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from amopo_fast.cli import main
 from amopo_fast.cli.train import rows_as_begun
-from amopo_fast.demo.model import demo_model
 from amopo_fast.demo.tokenizer import demo_tokenizer
 from amopo_fast.memory.estimate import Row, Setup
 from amopo_fast.memory.gpus import GIB, GPUS
@@ -225,8 +225,7 @@ def test_four_bits_need_an_adapter():
 
 
 def test_dry_run_prints_prediction_and_measurement(tmp_path, capsys):
-    demo_model(0).save_pretrained(tmp_path / "model")
-    demo_tokenizer().save_pretrained(tmp_path / "model")
+    demo_folder(tmp_path / "model")
     side = {"helpfulness": 5, "correctness": 4, "instruction_following": 5}
     records = [
         {"prompt": f"Name number {i}.", "chosen": {"response": f"Item {i}, of course. " * (i + 1), **side},

@@ -2,9 +2,9 @@
 
 import json
 
+from demo_folder import demo_folder
+
 from amopo_fast.cli import main
-from amopo_fast.demo.model import demo_model
-from amopo_fast.demo.tokenizer import demo_tokenizer
 
 
 def side(text, helpfulness, correctness):
@@ -18,8 +18,7 @@ RECORDS = [
 
 def make_inputs(folder):
     """A model and pairs."""
-    demo_model(0).save_pretrained(folder / "model")
-    demo_tokenizer().save_pretrained(folder / "model")
+    demo_folder(folder / "model")
     (folder / "pairs.json").write_text(json.dumps(RECORDS))
 
 
