@@ -111,7 +111,8 @@ def _become(command: tuple[str, ...], cwd: str, environment: dict[str, str], out
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
         for handler in getattr(logger, "handlers", ()):
-            if type(handler) is logging.StreamHandler:  # made by imports; those derived may close it
+            # Made when the libraries were imported. One without a stream, torch's, would close what it is given.
+            if isinstance(handler, logging.StreamHandler) and handler.stream is not None:
                 handler.setStream(sys.stderr)
     os.environ.clear()
     os.environ.update(environment)
