@@ -8,7 +8,6 @@ of that save, is skipped on resume, with the reason. transformers.Trainer writes
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from amopo_fast.errors import CheckpointError
 from amopo_fast.survival import durable
-from amopo_fast.survival.manifest import MARKER, damage_of, make_manifest, problem_of
+from amopo_fast.survival.manifest import MARKER, damage_of, make_manifest, problem_of, sealed
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +114,7 @@ def publish(staged: Path, final: Path, **marker) -> None:
     durable.remove_tree(final)  # an incomplete one of the same step: `supersede` has moved complete ones away
     os.replace(staged, final)
     durable.flush(final.parent)
-    durable.write_text(final / MARKER, json.dumps(manifest, indent=1) + "\n")
+    durable.write_text(final / MARKER, sealed(manifest))
 
 
 def publish_model(staged: Path, output_dir: Path) -> None:

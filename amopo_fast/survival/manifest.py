@@ -1,4 +1,4 @@
-"""complete.json, the marker of a whole checkpoint: what was saved, every file with its size and checksum.
+"""complete.json, the marker of a whole checkpoint: what was saved, every file with its size and checksum, and its own.
 
 Written last, so that a folder without it was cut off. What a checkpoint must hold is stated here (`lacking`), not taken
 from what lies in the folder. Checksums are xxh3: they find damage, not forgery, at the speed of memory.
@@ -20,7 +20,9 @@ from amopo_fast.survival.safety import unreadable
 
 MARKER = "complete.json"
 STATE_FILE = "amopo_state_{rank}.pt"
+FORMAT = 2  # of the marker; the first had no checksum of itself, and is read
 
+_CHANGED = "was changed since it was saved, or its disk is failing: its checksum is another"
 _COUNT = {"type": "integer", "minimum": 0}
 _OBJECTS = {"type": "object", "additionalProperties": {"type": "object"}}
 _FILE = {"type": "object", "required": ["bytes", "xxh3"], "properties": {"bytes": _COUNT, "xxh3": {"type": "string"}}}
@@ -28,6 +30,7 @@ SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["step", "world_size", "model_only", "fingerprint", "files"],
     "properties": {
+        "format": {"const": FORMAT},
         "step": _COUNT,
         "world_size": {"type": "integer", "minimum": 1},
         "model_only": {"type": "boolean"},
@@ -82,6 +85,17 @@ def lacking(names: Collection[str], world_size: int, model_only: bool, shards: I
     return ""
 
 
+def sealed(content: dict[str, Any]) -> str:
+    """The text of a marker: `content`, the format, and a checksum of both."""
+    content = {"format": FORMAT, **{key: value for key, value in content.items() if key != "xxh3"}}
+    return json.dumps({**content, "xxh3": xxhash.xxh3_128_hexdigest(json.dumps(content).encode())}, indent=1) + "\n"
+
+
+def _is_sealed(text: str, content: Any) -> bool:
+    """Every byte of a marker is as it was written; one of the first format has nothing to tell it by."""
+    return not isinstance(content, dict) or not {"format", "xxh3"} & content.keys() or text == sealed(content)
+
+
 def read_marker(folder: Path) -> dict[str, Any]:
     """The marker of a complete checkpoint: SCHEMA, and "versions" of torch and transformers."""
     return json.loads((folder / MARKER).read_text(encoding="utf-8"))
@@ -95,9 +109,12 @@ def problem_of(folder: Path) -> str:
     if not (folder / MARKER).exists():
         return f"it has no {MARKER}: saving it was cut off, or another program wrote it"
     try:
-        content = read_marker(folder)
+        text = (folder / MARKER).read_bytes().decode()
+        content = json.loads(text)
     except (ValueError, OSError, RecursionError) as error:
         return f"its {MARKER} cannot be read ({type(error).__name__}: {error})"
+    if not _is_sealed(text, content):
+        return f"its {MARKER} {_CHANGED}"
     wrong = best_match(Draft202012Validator(SCHEMA).iter_errors(content))
     if wrong is not None:
         place = ".".join(map(str, wrong.absolute_path)) or "the file"
@@ -135,7 +152,7 @@ def damage_of(folder: Path) -> str:
             if any(fnmatch(name, pattern) for pattern in _LOADED):
                 return f"{name} was not part of the save"
         elif _checksum(path) != files[name]["xxh3"]:
-            return f"{name} was changed since it was saved, or its disk is failing: its checksum is another"
+            return f"{name} {_CHANGED}"
     try:
         missing = lacking(files, content["world_size"], content["model_only"], _shards(folder))
         found = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]

@@ -6,6 +6,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from payloads import Evil
@@ -15,7 +16,7 @@ from transformers import TrainerCallback
 
 from amopo_fast.errors import CheckpointError
 from amopo_fast.survival.checkpoints import complete_checkpoints, resolve
-from amopo_fast.survival.manifest import MARKER, damage_of, lacking, make_manifest, problem_of, read_marker
+from amopo_fast.survival.manifest import MARKER, damage_of, lacking, make_manifest, problem_of, read_marker, sealed
 
 OPTIONS = {"max_steps": 3, "save_steps": 1, "save_total_limit": None, "eval_strategy": "no"}
 NEWEST, OLDER = "checkpoint-3", "checkpoint-2"
@@ -35,9 +36,9 @@ def copy(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def flip(path, position):
+def flip(path, position, bit=0x40):
     content = bytearray(path.read_bytes())
-    content[position] ^= 0x40
+    content[position] ^= bit
     path.write_bytes(content)
 
 
@@ -70,7 +71,17 @@ def marked(change):
     def damage(folder):
         content = read_marker(folder)
         content = change(content) or content
-        (folder / MARKER).write_text(content if isinstance(content, str) else json.dumps(content))
+        (folder / MARKER).write_text(content if isinstance(content, str) else sealed(content))
+
+    return damage
+
+
+def respelled(word):
+    """One bit of the last character of a key or value that the marker has."""
+
+    def damage(folder):
+        content = (folder / MARKER).read_bytes()
+        flip(folder / MARKER, content.rindex(f'{word}"'.encode()) + len(word) - 1, 0x01)
 
     return damage
 
@@ -82,7 +93,7 @@ def crafted(name, content):
         old = folder / name
         old.write_bytes(content(old) if callable(content) else content)
         marker = read_marker(folder)
-        (folder / MARKER).write_text(json.dumps(make_manifest_of(folder, marker)))
+        (folder / MARKER).write_text(sealed(make_manifest_of(folder, marker)))
 
     return damage
 
@@ -129,6 +140,12 @@ DAMAGE = {
     "a marker that nests": (marked(lambda c: "[" * 10**5), "its complete.json cannot be read .RecursionError"),
     "a list for a marker": (marked(lambda c: "[]"), "was not written by a save: the file: .. is not of type 'object'"),
     "a number for a marker": (marked(lambda c: "3"), "was not written by a save: the file: 3"),
+    "an option's name in the marker": (respelled("beta"), "its complete.json was changed since it was saved"),
+    "an option's value in the marker": (respelled("cosine"), "its complete.json was changed since it was saved"),
+    "the name of the marker's checksum": (respelled("xxh3"), "its complete.json was changed since it was saved"),
+    "the name of the marker's format": (respelled("format"), "its complete.json was changed since it was saved"),
+    "a marker written anew": (marked(lambda c: json.dumps(c)), "its complete.json was changed since it was saved"),
+    "a marker of a later version": (marked(lambda c: c.update(format=3)), "by a save: format: 2 was expected"),
     "no files listed": (marked(lambda c: c.update(files={})), "does not list trainer_state.json"),
     "files as a list": (marked(lambda c: c.update(files=list(c["files"]))), "by a save: files: "),
     "sizes alone": (
@@ -194,8 +211,6 @@ def test_of_every_file_that_is_cut_or_missing_the_checkpoint_before_is_taken(cop
     assert {path.name for path in files} > {MARKER, "model.safetensors", "optimizer.pt", "trainer_state.json"}
     for path in files:
         content = path.read_bytes()
-        if path.name == MARKER:  # which lists the others, and whose JSON is whole without the end of its last line
-            content = content.rstrip()
         for name, size in CUTS.items():
             path.unlink() if size is None else path.write_bytes(content[: size(len(content))])
             caplog.clear()
@@ -205,6 +220,22 @@ def test_of_every_file_that_is_cut_or_missing_the_checkpoint_before_is_taken(cop
             path.write_bytes(content)
             assert damage_of(copy / NEWEST) == "", f"{path.name} {name}"
     record_property("counts", {"files": len(files), "cut or missing": len(files) * len(CUTS)})
+
+
+def test_a_bit_of_any_byte_of_the_marker_is_seen(copy):
+    whole = (copy / NEWEST / MARKER).read_bytes()
+    rng = np.random.default_rng(0)
+    for position in (*rng.choice(len(whole), 40, replace=False), 0, len(whole) - 1):
+        flip(copy / NEWEST / MARKER, position, 1 << rng.integers(8))
+        assert problem_of(copy / NEWEST), whole[max(0, position - 20) : position + 20]
+        (copy / NEWEST / MARKER).write_bytes(whole)
+    assert problem_of(copy / NEWEST) == ""
+
+
+def test_a_marker_of_before_it_had_a_checksum_of_itself_is_read(copy):
+    content = {key: value for key, value in read_marker(copy / NEWEST).items() if key not in ("format", "xxh3")}
+    (copy / NEWEST / MARKER).write_text(json.dumps(content))
+    assert resolve(copy, "last") == copy / NEWEST
 
 
 def test_undamaged_checkpoints_are_whole(copy):
@@ -229,7 +260,7 @@ def test_what_loads_but_is_not_this_runs_is_a_checkpoint_error(copy):
     state["param_groups"].pop()
     torch.save(state, copy / NEWEST / "optimizer.pt")
     marker = read_marker(copy / NEWEST)
-    (copy / NEWEST / MARKER).write_text(json.dumps(make_manifest_of(copy / NEWEST, marker)))
+    (copy / NEWEST / MARKER).write_text(sealed(make_manifest_of(copy / NEWEST, marker)))
     run = small_trainer(copy, **{**OPTIONS, "max_steps": 4})
     with pytest.raises(CheckpointError, match="checkpoint-3 cannot be loaded: ValueError: loaded state dict"):
         run.train(resume_from_checkpoint="last")
