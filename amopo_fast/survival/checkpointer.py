@@ -11,7 +11,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import transformers
@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from amopo_fast.errors import CheckpointError, NumbersError
 from amopo_fast.survival import checkpoints, durable
+from amopo_fast.survival.best import best_beside
 from amopo_fast.survival.fingerprint import changed_options, differences, run_fingerprint
 from amopo_fast.survival.lock import OutputLock, require_lock
 from amopo_fast.survival.manifest import STATE_FILE, read_marker
@@ -30,6 +31,17 @@ logger = logging.getLogger(__name__)
 
 class AlreadyFinished(Exception):
     """The checkpoint is the end of the run: there is no step left to train."""
+
+
+class Beginning(NamedTuple):
+    """What a run begins with: its fingerprint, the checkpoint it goes on from and the best one, the options in which it
+    differs from that, and where the parts of that one's schedule end."""
+
+    fingerprint: dict
+    checkpoint: Path | None = None
+    best: Path | None = None
+    changed: dict[str, tuple] = {}
+    schedule: list[int] = []
 
 
 class Stateful(Protocol):
@@ -69,6 +81,7 @@ class Checkpointer(TrainerCallback):
         self.stopped = False
         self._staging: str | None = None
         self._resumed: Path | None = None
+        self._best: Path | None = None  # the best checkpoint when a run goes on
         self.loading: Path | None = None  # the checkpoint of a resume, until its first step begins
         self.fingerprint: dict = {}  # of the run, once it begins
         self._evaluation_due = False
@@ -107,7 +120,7 @@ class Checkpointer(TrainerCallback):
         try:
             if isinstance(outcome[0], CheckpointError):
                 raise outcome[0]
-            self._resumed, self.fingerprint, changed, self._schedule = outcome[0]
+            self.fingerprint, self._resumed, self._best, changed, self._schedule = outcome[0]
             self._settle(changed)
         except CheckpointError:
             self.end()
@@ -122,8 +135,7 @@ class Checkpointer(TrainerCallback):
             self._lock.__exit__()
             self._lock = None
 
-    def _choose(self, resume: str | Path | bool | None) -> tuple[Path | None, dict, dict[str, tuple], list[int]]:
-        """(checkpoint, fingerprint of the run, options that differ, the checkpoint's schedule)."""
+    def _choose(self, resume: str | Path | bool | None) -> Beginning:
         trainer, args = self.trainer, self.trainer.args
         folder = checkpoints.resolve(args.output_dir, resume)
         fingerprint = run_fingerprint(
@@ -136,7 +148,7 @@ class Checkpointer(TrainerCallback):
             options=self.options(),
         )
         if folder is None:
-            return None, fingerprint, {}, []
+            return Beginning(fingerprint)
         marker = read_marker(folder)
         if marker["model_only"]:
             raise CheckpointError(
@@ -155,7 +167,8 @@ class Checkpointer(TrainerCallback):
                 f"{folder} was saved with other options: {_words(options)}. Give them as they were, or say which hold: "
                 "--on_changed_option keep (the checkpoint's) or use (those given now)"
             )
-        return folder, fingerprint, options, marker.get("schedule", [])
+        best = best_beside(folder, args.metric_for_best_model) if args.load_best_model_at_end else None
+        return Beginning(fingerprint, folder, best, options, marker.get("schedule", []))
 
     def _settle(self, changed: dict[str, tuple]) -> None:
         """Let the checkpoint's options hold, or the run's."""
@@ -177,6 +190,10 @@ class Checkpointer(TrainerCallback):
             checkpoints.supersede(output_dir, state.global_step)
         if self._resumed is not None:
             self._load_state(self._resumed)
+            if args.load_best_model_at_end:
+                state.best_model_checkpoint = self._best and str(self._best)
+                if self._best is None:
+                    state.best_metric = state.best_global_step = None
             if state.global_step >= state.max_steps:
                 self._evaluate_if_due()
             # Trainer's loop looks at max_steps after a step only.
@@ -191,7 +208,8 @@ class Checkpointer(TrainerCallback):
     def _evaluate_if_due(self) -> None:
         if self._evaluation_due:
             self._evaluation_due = False
-            self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
+            if self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None):
+                self.trainer.state.best_model_checkpoint = str(self._resumed)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.stop_requested():

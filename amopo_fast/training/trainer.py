@@ -35,6 +35,7 @@ from amopo_fast.survival.guard import Guard
 from amopo_fast.survival.safety import write_arguments
 from amopo_fast.survival.signals import EvaluationStopped, Termination
 from amopo_fast.training.arguments import check_best_metric
+from amopo_fast.training.best_model import LoadsTheBest
 from amopo_fast.training.checks import RealLogits, check_data, given_sets
 from amopo_fast.training.clipping import clip_step
 from amopo_fast.training.config import AMoPOConfig
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class AMoPOTrainer(MovesWithoutWaiting, Trainer):
+class AMoPOTrainer(MovesWithoutWaiting, LoadsTheBest, Trainer):
     """Trains a causal LM with AMoPO on tokenized pairs.
 
     Args:
@@ -176,6 +177,7 @@ class AMoPOTrainer(MovesWithoutWaiting, Trainer):
                 result = super().train(resume_from_checkpoint=folder, **kwargs)
         except AlreadyFinished:
             self.log({"train_loss": 0.0})
+            self.load_best()
             result = TrainOutput(self.state.global_step, 0.0, {})
         except EvaluationStopped:  # before the first step since the resume
             self.checkpointer.stopped = True
@@ -226,10 +228,6 @@ class AMoPOTrainer(MovesWithoutWaiting, Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if self.is_fsdp_enabled or not load_converted(model or self.model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or not load_converted(self.model, self.state.best_model_checkpoint):
-            super()._load_best_model()
 
     def stop_between_rows(self) -> None:
         """Between two rows of what is no training, which can take longer than the time until SIGKILL.
