@@ -1,7 +1,7 @@
 """Runs killed by SIGKILL, or sent SIGTERM, and resumed until they are done, against one that was left alone.
 
     python tests/survival/kill_runs.py [--kills 20] [--while_saving 5] [--kills_of_a_run 1] [--signal SIGTERM]
-        [--variants all] [--seed 0] [--device cuda]
+        [--variants all] [--seed 0] [--device cuda] [--out FILE.json]
 
 Every attempt is a process of its own, forked from one that has imported torch, and killed from outside: at a random
 moment of the run, or a random moment after a save began. Ends with one line per run and exit code 1 on a difference.
@@ -19,14 +19,17 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 # Else asking whether there is a GPU initialises CUDA, which no forked process can use.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 import torch
 from safetensors.torch import load_file
 from small_run import small_model, small_pairs, small_trainer
 
+from amopo_fast.models.streaming import stream_weights
 from amopo_fast.prompts.store import TokenStore
 from amopo_fast.survival.checkpoints import STAGING, checkpoints_in, complete_checkpoints
+from harness import Report
 
 TIMED = ("tokens_per_second", "pairs_per_second", "sequences_per_second", "memory/", "train_runtime",
          "train_samples_per", "train_steps_per", "eval_runtime", "eval_samples_per", "eval_steps_per")  # fmt: skip
@@ -36,6 +39,7 @@ TIMED = ("tokens_per_second", "pairs_per_second", "sequences_per_second", "memor
 # asked otherwise.
 ON_A_GPU = {"use_cpu": False, "bf16": True, "full_determinism": True}
 ONE_MICRO_BATCH = {"tokens_per_micro_batch": 10**6}
+IN_HOST_MEMORY = {**ONE_MICRO_BATCH, "weights": "host", "optimizer_states": "host", "optim_in_backward": "adamw_8bit"}
 VARIANTS = {  # options of a run, whose steps are several micro-batches unless it says otherwise
     "full": {},
     "one micro-batch": ONE_MICRO_BATCH,
@@ -44,8 +48,11 @@ VARIANTS = {  # options of a run, whose steps are several micro-batches unless i
     "LoRA": {},
     "DoRA": {},
     "tokens on disk": {},
-    "host memory": {**ONE_MICRO_BATCH, "weights": "host", "optimizer_states": "host",
-                    "optim_in_backward": "adamw_8bit"},
+    "host memory, 2 slots": {**IN_HOST_MEMORY, "slots": 2},
+    "host memory, 3 slots": {**IN_HOST_MEMORY, "slots": 3},
+    "host memory, 5 slots": {**IN_HOST_MEMORY, "slots": 5},
+    "best model": {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+                   "metric_for_best_model": "eval_loss"},
 }  # fmt: skip
 # A checkpoint of a stop is one more, and where the last step was stopped it lies before the run's last evaluation.
 OF_CHECKPOINTS = ("random state", "logged", "checkpoints")
@@ -55,11 +62,12 @@ STOPPED = 3  # the exit code of a run that a signal stopped between two steps
 def trainer_of(variant: str, output_dir: Path, device: str):
     """A small run of VARIANTS."""
     options = VARIANTS[variant] | (ON_A_GPU if device == "cuda" else {})
-    model = small_model(
-        attention_dropout=0.0 if device == "cuda" else 0.1, num_hidden_layers=4 if "weights" in options else 2
-    )
+    slots = options.pop("slots", 0)
+    model = small_model(attention_dropout=0.0 if device == "cuda" else 0.1, num_hidden_layers=slots + 2)
     if "weight_precision" in options:
         model = model.to(torch.bfloat16)
+    if slots:
+        stream_weights(model, torch.device(device), slots=slots)
     if variant in ("LoRA", "DoRA"):
         from peft import LoraConfig
 
@@ -183,12 +191,16 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", choices=("all", *VARIANTS), default=["full"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="JSON file with a row for each kind of run")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rng = random.Random(options.seed)
     variants = list(VARIANTS) if "all" in options.variants else options.variants
     expected, seconds = {}, {}
-    total = dict.fromkeys(("runs", "kills", "while_saving", "different"), 0)
+    counted = ("runs", "kills", "while_saving", "different")
+    total = dict.fromkeys(counted, 0)
+    rows = {variant: dict.fromkeys(counted, 0) for variant in variants}
+    report = Report("kill_runs", options) if options.out else None
     with tempfile.TemporaryDirectory() as folder:
         for number, variant in enumerate(variants):
             alone, start = Path(folder) / f"alone{number}", time.monotonic()
@@ -203,10 +215,14 @@ def main() -> int:
             found = result(output_dir)
             compared = [key for key in found if options.signal == "SIGKILL" or key not in OF_CHECKPOINTS]
             different = [key for key in compared if not same(expected[variant][key], found[key])]
-            for name, count in zip(total, (1, kills, saving, bool(different)), strict=True):
+            for name, count in zip(counted, (1, kills, saving, len(different) > 0), strict=True):
                 total[name] += count
+                rows[variant][name] += count
             said = f"DIFFERENT: {', '.join(different)}" if different else "equal"
             print(f"{variant}: {kills} kills, {saving} of them while saving, {said}", flush=True)
+            if report is not None:
+                status = "wrong: a run differs" if rows[variant]["different"] else "ok"
+                report.put(variant, case=variant, status=status, **rows[variant])
     print("{kills} kills of {runs} runs, {while_saving} while saving, {different} different".format(**total))
     return 1 if total["different"] else 0
 
