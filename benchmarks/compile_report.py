@@ -9,6 +9,7 @@ does not fit the chip is a row "wrong: ...". Nothing is measured. On a GPU machi
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import re
@@ -80,10 +81,11 @@ def main() -> int:
     arguments = parser.parse_args()
     report = harness.Report("compiled", arguments)
     only = "statistics" if arguments.smoke else arguments.only
-    chosen = [
+    wanted = (
         one for cc in arguments.cc or ([90] if arguments.smoke else [80, 90, 100]) for one in shipped(cc)
         if not only or re.search(only, ", ".join(one[:2]))
-    ][: 1 if arguments.smoke else None]  # fmt: skip
+    )  # fmt: skip
+    chosen = list(itertools.islice(wanted, 1 if arguments.smoke else None))
     wrong = 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, context, initializer=use_absent_gpu) as pool:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
 
 from amopo_fast.optim.adamw import AdamW
 from amopo_fast.optim.host_states import blocks_of
+
+if TYPE_CHECKING:  # its import takes seconds, which kernels compiled in processes of their own need not wait for
+    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 

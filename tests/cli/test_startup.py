@@ -43,8 +43,8 @@ def test_nothing_heavy_is_imported(statement, forbidden):
     assert not found
 
 
-def test_importing_the_kernels_compiles_and_imports_little():
-    assert not loaded_by("import amopo_kernels") & (set(HEAVY) - {"torch", "triton"})
+def test_importing_the_kernels_and_optimizers_compiles_and_imports_little():
+    assert not loaded_by("import amopo_kernels, amopo_fast.optim") & (set(HEAVY) - {"torch", "triton"})
 
 
 @pytest.mark.parametrize("place", RUN_CLASSES)

@@ -9,20 +9,25 @@
 A launch is written as the launcher would make it: a torch dtype stands for a tensor of it (16-byte aligned), a
 `Descriptor` for a host-side tensor descriptor, a tuple for a tuple of these, numbers and constexprs for themselves.
 Triton specialises them as at a real launch. The work is done in a child process, because the other tests run with
-TRITON_INTERPRET=1, which Triton reads when a kernel is decorated. Triton's own cache keeps what was compiled before.
+TRITON_INTERPRET=1, which Triton reads when a kernel is decorated. It waits for more, as importing torch and triton is
+half of the time, and ends with this process. Triton's own cache keeps what was compiled before.
 `compile_here` does it in this process, for programs that have Triton compile (benchmarks/compile_report.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import os
 import pickle
 import re
 import subprocess
 import sys
-from typing import Any
+import tempfile
+import traceback
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 
@@ -56,8 +61,14 @@ class Compiled:
     registers: int  # per thread
     stack_bytes: int  # per thread; local memory: spills, or arrays indexed at run time
     shared_bytes: int  # per block, dynamic shared memory included
-    sass_instructions: int  # of the machine code, loops counted once
     triton_version: str
+    cubin: bytes = dataclasses.field(repr=False)
+
+    @property
+    def sass_instructions(self) -> int:
+        """Of the machine code, loops counted once. Disassembled here: it takes longer than all else that is read."""
+        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/ +(.*?);", _cuobjdump(self.cubin, "--dump-sass"))
+        return sum(not each.startswith("NOP") for each in instructions)
 
     @property
     def wgmma(self) -> bool:
@@ -85,17 +96,30 @@ class Compiled:
 
 
 def compile_kernels(launches: list[Launch]) -> list[Compiled]:
-    """Compile all of them in one child process. Raises RuntimeError with the compiler's message."""
+    """Compile all of them in the child process. Raises RuntimeError with the compiler's message."""
+    child, errors = _child()
+    try:
+        pickle.dump((sys.path, [dataclasses.asdict(launch) for launch in launches]), child.stdin)
+        child.stdin.flush()
+        results = pickle.load(child.stdout)
+    except (EOFError, BrokenPipeError):  # the compiler crashed
+        _child.cache_clear()
+        child.kill()
+        errors.seek(0)
+        results = f"exit status {child.wait()}\n{errors.read()}"
+    if isinstance(results, str):
+        raise RuntimeError(f"compiling failed:\n{results}")
+    return [Compiled(launch=launch, **result) for launch, result in zip(launches, results, strict=True)]
+
+
+@functools.cache
+def _child() -> tuple[subprocess.Popen, IO[str]]:
+    """It, and the file of what it says."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    child = subprocess.run(
-        [sys.executable, __file__], input=pickle.dumps([dataclasses.asdict(x) for x in launches]), env=environment,
-        capture_output=True, check=False,
-    )  # fmt: skip
-    if child.returncode:
-        raise RuntimeError(f"compiling failed:\n{child.stderr.decode()}")
-    results = pickle.loads(child.stdout)
-    return [Compiled(launch=launch, **result) for launch, result in zip(launches, results, strict=True)]
+    errors = tempfile.TemporaryFile("w+")
+    command = [sys.executable, __file__]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment), errors
 
 
 # ----- the child process -----
@@ -148,24 +172,19 @@ def _in_gluon(base, strides: list[int], block: list[int]):
     )
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
-    import tempfile
-    from pathlib import Path
-
+def _cuobjdump(cubin: bytes, option: str) -> str:
     import triton.backends.nvidia
 
-    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report, sass = (
-            subprocess.run([tools / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
-        )
-    usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report))
-    instructions = [line for line in re.findall(r"/\*[0-9a-f]{4,}\*/ +(.*?);", sass) if not line.startswith("NOP")]
-    return {"registers": int(usage["REG"]), "stack_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
-            "sass_instructions": len(instructions)}  # fmt: skip
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", _cuobjdump(cubin, "--dump-resource-usage")))
+    return {"registers": int(usage["REG"]), "stack_bytes": int(usage["STACK"]) + int(usage["LOCAL"])}
 
 
 def use_absent_gpu() -> None:
@@ -194,7 +213,8 @@ def _compile(launch: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     _build_launcher(compiled)
     return {"ptx": compiled.asm["ptx"], "shared_bytes": compiled.metadata.shared,
-            "triton_version": triton.__version__, **_resources(compiled.asm["cubin"])}  # fmt: skip
+            "triton_version": triton.__version__, "cubin": compiled.asm["cubin"],
+            **_resources(compiled.asm["cubin"])}  # fmt: skip
 
 
 def _build_launcher(compiled) -> None:
@@ -209,7 +229,18 @@ def _build_launcher(compiled) -> None:
 def _main() -> None:
     results_file, sys.stdout = sys.stdout.buffer, sys.stderr
     use_absent_gpu()
-    pickle.dump([_compile(launch) for launch in pickle.load(sys.stdin.buffer)], results_file)
+    while True:
+        try:
+            path, launches = pickle.load(sys.stdin.buffer)
+        except EOFError:  # its parent has ended
+            return
+        sys.path[:] = path
+        try:
+            results = [_compile(launch) for launch in launches]
+        except Exception:
+            results = traceback.format_exc()
+        pickle.dump(results, results_file)
+        results_file.flush()
 
 
 if __name__ == "__main__":
