@@ -188,9 +188,18 @@ def _packed_or_eager(module, query, key, value, attention_mask, **kwargs):
     return _attention(module, query, key, value, attention_mask, eager, **kwargs)
 
 
+def _no_mask(attention_mask: torch.Tensor | None = None, **_) -> None:
+    """What a row takes instead of a mask of two dimensions; only one that is not the row's own is ever read."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError(
+            "a packed row came with an attention mask that leaves tokens out, which packed attention does not apply; "
+            "call the model without attention_mask, or train with --layout separate"
+        )
+
+
 def _mask_or_sdpa(*args, **kwargs) -> torch.Tensor | None:
-    return None if _row_active.get() else sdpa_mask(*args, **kwargs)
+    return _no_mask(**kwargs) if _row_active.get() else sdpa_mask(*args, **kwargs)
 
 
 def _mask_or_eager(*args, **kwargs) -> torch.Tensor | None:
-    return None if _row_active.get() else eager_mask(*args, **kwargs)
+    return _no_mask(**kwargs) if _row_active.get() else eager_mask(*args, **kwargs)
