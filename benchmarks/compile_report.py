@@ -82,7 +82,8 @@ def main() -> int:
     report = harness.Report("compiled", arguments)
     only = "statistics" if arguments.smoke else arguments.only
     chosen = [
-        one for cc in arguments.cc or ([90] if arguments.smoke else [80, 90, 100]) for one in shipped(cc, not arguments.common)
+        one for cc in arguments.cc or ([90] if arguments.smoke else [80, 90, 100])
+        for one in shipped(cc, edges=not arguments.common)
         if not only or re.search(only, ", ".join(one[:2]))
     ][: 1 if arguments.smoke else None]  # fmt: skip
     wrong = 0

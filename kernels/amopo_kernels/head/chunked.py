@@ -71,7 +71,7 @@ def row_blocks(problem: Problem) -> int:
 
 
 def scores(problem: Problem, strip: int, epilogue: LogSumExp | LogitGradient, width: int) -> launch.Slices:
-    """As score_loop.scores, for slices of at most `width` columns, a multiple of a strip's, whose products fit in memory."""
+    """As score_loop.scores, for slices of at most `width` columns, whole strips, whose products fit in memory."""
     products = torch.empty(problem.rows, width, dtype=torch.float32, device=problem.hidden.device)
     height, _ = _block()
     finish = launch.SliceLaunch(
