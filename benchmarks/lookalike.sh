@@ -4,7 +4,7 @@
 #     benchmarks/lookalike.sh FOLDER [LOG]
 #
 # Builds an environment in FOLDER once (5.4 GB: torch's CUDA build runs without a GPU) and in it collects the GPU tests,
-# unpacks what travels (pack_for_gpu.sh), runs both plans of gpu_suite.py with tiny shapes and all tests that a CPU can
+# unpacks what travels (pack_for_gpu.sh), runs three plans of gpu_suite.py with tiny shapes and all tests that a CPU can
 # run. Run it before every GPU run and before a release; LOG (default: benchmarks/results/lookalike.txt) is the record.
 # PYTHON names a Python 3.12 where `python3.12` is not on the path.
 set -euo pipefail

@@ -66,7 +66,7 @@ def main() -> None:
     log = arguments.out.with_suffix(".compile.json")
     compiling = subprocess.Popen(
         [sys.executable, str(harness.ROOT / "benchmarks" / "compile_report.py"), "--out", str(log), "--device", "cpu",
-         "--processes", str(min(12, os.cpu_count())), "--cc", "90" if capability == "90" else "80",
+         "--common", "--processes", str(min(12, os.cpu_count())), "--cc", "90" if capability == "90" else "80",
          *(["--smoke"] if arguments.smoke else [])],
         stdout=subprocess.DEVNULL,
     )  # fmt: skip

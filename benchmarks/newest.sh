@@ -4,7 +4,7 @@
 #     benchmarks/newest.sh FOLDER [LOG]
 #
 # Installs this checkout with its test requirements, anew, into an environment in FOLDER (with torch's CUDA build; 6 GB) and
-# runs both plans of gpu_suite.py with tiny shapes and all tests. Run it before a release; LOG (default:
+# runs three plans of gpu_suite.py with tiny shapes and all tests. Run it before a release; LOG (default:
 # benchmarks/results/newest.txt) is the record. PYTHON names a Python 3.12 where `python3.12` is not on the path.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -27,6 +27,7 @@ PYTHON
       suite)
         part "$log" "gpu_suite, plan first" suite first || failed=1
         part "$log" "gpu_suite, plan second" suite second || failed=1
+        part "$log" "gpu_suite, plan third" suite third || failed=1
         ;;
       tests) part "$log" "all tests" tests || failed=1 ;;
     esac

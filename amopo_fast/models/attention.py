@@ -12,7 +12,7 @@ function unchanged.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -188,9 +188,25 @@ def _packed_or_eager(module, query, key, value, attention_mask, **kwargs):
     return _attention(module, query, key, value, attention_mask, eager, **kwargs)
 
 
+def _refuse_padding(attention_mask: torch.Tensor | None = None, **_) -> None:
+    """A row takes no mask of two dimensions; one is read only where the model did not get the row's own."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError(
+            "a packed row came with an attention mask that leaves tokens out, which packed attention does not apply; "
+            "call the model without attention_mask, or train with --layout separate"
+        )
+
+
+def _mask(make: Callable[..., torch.Tensor | None], *args, **kwargs) -> torch.Tensor | None:
+    if not _row_active.get():
+        return make(*args, **kwargs)
+    _refuse_padding(**kwargs)
+    return None
+
+
 def _mask_or_sdpa(*args, **kwargs) -> torch.Tensor | None:
-    return None if _row_active.get() else sdpa_mask(*args, **kwargs)
+    return _mask(sdpa_mask, *args, **kwargs)
 
 
 def _mask_or_eager(*args, **kwargs) -> torch.Tensor | None:
-    return None if _row_active.get() else eager_mask(*args, **kwargs)
+    return _mask(eager_mask, *args, **kwargs)

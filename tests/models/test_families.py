@@ -131,3 +131,23 @@ def test_a_mask_of_a_model_s_own_is_refused(square):
     with pytest.raises(ValueError, match="LlamaAttention gives its attention a mask, which packed attention does not"):
         score(model, build_plan(pairs_of("llama")[0], min_node_tokens=4))
     assert seen == [(1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_padding_mask_beside_a_row_is_refused(attn):
+    """One that leaves nothing out is none."""
+    model = tiny_model("llama")
+    model.set_attn_implementation(attn)
+    model, pairs = prepare_model(model), pairs_of("llama")[0]
+    plan = build_plan(pairs, min_node_tokens=4)
+    mask = torch.ones(1, plan.num_tokens, dtype=torch.int64)
+
+    def masked(module, args, kwargs):
+        return args, kwargs | {"attention_mask": mask}
+
+    before = score(model, plan).logps
+    model.model.register_forward_pre_hook(masked, with_kwargs=True)
+    assert torch.equal(score(model, plan).logps, before)
+    mask[0, :2] = 0
+    with pytest.raises(ValueError, match="mask that leaves tokens out.*--layout separate"):
+        score(model, plan)

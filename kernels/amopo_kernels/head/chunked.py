@@ -1,7 +1,8 @@
 """`chunked`: vendor matmuls over slices of the vocabulary, and the epilogue of a slice of float32 products in Triton.
 
 The device functions that finish a tile of products in `fused` finish a block that is loaded here. Reads 4 bytes per
-logit, writes what the epilogue writes. One program per (ROWS, STRIP) block: bound by memory, no reuse.
+logit, writes what the epilogue writes. One program per (ROWS, STRIP) block: bound by memory, no reuse. Eight threads
+have a row, so that three shuffles finish its maximum and its sum.
 """
 
 from __future__ import annotations
@@ -16,12 +17,26 @@ from .log_sum_exp import LogSumExp
 from .logit_gradient import LogitGradient
 from .problem import Problem, Upstream
 from .score_loop import finish_strip
-from .tiles import load_tile
+
+LINE = tl.constexpr(32)  # float32 numbers that lie together, 128 bytes: what memory is read in
 
 
 def _block() -> tuple[int, int]:
     """Rows and columns of a program."""
     return (32, 64) if launch.INTERPRETED else (16, 256)
+
+
+@triton.jit
+def _load_block(products, row, column, rows, stride, ROWS: tl.constexpr, STRIP: tl.constexpr):
+    """(ROWS, STRIP) of the products. A line has its eight threads and a row no more of them, which Triton gives where
+    lines are a dimension of their own. What stands past a slice's end is anything: the epilogues leave it out."""
+    LINES: tl.constexpr = STRIP // LINE
+    part = tl.arange(0, LINES * ROWS)  # a line of a row, rows innermost
+    r = row + part % ROWS
+    first = column + part // ROWS * LINE
+    places = products + r.to(tl.int64)[:, None] * stride + (first[:, None] + tl.arange(0, LINE)[None, :])
+    lines = tl.load(places, mask=(r < rows)[:, None], other=0.0)
+    return tl.reshape(tl.permute(tl.reshape(lines, (LINES, ROWS, LINE)), (1, 0, 2)), (ROWS, STRIP))
 
 
 @triton.jit
@@ -31,7 +46,7 @@ def _slice_kernel(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS
     column = tl.program_id(1) * STRIP
-    block = load_tile(products, row, column, scoring.rows, end - begin, stride, ROWS, STRIP, False)
+    block = _load_block(products, row, column, scoring.rows, stride, ROWS, STRIP)
     finish_strip(block, row, begin + column, begin, scoring, epilogue, ROWS, STRIP, GRADIENT)
 
 
@@ -56,7 +71,7 @@ def row_blocks(problem: Problem) -> int:
 
 
 def scores(problem: Problem, strip: int, epilogue: LogSumExp | LogitGradient, width: int) -> launch.Slices:
-    """As score_loop.scores, for slices of at most `width` columns, whose products fit in memory."""
+    """As score_loop.scores, for slices of at most `width` columns, whole strips, whose products fit in memory."""
     products = torch.empty(problem.rows, width, dtype=torch.float32, device=problem.hidden.device)
     height, _ = _block()
     finish = launch.SliceLaunch(

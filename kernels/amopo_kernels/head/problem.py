@@ -36,7 +36,7 @@ class Scoring(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    hidden: Tensor  # (N, H); of the Triton backends in the matmuls' dtype, last dimension contiguous
+    hidden: Tensor  # (N, H); of the Triton backends in the matmuls' dtype, rows contiguous and apart
     weight: Tensor  # (V, H) likewise
     bias: Tensor | None  # (V,)
     labels: Tensor  # (N,) int64, counted from the weight's first row
@@ -80,7 +80,8 @@ class Problem:
 
     def _operand(self, x: Tensor) -> Tensor:
         x = x.to(self.options.dtype)
-        return x if x.stride(1) == 1 else x.contiguous()
+        # Rows that share memory, as expand makes them, are no matrix that a tensor descriptor can name.
+        return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
     @property
     def scoring(self) -> Scoring:

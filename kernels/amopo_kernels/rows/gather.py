@@ -10,6 +10,8 @@ bfloat16 after each addition.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,7 @@ def segment_sum_rows(values: Tensor, order: Tensor, offsets: Tensor, *, backend:
     if backend == "auto":
         triton = values.is_cuda and values.dtype != torch.float64 and dispatch.HAS_TRITON
         backend = "triton" if triton else "torch"
-    rows = values.flatten(1)
+    rows = values.reshape(values.shape[0], math.prod(values.shape[1:]))
     if backend == "torch":
         out = _segment_sum_torch(rows, order, offsets)
     else:
@@ -83,7 +85,7 @@ def segment_sum_rows(values: Tensor, order: Tensor, offsets: Tensor, *, backend:
         from .segment_sum import segment_sum_rows_triton
 
         out = segment_sum_rows_triton(rows.contiguous(), order.contiguous(), offsets.contiguous())
-    return out.view(-1, *values.shape[1:])
+    return out.view(offsets.shape[0] - 1, *values.shape[1:])
 
 
 def _check(order: Tensor, offsets: Tensor, places: int, rows: int, device: torch.device) -> None:

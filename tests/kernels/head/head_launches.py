@@ -7,6 +7,7 @@ in for each kernel. So a launch that is shipped is a launch that is compiled.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from unittest import mock
 
 import torch
@@ -54,6 +55,15 @@ CASES = {
     "warp-specialised, frozen": {"specialised": True, "frozen": True},
     "warp-specialised, temperatures and ignored rows": {"specialised": True, "counted": True},
 }
+# For sm_90 alone: numbers that 16 does not divide or that are 1, and dX32 added to in L2
+EDGES = {
+    "one row": {"rows": 1},
+    "one row, frozen": {"rows": 1, "frozen": True},
+    "ragged rows and vocabulary": {"rows": 4001, "vocabulary": 50257, "cached": True, "bias": True},
+    "ragged rows and vocabulary, frozen": {"rows": 4001, "vocabulary": 50257, "frozen": True},
+    "one row, warp-specialised": {"specialised": True, "rows": 1, "vocabulary": 50257},
+    "sums in L2": {"add_in_l2": True},
+}
 
 
 class _Recorder:
@@ -81,9 +91,11 @@ def _recorded(value):
 
 
 @contextlib.contextmanager
-def recording(cc: int, dtype: torch.dtype, specialised: bool = False):
+def recording(cc: int, dtype: torch.dtype, specialised: bool = False, add_in_l2: bool = False):
     launches: list[Launch] = []
     configuration = launch.FLOAT32 if dtype == torch.float32 else launch.SIXTEEN_BIT[cc]
+    if add_in_l2 and cc == 90:
+        configuration = dataclasses.replace(configuration, add_in_l2=True)
     with contextlib.ExitStack() as stack:
         for module in MODULES:
             for name, kernel in vars(module).copy().items():
@@ -100,14 +112,14 @@ def recording(cc: int, dtype: torch.dtype, specialised: bool = False):
 
 def launches_of(
     cc: int, backend: str, *, dtype=torch.bfloat16, features=5120, bias=False, softcap=None, outputs="",
-    cached=False, frozen=False, counted=False, specialised=False, rows=4096, vocabulary=152064,
+    cached=False, frozen=False, counted=False, specialised=False, add_in_l2=False, rows=4096, vocabulary=152064,
 ) -> list[Launch]:  # fmt: skip
     """The distinct launches of a forward and a backward of case A, or what is asked for."""
     def empty(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     hidden = empty(rows, features)
-    with recording(cc, dtype, specialised) as launches:
+    with recording(cc, dtype, specialised, add_in_l2) as launches:
         columns = layout.slice_columns(hidden, dtype) * 2 if cached else 0
         mode = "frozen" if frozen else "cached" if cached else "exact"
         options = Options(
@@ -129,10 +141,14 @@ def launches_of(
             )  # fmt: skip
     distinct = {}
     for found in launches:
-        # Offsets into the vocabulary only change numbers that are not compiled in: 0 and multiples of 256.
-        key = (found.kernel, *((k, v) for k, v in found.arguments.items() if k.isupper() or not isinstance(v, int)))
+        key = (found.kernel, *((name, _compiled_in(name, value)) for name, value in found.arguments.items()))
         distinct.setdefault(key, found)
     return list(distinct.values())
+
+
+def _compiled_in(name: str, value):
+    """Of a slice's begin and end Triton compiles in whether they are 1 and whether 16 divides them."""
+    return (value == 1, value % 16 == 0) if name in ("begin", "end") else value
 
 
 def name_of(found: Launch) -> str:

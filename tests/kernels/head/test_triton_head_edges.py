@@ -12,6 +12,8 @@ from amopo_kernels import (
     linear_sequence_stats,
     reference,
 )
+from amopo_kernels.head import launch
+from amopo_kernels.head.options import OUTPUTS
 
 pytest.importorskip("triton")
 
@@ -50,6 +52,26 @@ def test_a_cache_holds_whole_slices(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_memory_held_before_is_in_no_result(backend, frozen):
+    """New memory is full of NaN here; the vocabulary ends inside the first slice and a strip."""
+    hidden, weight, labels, bias = problem(9, 16, 70, bias=True)
+    weight.requires_grad_(not frozen), bias.requires_grad_(not frozen)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # in which torch fills it
+    try:
+        assert torch.empty(3).isnan().all()
+        found = linear_logps(
+            hidden, weight, labels, bias, outputs=() if frozen else OUTPUTS[:3], backend=backend, softcap=6.0,
+            logits_cache_bytes=9 * 256 * 4,
+        )  # fmt: skip
+        found = (found,) if frozen else found
+        gradients = torch.autograd.grad(sum(found).sum(), [x for x in (hidden, weight, bias) if x.requires_grad])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(x.isfinite().all() for x in (*found, *gradients))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows(backend):
     hidden, weight, labels, bias = problem(0, 24, 140, bias=True)
     cu_seqlens = torch.zeros(3, dtype=torch.int32, device=DEVICE)
@@ -71,6 +93,19 @@ def test_non_contiguous_inputs_and_rows_that_no_descriptor_can_read(backend):
     linear_logps(hidden, weight, labels, backend=backend).sum().backward()
     _, exact = exact_gradients(hidden, weight, labels, torch.ones(13, device=DEVICE))
     assert relative_error(hidden.grad, exact[0]) < 1e-5 and relative_error(weight.grad, exact[1]) < 1e-5
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_rows_that_share_memory_are_read_from_a_copy(step, monkeypatch):
+    """Of which a tensor map is refused, or another matrix."""
+    operands, source = [], launch.source
+    monkeypatch.setattr(launch, "source", lambda x, *block: operands.append(x) or source(x, *block))
+    torch.manual_seed(4)
+    hidden = torch.randn(64, device=DEVICE).as_strided((5, 32), (step, 1)).requires_grad_()
+    weight, labels = torch.randn(70, 32, device=DEVICE), torch.arange(5, device=DEVICE)
+    logps = linear_logps(hidden, weight, labels, backend="fused")
+    assert operands and all(x.stride(0) >= x.shape[1] for x in operands)
+    torch.testing.assert_close(logps, linear_logps(hidden, weight, labels, backend="torch"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

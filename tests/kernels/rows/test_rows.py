@@ -42,6 +42,18 @@ def test_against_float64(backend, places, rows, shape, dtype, tolerance):
     assert ((got.double() - wanted).abs() <= tolerance * scale + 1e-6 * exact(values.abs(), indices, rows)).all()
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (0, 2)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_one_number_and_of_none(backend, shape):
+    values, indices, order, offsets = case(2, 30, 7, shape)
+    got = segment_sum_rows(values, order, offsets, backend=backend)
+    assert got.shape == (7, *shape)
+    torch.testing.assert_close(got.double(), exact(values, indices, 7), rtol=1e-6, atol=1e-6)
+    x = torch.ones(7, *shape, device=DEVICE, requires_grad=True)
+    (gradient,) = torch.autograd.grad(gather_rows(x, indices, order, offsets).sum(), x)
+    assert torch.equal(gradient, exact(torch.ones_like(values), indices, 7).float())
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 40), st.integers(1, 12), st.integers(1, 20))
 def test_ragged_shapes(seed, places, rows, columns):
