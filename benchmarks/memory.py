@@ -23,7 +23,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Qwen2Config, TrainerCallback
@@ -32,34 +35,45 @@ import harness
 from step import SHAPES, Step, Technique
 from step_data import DIMENSIONS, lengths, random_pairs
 
+if TYPE_CHECKING:
+    from amopo_fast.memory.estimate import Estimate
+
 SHAPES = SHAPES | {
     "32B": dict(num_hidden_layers=64, hidden_size=5120, intermediate_size=27648, num_attention_heads=40,
                 num_key_value_heads=8, vocab_size=152064, tie_word_embeddings=False),
+    "smoke": SHAPES["smoke"] | {"num_hidden_layers": 4},
 }  # fmt: skip
 WARMUP = 2
+PREDICTED = "h100"  # the card of --predict
 BF16 = {"weight_precision": "bf16_stochastic"}
 RECOMPUTED = {"gradient_checkpointing": True}
 IN_BACKWARD_8, IN_BACKWARD_4 = {**BF16, "optim_in_backward": "adamw_8bit"}, {**BF16, "optim_in_backward": "adamw_4bit"}
 HOST = {"optimizer_states": "host"}
 BOTH = HOST | {"weights": "host"}
-# (shape, variant, options of AMoPOConfig and lora_r, computed tokens of a micro-batch), most telling first
+# (shape, variant, options of AMoPOConfig, adapters and slots of layers, computed tokens of a micro-batch), most telling
+# first. Weights on the host are in as many slots as a run chooses on that card, where no number is given.
 ROWS = [
     ("32B", "4-bit, in backward", IN_BACKWARD_4 | RECOMPUTED, 8192),
     ("32B", "8-bit, in backward", IN_BACKWARD_8 | RECOMPUTED, 8192),
     ("32B", "4-bit on the host", IN_BACKWARD_4 | RECOMPUTED | HOST, 8192),
-    ("32B", "4-bit, weights on the host too", IN_BACKWARD_4 | RECOMPUTED | BOTH, 8192),
+    ("32B", "4-bit, weights on the host too, 2 slots", IN_BACKWARD_4 | RECOMPUTED | BOTH | {"slots": 2}, 8192),
     ("32B", "8-bit on the host", IN_BACKWARD_8 | RECOMPUTED | HOST, 8192),
+    ("32B", "4-bit, weights on the host too", IN_BACKWARD_4 | RECOMPUTED | BOTH, 8192),
+    ("32B", "4-bit, weights on the host too, 5 slots", IN_BACKWARD_4 | RECOMPUTED | BOTH | {"slots": 5}, 8192),
     ("32B", "LoRA", {"use_peft": True, **RECOMPUTED}, 8192),
     ("32B", "QLoRA", {"use_peft": True, "load_in_4bit": True, **RECOMPUTED}, 8192),
     ("32B", "4-bit, in backward, 8 layers kept", IN_BACKWARD_4 | RECOMPUTED | {"keep_layers": 8}, 8192),
     ("7B", "8-bit, in backward", IN_BACKWARD_8, 8192),
     ("7B", "8-bit, in backward, recomputed", IN_BACKWARD_8 | RECOMPUTED, 8192),
+    ("7B", "8-bit, in backward, recomputed, full_determinism",
+     IN_BACKWARD_8 | RECOMPUTED | {"full_determinism": True}, 8192),
     ("7B", "fp32, recomputed", {"weight_precision": "fp32", **RECOMPUTED}, 8192),
     ("7B", "LoRA", {"use_peft": True}, 8192),
     ("7B", "plain", {}, 0),
     ("14B", "8-bit, in backward, recomputed", IN_BACKWARD_8 | RECOMPUTED, 8192),
     ("14B", "4-bit, in backward, recomputed", IN_BACKWARD_4 | RECOMPUTED, 16384),
     ("14B", "8-bit on the host", IN_BACKWARD_8 | RECOMPUTED | HOST, 8192),
+    ("14B", "8-bit, weights on the host too, 2 slots", IN_BACKWARD_8 | RECOMPUTED | BOTH | {"slots": 2}, 8192),
     ("14B", "8-bit, weights on the host too", IN_BACKWARD_8 | RECOMPUTED | BOTH, 8192),
     ("14B", "plain", {}, 0),
     ("0.5B", "fp32", {"weight_precision": "fp32"}, 8192),
@@ -69,6 +83,7 @@ ROWS = [
 ]  # fmt: skip
 SMOKE_ROWS = [
     ("smoke", "8-bit, weights on the host too", IN_BACKWARD_8 | RECOMPUTED | BOTH, 2048),
+    ("smoke", "8-bit, weights on the host too, 3 slots", IN_BACKWARD_8 | RECOMPUTED | BOTH | {"slots": 3}, 2048),
     ("smoke", "fp32, in backward", {"weight_precision": "fp32", "optim_in_backward": "adamw", **RECOMPUTED}, 2048),
     ("smoke", "plain", {}, 0),
 ]
@@ -133,15 +148,16 @@ def train(shape: str, options: dict, budget: int, device: str, steps: int) -> di
     from amopo_fast.memory.profile import LiveBytes
     from amopo_fast.models.config import ModelConfig
     from amopo_fast.models.loading import peft_config
-    from amopo_fast.models.streaming import streamed_of
+    from amopo_fast.models.streaming import stream_weights
     from amopo_fast.packing.schedule import PairSizes
     from amopo_fast.training.config import AMoPOConfig
-    from amopo_fast.training.loading import load_for_training, longest_row, setup_of
+    from amopo_fast.training.loading import load_for_training, longest_row, room_for, setup_of, slots_in
     from amopo_fast.training.trainer import AMoPOTrainer
 
     cuda = device.startswith("cuda")
     options = dict(options)
     adapter, four_bits = options.pop("use_peft", False), options.pop("load_in_4bit", False)
+    slots = options.pop("slots", None)
     pairs, per_step = fitting_pairs(shape, budget)
     sizes = PairSizes.of(pairs)
     with tempfile.TemporaryDirectory() as folder:
@@ -156,8 +172,8 @@ def train(shape: str, options: dict, budget: int, device: str, steps: int) -> di
         live = None if cuda else LiveBytes()
         window = Window(cuda, live, steps)
         with live or contextlib.nullcontext():
-            # Random weights are made on the device, in seconds; the trainer moves them to the host.
-            resident = copy.copy(args)
+            # Random weights are made on the device, in seconds, and moved to the host.
+            room, resident = room_for(args), copy.copy(args)
             resident.weights = "device"
             model = load_for_training(config, resident, pairs, adapter=adapter)
             if four_bits:
@@ -166,7 +182,11 @@ def train(shape: str, options: dict, budget: int, device: str, steps: int) -> di
                 args, model.lm_head.weight.dtype, lora_rank=config.lora_r if adapter else None, quantised=four_bits,
                 nested=False, accumulates=False,
             )  # fmt: skip
-            predicted = predict(model.config, row, setup)
+            predicted = predict(model.config, row, setup, slots, lambda prediction: slots_in(prediction, room))
+            streamed = None
+            if args.weights == "host":
+                streamed = stream_weights(model, args.device, slots=predicted["slots"])
+                predicted["slots"] = streamed.slots
             trainer = AMoPOTrainer(
                 model, args, dimensions=DIMENSIONS, train_dataset=pairs, callbacks=[window],
                 peft_config=peft_config(config),
@@ -177,7 +197,7 @@ def train(shape: str, options: dict, budget: int, device: str, steps: int) -> di
             optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
             on_host = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.numel() > 1
                           and t.device.type == "cpu") if cuda else 0  # fmt: skip
-            if streamed := streamed_of(model):
+            if streamed:
                 on_host += streamed.nbytes
         batches = trainer._batches.epoch.batches[WARMUP : WARMUP + steps]
         used = [i for batch in batches for i in batch.pairs]
@@ -203,18 +223,23 @@ def quantise(model: torch.nn.Module) -> None:
     model.is_loaded_in_4bit = True
 
 
-def predict(config, row, setup) -> dict:
+def predict(config, row, setup, slots: int | None, chosen: Callable[[Estimate], int]) -> dict:
+    """slots: of the layers' weights on the host; None: those that are `chosen`."""
     from amopo_fast.memory.estimate import estimate
 
     prediction = estimate(config, row, setup)
-    return {"predicted_bytes": prediction.peak, "predicted_parts": prediction.parts,
+    placed = {}
+    if setup.host_weights:
+        placed["slots"] = slots or chosen(prediction)
+        prediction = estimate(config, row, replace(setup, weight_slots=placed["slots"]))
+    return {**placed, "predicted_bytes": prediction.peak, "predicted_parts": prediction.parts,
             "predicted_host_bytes": prediction.host_pinned, "flop": prediction.flops}  # fmt: skip
 
 
 def predict_only(shape: str, options: dict, budget: int) -> dict:
-    """What a GPU with liger-kernel is predicted to need; runs anywhere."""
-    from dataclasses import replace
-
+    """What a GPU with liger-kernel is predicted to need, with the slots that a run chooses on PREDICTED; runs
+    anywhere."""
+    from amopo_fast.memory.gpus import GPUS
     from amopo_fast.models.config import ModelConfig
     from amopo_fast.packing.schedule import PairSizes
     from amopo_fast.training.config import AMoPOConfig
@@ -222,7 +247,7 @@ def predict_only(shape: str, options: dict, budget: int) -> dict:
 
     options = dict(options)
     rank = ModelConfig.lora_r if options.pop("use_peft", False) else None
-    four_bits = options.pop("load_in_4bit", False)
+    four_bits, slots = options.pop("load_in_4bit", False), options.pop("slots", None)
     pairs, per_step = fitting_pairs(shape, budget)
     with tempfile.TemporaryDirectory() as folder:
         args = AMoPOConfig(
@@ -233,7 +258,8 @@ def predict_only(shape: str, options: dict, budget: int) -> dict:
     dtype = torch.float32 if options.get("weight_precision") == "fp32" else torch.bfloat16
     setup = setup_of(args, dtype, lora_rank=rank, quantised=four_bits, nested=False, accumulates=accumulates)
     config = Qwen2Config(**SHAPES[shape], max_position_embeddings=8192)
-    return {"longest_tokens": row.tokens, **predict(config, row, replace(setup, liger=True, autocast=True))}
+    setup, memory = replace(setup, liger=True, autocast=True), GPUS[PREDICTED].memory
+    return {"longest_tokens": row.tokens, **predict(config, row, setup, slots, lambda found: found.slots_on(memory))}
 
 
 def plain(shape: str, device: str, steps: int) -> dict:

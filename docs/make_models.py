@@ -30,8 +30,8 @@ Of a mixture of experts `router_aux_loss_coef` adds the router's load-balancing 
 as transformers has it for the separate sequences: a token that several sequences share counts once for each, padding
 and the last token of a sequence, which predicts nothing, not at all. A step has the mean of its micro-batches by pairs;
 as it is not linear, another split of a step gives other values. `lora_target_modules` may name the matrices of fused
-experts (`down_proj`, `experts.gate_up_proj`); `all-linear` holds the linear layers of the text part but its head. A
-router that draws noise in training (PhiMoE's `router_jitter_noise`) is said when a run begins.
+experts (`down_proj`, `experts.gate_up_proj`); `all-linear` holds the linear layers that a loss of text leads to, but
+the head. A router that draws noise in training (PhiMoE's `router_jitter_noise`) is said when a run begins.
 
 When a run or an evaluation begins, a few tokens go through the real model's own forward, and their logits are compared
 with those that are trained: softcap, temperature, bias, multipliers and a padded vocabulary, under DDP, FSDP2 and

@@ -191,9 +191,9 @@ def meta_model(
     lora_rank: int | None = None,
     unreached: frozenset[str] = frozenset(),
 ) -> nn.Module:
-    """A causal LM of `config` without memory; with an adapter over all linear layers if a rank is given.
+    """A causal LM of `config` without memory; with an adapter over `linear_layers` if a rank is given.
 
-    unreached: `Choice.unreached`, which training freezes beside what lies beside the text.
+    unreached: `Choice.unreached`, which training freezes, and lays no adapter on, beside what lies beside the text.
     """
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
@@ -201,7 +201,7 @@ def meta_model(
         if lora_rank is not None:
             from peft import LoraConfig, get_peft_model
 
-            adapter = LoraConfig(r=lora_rank, target_modules=linear_layers(model), task_type="CAUSAL_LM")
+            adapter = LoraConfig(r=lora_rank, target_modules=linear_layers(model, unreached), task_type="CAUSAL_LM")
             model = get_peft_model(model, adapter)
     freeze_beside_text(model, unreached)
     return model

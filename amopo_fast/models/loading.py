@@ -22,6 +22,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 from amopo_fast import hub
 from amopo_fast.errors import ModelError, OptionError, of_a_library, shown
 from amopo_fast.models.architecture import UnsupportedModelError, refusal_unloaded
+from amopo_fast.models.check import choose_layout
 from amopo_fast.models.config import ModelConfig, lora_targets
 from amopo_fast.models.depth import depth_of, set_layers
 from amopo_fast.models.head import head_of
@@ -228,18 +229,19 @@ def peft_config(config: ModelConfig) -> LoraConfig | None:
 
 
 def add_adapter(model: nn.Module, adapter: LoraConfig) -> nn.Module:
-    """Freeze a model under a new adapter, whose weights are float32, of its text part alone.
+    """Freeze a model under a new adapter, whose weights are float32, of its text part alone; "all-linear" lays none on
+    what no loss of text leads to (`Choice.frozen` names it).
 
     Names of parameters among its targets, such as the matrices of fused experts, become PEFT's `target_parameters`.
 
     Raises:
-        OptionError: peft cannot lay the adapter over the model.
+        OptionError: peft cannot lay the adapter over the model. UnsupportedModelError: as `choose_layout`.
         ValueError: an adapter on the head, which the kernels read as one matrix.
     """
     from peft import get_peft_model
 
     if adapter.target_modules == "all-linear":
-        adapter.target_modules = set(linear_layers(model))
+        adapter.target_modules = set(linear_layers(model, choose_layout(model).unreached))
     else:
         beside = "|".join(rf"{re.escape(name)}(\..*)?" for name in beside_text(model))
         adapter.exclude_modules = adapter.exclude_modules or beside or None

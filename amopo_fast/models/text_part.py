@@ -98,12 +98,16 @@ def name_whole_layers(model: nn.Module) -> None:
     )
 
 
-def linear_layers(model: nn.Module) -> list[str]:
-    """Names of what "all-linear" stands for: every linear layer of the text part but the head and those that PEFT
-    refuses. PEFT's own list holds the towers' layers too, and those of lists of modules under names like `0`."""
-    outer = causal_lm(model)
+def linear_layers(model: nn.Module, unreached: frozenset[str]) -> list[str]:
+    """Names of what "all-linear" stands for: every linear layer that a loss of text leads to, but the head and those
+    that PEFT refuses. PEFT's own list holds the towers' layers too, and those of lists of modules under names like `0`.
+
+    unreached: `Choice.unreached`, of towers that lie in the decoder.
+    """
+    outer, inner = causal_lm(model), language_model_of(model)
     beside = {module for name in beside_text(model) for module in outer.get_submodule(name).modules()}
-    beside.add(language_model_of(model).get_output_embeddings())
+    beside |= {module for name, module in inner.named_modules() if place_of(f"{name}.weight") in unreached}
+    beside.add(inner.get_output_embeddings())
     refused = "out_proj" if outer.config.model_type in _MAMBA else None
     return [
         name

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from amopo_fast.memory.estimate import HEAD_SLICE, Row, Setup, estimate
+from amopo_fast.memory.estimate import HEAD_SLICE, Estimate, Row, Setup, estimate
 from amopo_fast.memory.gpus import GIB, gpu_here
 from amopo_fast.memory.parameters import tried
 from amopo_fast.memory.preflight import (
@@ -116,6 +116,11 @@ def room_for(args: AMoPOConfig) -> Room:
     return Room(gpu_here(args.device, copies=offloads or "host" in (args.optimizer_states, args.weights)), host)
 
 
+def slots_in(prediction: Estimate, room: Room) -> int:
+    """Layers whose weights are on the device at once, with weights in host memory."""
+    return prediction.slots_on(room.gpu.memory) if room.gpu else SLOTS
+
+
 def _most_tokens(pair: PairTokens) -> int:
     """Computed tokens of a pair that shares nothing."""
     prompts = [len(prompt) for prompt in pair.prompts if prompt is not None]
@@ -198,7 +203,7 @@ def load_for_training(
     layers = host_bytes(empty)
     slots = SLOTS
     if checks and args.memory_check and room.gpu:
-        slots = prediction.slots_on(room.gpu.memory)
+        slots = slots_in(prediction, room)
         print(f"weights: {slots} of {len(layers)} layers are on the GPU at once", flush=True)
     memory = memory_for(layers, args.device)
     model = load_model(config, args, dtype, homes_in(memory, empty))

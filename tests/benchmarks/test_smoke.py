@@ -45,6 +45,8 @@ def test_benchmark(tmp_path, monkeypatch, command):
     timed = [row for row in report["rows"] if "median_ms" in row]
     assert timed and all(0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in timed)
     assert all(row["status"] == "ok" or row["status"].startswith("not run: ") for row in report["rows"])
+    if file == "memory.py":  # as many slots as a run takes on a CPU, and as are asked for
+        assert {row["variant"].rpartition("too")[2]: row["slots"] for row in timed} == {"": 2, ", 3 slots": 3}
 
 
 def test_suite_writes_each_report_and_the_log(tmp_path):

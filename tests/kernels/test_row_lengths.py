@@ -1,5 +1,6 @@
 """A row's length is compiled into no kernel, else a run would compile at every new one: twenty lengths make at most the
-two variants that Triton has of a number in a tuple, by whether 16 divides it, and one where it is an argument alone."""
+two variants that Triton has of a number in a tuple, by whether 16 divides it, and one where it is an argument alone. So
+do twenty numbers of pairs, and twenty steps of the optimizer."""
 
 import os
 import subprocess
@@ -18,11 +19,13 @@ from collections import defaultdict
 import torch
 from compiling import Launch, _argument, use_absent_gpu
 from head_launches import launches_of, name_of
+from small_launches import small_launches
 from triton.runtime import driver
 
 use_absent_gpu()
 driver.active.cc = 90
 found = defaultdict(set)
+small = small_launches(90)
 
 
 def count(launch, name):
@@ -47,6 +50,9 @@ for rows in {LENGTHS!r}:
     gathered = {{"values_ptr": torch.bfloat16, "order_ptr": torch.int32, "offsets_ptr": torch.int32,
                 "out_ptr": torch.bfloat16, "places": 2 * rows, "columns": 512, "BLOCK": 512}}
     count(Launch("amopo_kernels.rows.segment_sum:segment_sum_kernel", gathered), "segment_sum_kernel")
+    changing = {{"loss": {{"pairs": rows}}, "adamw": {{"seed": (1 << 62) + rows, "first_row": 16 * (rows % 2)}}}}
+    for kind, numbers in changing.items():
+        count(dataclasses.replace(small[kind][0], arguments=small[kind][0].arguments | numbers), kind)
 print(json.dumps({{name: len(each) for name, each in found.items()}}))
 """
 
@@ -61,6 +67,6 @@ def test_twenty_lengths_make_no_more_kernels_than_two():
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    alone = {"_sequences_kernel", "_rows_kernel", "segment_sum_kernel"}
+    alone = {"_sequences_kernel", "_rows_kernel", "segment_sum_kernel", "loss", "adamw"}
     assert alone < found.keys() and len(found) > 10
     assert {name: count for name, count in found.items() if count > (1 if name in alone else 2)} == {}

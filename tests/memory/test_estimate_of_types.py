@@ -14,9 +14,9 @@ from model_types import PACKAGES, config_of  # noqa: E402
 
 SWEEP = json.loads((ROOT / "benchmarks" / "results" / "models.json").read_text(encoding="utf-8"))["rows"]
 ACCEPTED = sorted({row["case"] for row in SWEEP if "error" in row})
-# A depth that is the encoder's, code that reads values, towers whose layers have numbers for names, mixers without a
-# cache.
-ONCE_FAILED = ("bart", "jetmoe", "qwen3_omni_moe_thinker", "zaya")
+# A depth that is the encoder's, a tower in the decoder, code that reads values, towers whose layers have numbers for
+# names, mixers without a cache.
+ONCE_FAILED = ("bart", "git", "jetmoe", "qwen3_omni_moe_thinker", "zaya")
 ROW = Row(tokens=32, label_tokens=16, kv_tokens=48, sequence_tokens=16)
 
 
@@ -29,6 +29,7 @@ def test_an_accepted_type_is_estimated(name):
     config = config_of(name)
     whole = estimate(config, ROW, Setup())
     adapter = parameters_of(config, lora_rank=16)
-    assert 0 < sum(p.numel for p in adapter if p.trained) < whole.trained <= whole.parameters
-    assert whole.parameters < sum(p.numel for p in adapter)
+    assert sum(p.numel for p in adapter if p.trained) < whole.trained <= whole.parameters
+    # Every matrix of an adapter is trained: none lies where no loss of text leads to.
+    assert 0 < sum(p.numel for p in adapter) - whole.parameters == sum(p.numel for p in adapter if p.trained)
     assert whole.flops > 0 and whole.parts["activations"] > 0 and whole.parts["working memory"] > 0

@@ -143,8 +143,10 @@ class TestWhatNoLossOfTextLeadsTo:
         prepare_model(model)
         assert choice_of(model).frozen.removeprefix("base_model.model.").startswith(frozen)
         score(model, build_plan(random_pairs(0, 2), choice_of(model).layout)).logp_sum.sum().backward()
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        assert trained and all(parameter.grad is not None for parameter in trained)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained and all(parameter.grad is not None for parameter in trained.values())
+        adapters = {name for name, _ in model.named_parameters() if "lora_" in name}
+        assert adapters == (trained.keys() if adapted else set())  # none that is frozen for ever
 
     def test_places_are_those_of_every_layer_and_of_its_adapters(self):
         assert place_of("model.layers.10.mlp.experts.3.up.weight") == "model.layers.*.mlp.experts.*.up.weight"
@@ -173,8 +175,8 @@ def test_all_linear_is_of_the_text_part_where_a_tower_has_layers_under_numbers()
         config = Qwen3OmniMoeThinkerConfig()
         config.text_config = tiny_config(config.text_config)
         model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[Qwen3OmniMoeThinkerConfig](config)
-        names = linear_layers(model)
-        adapted = add_adapter(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+        names = linear_layers(model, frozenset())
+    adapted = add_adapter(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     assert len(names) == 8 and all("language_model" in name or "model.layers" in name for name in names), names
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * len(names)
