@@ -16,7 +16,7 @@ TOLERANCE = 1e-6  # relative, float32
 
 
 SCENARIOS = ["ddp:1,2,4", "ddp_saved:2", "ddp_goes_on:3", "ddp_ends:1", "ddp_resumed:1,4", "ddp_bad_loss:2",
-             "ddp_sigterm:2", "fsdp:1,2,4", "fsdp_tied:1,2", "fsdp_loaded:1,2,4", "fsdp_units:1,2,3",
+             "ddp_sigterm:2", "ddp_best:2", "fsdp:1,2,4", "fsdp_tied:1,2", "fsdp_loaded:1,2,4", "fsdp_units:1,2,3",
              "fsdp_own_head:1,2", "fsdp_goes_on:2", "head_not_gathered:2"]  # fmt: skip
 
 
@@ -92,6 +92,12 @@ def test_a_bad_loss_on_one_rank_stops_all(groups):
 
 def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(groups):
     assert groups("ddp_sigterm", 2) == {"stopped": True, "step": 3, "complete": [3]}
+
+
+def test_all_ranks_load_the_best_model_of_a_run_that_was_stopped(groups):
+    result = groups("ddp_best", 2)
+    assert result["losses"][0] < result["losses"][1] and result["best"] == 2
+    assert result["loaded"] == [True, True]
 
 
 def test_a_killed_rank_ends_the_other_with_the_way_back(tmp_path):
