@@ -65,8 +65,11 @@ def resolve(output_dir: str | Path, resume: str | Path | bool | None) -> Path | 
             there is none. Else a folder.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or the named folder is none.
+        CheckpointError: there is no complete checkpoint, or the named folder is none; `output_dir` is one.
     """
+    if (Path(output_dir) / MARKER).exists():
+        raise CheckpointError(f"output_dir {output_dir} is a checkpoint, whose files a run would replace by its own: "
+                              "name another folder")  # fmt: skip
     if resume is None or resume is False or resume == "":
         return None
     word = str(resume).lower()

@@ -69,6 +69,9 @@ class OutputLock:
             return True
         except FileExistsError:
             pass
+        except OSError as error:  # a full disk leaves an empty file, which the next run would watch
+            self.path.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         owner = _read(self.path)
         if owner is None:  # it was given up just now
             return False

@@ -106,7 +106,7 @@ def problem_of(folder: Path) -> str:
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import best_match
 
-    if not (folder / MARKER).exists():
+    if not (folder / MARKER).is_file():
         return f"it has no {MARKER}: saving it was cut off, or another program wrote it"
     try:
         text = (folder / MARKER).read_bytes().decode()
@@ -129,10 +129,9 @@ def problem_of(folder: Path) -> str:
     for name, written in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return f"its {MARKER} lists {name}, which is outside of the folder"
-        try:
-            found = (folder / name).stat().st_size
-        except OSError:
+        if not (folder / name).is_file():
             return f"{name} is missing"
+        found = (folder / name).stat().st_size
         if found != written["bytes"]:
             return f"{name} has {found} bytes, {written['bytes']} were written"
     return ""
@@ -151,7 +150,12 @@ def damage_of(folder: Path) -> str:
         if name not in files:
             if any(fnmatch(name, pattern) for pattern in _LOADED):
                 return f"{name} was not part of the save"
-        elif _checksum(path) != files[name]["xxh3"]:
+            continue
+        try:
+            checksum = _checksum(path)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if checksum != files[name]["xxh3"]:
             return f"{name} {_CHANGED}"
     try:
         missing = lacking(files, content["world_size"], content["model_only"], _shards(folder))

@@ -7,7 +7,6 @@ of optimizers, schedules, trackers, backends and metrics are tried here, before 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -131,39 +130,6 @@ def refuse_unread(args: Any, changed: dict[str, Any]) -> None:
     """When TrainingArguments has filled in what follows from other options. Arguments and errors as above."""
     for need in NEEDS:
         need.refuse(args, changed)
-
-
-def refuse_other_engine(args: Any) -> None:
-    """When accelerate has found its processes: they are those that a launcher started, with the engine it asked for.
-
-    Raises:
-        OptionError: N processes that would each train alone into one folder, or sharding that would not happen.
-    """
-    started = int(os.environ.get("WORLD_SIZE") or 1)
-    if started != args.world_size:
-        raise OptionError(
-            f"{started} processes were started (WORLD_SIZE), and each would train a run of its own into output_dir, as "
-            f"accelerate finds {args.world_size} on {args.device.type}: set use_cpu where there are no GPUs, or start "
-            "one process", "use_cpu",
-        )  # fmt: skip
-    engine = engine_asked_for(args)
-    if engine and args.device.type == "cpu":
-        raise OptionError(
-            f"{engine} was asked for, and on a CPU accelerate would silently run DDP: leave one of them out", "use_cpu"
-        )
-
-
-def engine_asked_for(args: Any) -> str:
-    """The sharding engine that options or `accelerate launch` name: "FSDP", "FSDP2", "DeepSpeed" or ""."""
-    launched = {name for name in ("FSDP", "DEEPSPEED")
-                if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true")}  # fmt: skip
-    if args.deepspeed or "DEEPSPEED" in launched:
-        return "DeepSpeed"
-    if not (args.fsdp or "FSDP" in launched):
-        return ""
-    config = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
-    version = config.get("fsdp_version", config.get("version")) or os.environ.get("FSDP_VERSION", "1")
-    return "FSDP2" if str(version) == "2" else "FSDP"
 
 
 def try_names(args: Any, changed: dict[str, Any]) -> None:

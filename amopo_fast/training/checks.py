@@ -17,8 +17,8 @@ from amopo_fast.models.real_logits import check_real_logits
 from amopo_fast.models.scoring import check_lengths
 from amopo_fast.prompts.model_limits import check_pairs, check_vocabulary
 from amopo_fast.prompts.tokens import PairTokens
-from amopo_fast.training.arguments import engine_asked_for
 from amopo_fast.training.config import AMoPOConfig
+from amopo_fast.training.launch import engine_asked_for
 
 logger = logging.getLogger(__name__)
 

@@ -20,12 +20,8 @@ from amopo_fast.models.precision import WEIGHT_PRECISIONS, autocasts_by_default
 from amopo_fast.optim import IN_BACKWARD
 from amopo_fast.optim.adamw import CLIPPING
 from amopo_fast.text_files import read_text
-from amopo_fast.training.arguments import (
-    refuse_other_engine,
-    refuse_unread,
-    refuse_without_effect,
-    try_names,
-)
+from amopo_fast.training.arguments import refuse_unread, refuse_without_effect, try_names
+from amopo_fast.training.launch import check_launch, check_launched_options, is_launched_on_cpu, refuse_other_engine
 from amopo_fast.training.objective import WEIGHTINGS
 from amopo_fast.training.objectives import OBJECTIVES
 from amopo_kernels.dispatch import BACKENDS as KERNEL_BACKENDS
@@ -223,12 +219,15 @@ class AMoPOConfig(TrainingArguments):
         check_numbers(self, positive=POSITIVE, not_negative=NOT_NEGATIVE, below_one=BELOW_ONE)
         self._check_own_numbers()
         refuse_without_effect(self, changed)
+        check_launch()
+        self.use_cpu = self.use_cpu or is_launched_on_cpu()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and autocasts_by_default()
         if self.use_liger_kernel is None:
             self.use_liger_kernel = not self.use_cpu and liger_by_default()
         if self.fp16 and self.bf16:
             raise OptionError("fp16 and bf16 are both true: choose one of them", "fp16")
+        check_launched_options(self)
         if self.weights == "host" and not getattr(self, "activation_checkpointing", self.gradient_checkpointing):
             self.gradient_checkpointing = True
             logger.warning("weights=host: gradient checkpointing is switched on: layers are recomputed in the backward")

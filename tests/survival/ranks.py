@@ -26,6 +26,7 @@ from engines import (
     zero2,
     zero3,
 )  # fmt: skip
+from safetensors.torch import load_file
 from small_run import small_model, small_trainer
 from transformers import TrainerCallback
 
@@ -151,6 +152,21 @@ def ddp_sigterm(folder, world):
     return {"stopped": trainer.checkpointer.stopped, "step": trainer.state.global_step, "complete": complete}
 
 
+def ddp_best(folder, world):
+    """Stopped at an evaluation, by the last rank, and at the end with the best model: the one of that evaluation."""
+    options = {**SGD, "max_steps": 4, "save_steps": 2, "save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 2,
+               "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 3e-3}  # fmt: skip
+    for callbacks in ([SigtermAt(1)] if int(os.environ["RANK"]) == world - 1 else [], []):
+        model = small_model(attention_dropout=0.0)
+        trainer = small_trainer(folder / "best", model=model, callbacks=callbacks, **options)
+        trainer.train(resume_from_checkpoint="auto")
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    best = load_file(folder / "best" / f"checkpoint-{trainer.state.best_global_step}" / "model.safetensors")
+    loaded, own = [None] * world, dict(trainer.model.named_parameters())
+    dist.all_gather_object(loaded, all(torch.equal(own[name], tensor) for name, tensor in best.items()))
+    return {"losses": losses, "best": trainer.state.best_global_step, "loaded": loaded}
+
+
 class KilledAt(SigtermAt):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step:
@@ -167,7 +183,7 @@ def ddp_killed(folder, world):
 
 SCENARIOS = {
     f.__name__: f
-    for f in (ddp, ddp_saved, ddp_resumed, ddp_goes_on, ddp_ends, ddp_bad_loss, ddp_sigterm, ddp_killed, fsdp,
+    for f in (ddp, ddp_saved, ddp_resumed, ddp_goes_on, ddp_ends, ddp_bad_loss, ddp_sigterm, ddp_best, ddp_killed, fsdp,
               fsdp_tied, fsdp_loaded, fsdp_units, fsdp_own_head, fsdp_goes_on, head_not_gathered, zero2, zero3)
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from small_run import small_trainer
 from transformers import TrainerCallback
 
 from amopo_fast.errors import CheckpointError
+from amopo_fast.survival import manifest
 from amopo_fast.survival.checkpoints import complete_checkpoints, resolve
 from amopo_fast.survival.manifest import MARKER, damage_of, lacking, make_manifest, problem_of, read_marker, sealed
 
@@ -59,6 +60,19 @@ def truncated(name, left=0.5):
 
 def missing(name):
     return lambda folder: (folder / name).unlink()
+
+
+def replaced(make):
+    """What `make` puts in the place of a file."""
+
+    def of(name):
+        return lambda folder: [(folder / name).unlink(), make(folder / name)]
+
+    return of
+
+
+piped, foldered = replaced(os.mkfifo), replaced(os.mkdir)
+linked = replaced(lambda path: path.symlink_to("nowhere"))
 
 
 def of_another(name):
@@ -135,6 +149,11 @@ DAMAGE = {
         "adapter_model.safetensors was not part of the save",
     ),
     "no marker": (missing(MARKER), "it has no complete.json: saving it was cut off"),
+    "a pipe for a marker": (piped(MARKER), "it has no complete.json"),
+    "a pipe for the optimizer": (piped("optimizer.pt"), "optimizer.pt is missing"),
+    "a folder for the weights": (foldered("model.safetensors"), "model.safetensors is missing"),
+    "a folder for a marker": (foldered(MARKER), "it has no complete.json"),
+    "a link to nowhere": (linked("optimizer.pt"), "optimizer.pt is missing"),
     "a cut marker": (marked(lambda c: '{"step": 3, "fil'), "its complete.json cannot be read .JSONDecodeError"),
     "a marker of bytes": (lambda folder: (folder / MARKER).write_bytes(b"\xff\xfe"), "cannot be read .UnicodeDecode"),
     "a marker that nests": (marked(lambda c: "[" * 10**5), "its complete.json cannot be read .RecursionError"),
@@ -243,6 +262,25 @@ def test_undamaged_checkpoints_are_whole(copy):
     (copy / NEWEST / "notes.txt").write_text("a user's own file harms nothing")
     shutil.move(copy / NEWEST, copy / "best")
     assert damage_of(copy / "best") == ""
+
+
+def test_a_checkpoint_is_no_output_dir(copy):
+    with pytest.raises(CheckpointError, match=f"output_dir .*{NEWEST} is a checkpoint, .* name another folder"):
+        small_trainer(copy / NEWEST).train()
+    assert damage_of(copy / NEWEST) == ""
+
+
+def test_a_disk_that_cannot_be_read_is_damage(copy, monkeypatch):
+    read = manifest._checksum
+
+    def failing(path):
+        if path == copy / NEWEST / "optimizer.pt":
+            raise OSError(5, "Input/output error", path)
+        return read(path)
+
+    monkeypatch.setattr(manifest, "_checksum", failing)
+    assert resolve(copy, "auto") == copy / OLDER
+    assert damage_of(copy / NEWEST) == "optimizer.pt cannot be read (Input/output error)"
 
 
 def test_a_queued_run_goes_on_from_before_the_damage_and_ends_the_same(finished, copy):

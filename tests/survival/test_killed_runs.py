@@ -1,5 +1,6 @@
 """Runs that were killed at random moments and while saving end as the run that was left alone, bit for bit."""
 
+import json
 import re
 from pathlib import Path
 
@@ -34,3 +35,13 @@ def test_10_times_sigterm(record_property):
     kills, runs, _ = attack("--kills", 10, "--while_saving", 0, "--signal", "SIGTERM", "--variants", "all")
     assert kills >= 10
     record_property("counts", {"sigterms": kills, "runs": runs})
+
+
+def test_the_page_has_the_counts_of_the_attack_on_record():
+    root = SCRIPT.parents[2]
+    page = " ".join((root / "docs" / "checkpoints.md").read_text(encoding="utf-8").split())
+    for name, sentence in (("kill_runs-cpu", "{kills} SIGKILLs of {runs} runs, {while_saving} while saving,"),
+                           ("kill_runs_sigterm-cpu", "and {kills} SIGTERMs of {runs} runs")):  # fmt: skip
+        rows = json.loads((root / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+        total = {key: sum(row[key] for row in rows) for key in ("kills", "runs", "while_saving", "different")}
+        assert sentence.format(**total) in page and total["different"] == 0 and f"{name}.json" in page

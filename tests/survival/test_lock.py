@@ -1,10 +1,13 @@
 """One run at a time in a folder: who holds it is named, who is gone is not waited for."""
 
+import errno
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from small_run import small_trainer
@@ -125,3 +128,20 @@ def test_a_run_whose_lock_was_taken_publishes_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="this run does not own .* any more .7 on elsewhere"):
         small_trainer(tmp_path, callbacks=[At(3, steal)]).train()
     assert [each.step for each in complete_checkpoints(tmp_path)] == [2] and (tmp_path / FILE).exists()
+
+
+def test_a_full_disk_names_the_file_and_leaves_no_lock(tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def __enter__(self):
+            (tmp_path / FILE).touch()
+            return self
+
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *args, **options: Full() if path.name == FILE
+                        else opened(path, *args, **options))  # fmt: skip
+    with pytest.raises(OSError, match="No space left on device: .*_lock.json"), OutputLock(tmp_path):
+        pass
+    assert not (tmp_path / FILE).exists()
