@@ -1,7 +1,7 @@
 """Spreads the suite over a few processes where pytest-xdist is there, unless the command line says how many.
 
-Not on a machine with a GPU, which its tests would fight for. A process takes a file at a time: those that take longest come
-first, so that none is left to one process at the end.
+Not on a machine with a GPU, which its tests would fight for. A process takes a file at a time: those that take longest
+come first, so that none is left to one process at the end.
 """
 
 import importlib.util
