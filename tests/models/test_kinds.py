@@ -66,7 +66,9 @@ def test_matrices_of_fused_experts_are_named_like_modules(tmp_path):
 
 
 # Of a multimodal class the compiled layers are those of the dense models in test_faster_layers.py.
-@pytest.mark.parametrize("kind", ["hybrid", "moe", pytest.param("multimodal", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["moe", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("hybrid", "multimodal"))]
+)
 def test_compiled_layers(kind):
     truth = loss_and_gradients(model := model_of(kind), separate_stats(model, PAIRS))
     torch._dynamo.reset()
