@@ -14,7 +14,7 @@ EXTRAS = {
     "peft": ["bitsandbytes>=0.46.1"],  # QLoRA; LoRA itself needs nothing beyond the requirements
     "bench": ["liger-kernel>=0.6", "cut-cross-entropy>=25.1", "trl>=0.25"],
     "test": [
-        "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "torchao>=0.15", "bitsandbytes>=0.46.1",
+        "pytest>=8", "pytest-xdist>=3.7", "hypothesis>=6.100", "torchao>=0.15", "bitsandbytes>=0.46.1",
         "tensorboard>=2.16", "ruff>=0.9", "mypy>=1.15", "build>=1.2", "setuptools>=77",
         "trl==1.16.*",  # the objectives are compared with its trainers
         "transformers[serving]",  # a trained folder is asked through its server

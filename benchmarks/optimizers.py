@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--pairs_per_step", type=int, default=4)
     arguments = parser.parse_args()
     if arguments.smoke:
-        arguments.steps, arguments.seeds, arguments.pairs_per_step = 4, 1, 2
+        arguments.steps, arguments.seeds, arguments.pairs_per_step = 2, 1, 2
     report = harness.Report("optimizers", arguments)
     deadline = harness.Deadline(arguments.minutes)
     torch.set_num_threads(1)  # operations this small lose more to a second thread than they gain

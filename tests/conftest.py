@@ -26,7 +26,6 @@ def pytest_collection_finish():
     """What the imports made lives until the end: accelerate's many gc.collect() need not look through it, each time for
     a third of a second."""
     gc.enable()
-    gc.collect()
     gc.freeze()
 
 
@@ -37,7 +36,7 @@ def pytest_runtestloop():
 
 
 def pytest_unconfigure():
-    gc.unfreeze()
+    gc.unfreeze()  # or Triton's bindings report what they find at the end as leaks
 
 
 @pytest.fixture(autouse=True, scope="session")

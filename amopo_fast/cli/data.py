@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from amopo_fast.cli.numbers import whole_or_zero
@@ -34,6 +34,9 @@ def _parse(command: str, rest, add_arguments):
 
     classes = (DataConfig, ModelConfig)
     config, model, arguments = parse_options(command, classes, rest, ignore=RUN_CLASSES, add_arguments=add)
+    unread = {each.name for each in fields(ModelConfig)} - {"model_name_or_path", "tokenizer_name_or_path"}
+    for name in sorted(unread & arguments.typed):
+        raise OptionError(f"--{name} has no effect on {command}, which loads no model: leave it out")
     if arguments.data:
         config = replace(config, train_data=arguments.data)
     if not config.train_data:

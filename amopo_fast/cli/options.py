@@ -66,7 +66,8 @@ def parse_options(
     presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Any, ...]:
     """An instance of each dataclass, from the keys of `--config FILE` and, over them, the command line's options; last
-    the namespace of the command's own arguments, with `given`, the names of the options that were set.
+    the namespace of the command's own arguments, with `given`, the names of the options that were set, and `typed`,
+    those of them on the command line.
 
     Args:
         command: name for messages and --help.
@@ -110,7 +111,9 @@ def parse_options(
         flag = unknown[0].split("=")[0]
         known = [option for action in parser._actions for option in action.option_strings]
         positional = [action.dest for action in parser._actions if not action.option_strings]
-        meant = hint(flag, known, flags=True, positional=positional) if flag.startswith("-") else ""
+        meant = hint(flag, known, flags=True, positional=positional)
+        if not flag.startswith("-"):
+            meant = "; a value stands behind its flag, as --train_data FILE" if "train_data" in keys else ""
         raise OptionError(f"command line: unknown option {flag}{meant}; `{parser.prog} --help` lists the options")
     origin |= {name: f"command line: --{name}" for name in on_command_line}
     for key in SOURCE_KEYS:
@@ -120,7 +123,7 @@ def parse_options(
             except ValueError as error:
                 raise OptionError(f"{origin.get(key, key)}: {error}") from None
     given = dict(vars(namespace))
-    namespace.given = frozenset(origin)  # names of what was set, in the file or on the command line
+    namespace.given, namespace.typed = frozenset(origin), frozenset(on_command_line)
     return (*(_build(each, given, origin) for each in classes), namespace)
 
 
@@ -170,6 +173,8 @@ def _typed(where: str, value: Any, hint: Any) -> Any:
         kinds = [get_origin(each) or each for each in options]
         if isinstance(value, (list, dict)) and type(value) not in kinds:
             raise OptionError(f"{where}: write one value, found {shown(value)}")
+        if isinstance(value, list):
+            return _typed(where, value, options[kinds.index(list)])
         known = tuple(kind for kind in kinds if isinstance(kind, type))
         if value is False and bool not in known and any(issubclass(kind, enum.Enum) for kind in known):
             return "no"  # of eval_strategy and others, which YAML reads as false
@@ -219,7 +224,8 @@ def _build(each: type, given: dict[str, Any], origin: dict[str, str]) -> Any:
     try:
         return each(**inputs)
     except OptionError as error:
-        raise OptionError(f"{origin.get(error.option) or error.option or 'options'}: {_sentence(error)}") from None
+        where, text = origin.get(error.option) or error.option or "options", _sentence(error)
+        raise OptionError(f"{where}: {text.removeprefix(f'{error.option}: ')}") from None
 
 
 def _sentence(error: Exception) -> str:

@@ -6,9 +6,10 @@ LLaMA-Factory (`llamafactory-cli train`), axolotl (config reference).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
-from amopo_fast.data.sources.spec import did_you_mean
+from amopo_fast.data.sources.spec import Source, did_you_mean
 
 _SAME = {
     "model_name_or_path": "model model_name model_path base_model model_id base_model_config",
@@ -51,6 +52,7 @@ _SAME = {
     "use_cpu": "no_cuda",
     "output_dir": "output output_path save_path",
 }
+_OF_A_SOURCE = {each.name for each in dataclasses.fields(Source)} - {"path", "name", "score_min", "score_max"}
 _OURS = {theirs: ours for ours, names in _SAME.items() for theirs in names.split()}
 _NO_OPTION = {
     "ref_model": "there is no second model: dpo and ipo compute the reference's log-probs before the first step",
@@ -84,6 +86,10 @@ def hint(name: str, known: Iterable[str], flags: bool = False, positional: Itera
         return f"; {_NO_OPTION[bare]}"
     ours = _OURS.get(bare)
     names = {each.lstrip("-").replace("-", "_") for each in known}
+    if bare in _OF_A_SOURCE and "train_data" in names:
+        return f"; it is of one data set and stands behind its name: FILE,{bare}=..."
+    if ours == "train_data" and "models" in positional:  # what is evaluated
+        ours = "eval_data"
     if ours in names:
         return f"; did you mean '{'--' if flags else ''}{ours}'?"
     subject = {"model_name_or_path": ("model", "models"), "train_data": ("data",)}.get(ours or bare, ())

@@ -246,7 +246,13 @@ def add_adapter(model: nn.Module, adapter: LoraConfig) -> nn.Module:
         beside = "|".join(rf"{re.escape(name)}(\..*)?" for name in beside_text(model))
         adapter.exclude_modules = adapter.exclude_modules or beside or None
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)}
+    linear |= {name.rpartition(".")[2] for name, parameter in parameters.items() if parameter.dim() == 3}
+    there = f"the model's linear layers are {', '.join(sorted(linear))}"
     if not isinstance(adapter.target_modules, (str, type(None))):
+        for name in adapter.target_modules:  # of several peft leaves out in silence those that it does not find
+            if not (_ends(parameters, name) or _ends(modules, name)):
+                raise OptionError(f"lora_target_modules: {name!r} is none of the model; {there}", "lora_target_modules")
         of_parameters = {name for name in adapter.target_modules if _ends(parameters, name) > _ends(modules, name)}
         adapter.target_modules = set(adapter.target_modules) - of_parameters
         adapter.target_parameters = sorted({*(adapter.target_parameters or ()), *of_parameters}) or None
@@ -254,10 +260,7 @@ def add_adapter(model: nn.Module, adapter: LoraConfig) -> nn.Module:
         model = get_peft_model(model, adapter)
     except Exception as error:  # peft raises whatever its layers raise
         text = " ".join(str(error).split()).split(" Please")[0][:300].rstrip(".")
-        names = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)}
-        names |= {name.rpartition(".")[2] for name, parameter in parameters.items() if parameter.dim() == 3}
-        raise OptionError(f"lora_target_modules: {text}; the model's linear layers are {', '.join(sorted(names))}",
-                          "lora_target_modules") from error  # fmt: skip
+        raise OptionError(f"lora_target_modules: {text}; {there}", "lora_target_modules") from error
     head_of(model)
     return model
 

@@ -102,7 +102,7 @@ def test_it_goes_on_where_it_ended(tmp_path, monkeypatch, capsys):
     arguments = ["real_model.py", "--smoke", "--device", "cpu", "--model", str(tmp_path / "model"),
                  "--pairs", str(tmp_path / "pairs.json"), "--out", str(out)]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments)
-    for name in ("AMoPO gaussian", "AMoPO published"):
+    for name in ("AMoPO gaussian", "AMoPO worst_first", "AMoPO score_gap", "AMoPO published"):
         monkeypatch.delitem(real_model.METHODS, name)
     real_model.main()
     first = json.loads(out.read_text())["rows"]

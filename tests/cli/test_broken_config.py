@@ -106,6 +106,7 @@ KEYS = [
     ({"config_overrides": "hidden=3", "random_weights": True}, "config_overrides: key hidden"),
     ({"deepspeed": "none.json"}, "deepspeed"),
     ({"fsdp": "all"}, "run.yaml: fsdp"),
+    ({"report_to": [[]]}, "run.yaml: report_to[0]: write text, found list []"),
     ({"report_to": "wanb"}, "report_to='wanb' is not supported; did you mean 'wandb'?"),
     ({"load_best_model_at_end": True}, "run.yaml: load_best_model_at_end"),
     ({"metric_for_best_model": "x", "load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch",

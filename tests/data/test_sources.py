@@ -11,7 +11,7 @@ import pytest
 from amopo_fast.data.pairs import Message, Reading, read_pairs, read_records
 from amopo_fast.data.sources.formats import open_source
 from amopo_fast.data.sources.spec import Source, parse_sources
-from amopo_fast.errors import DataError
+from amopo_fast.errors import DataError, OptionError
 
 
 def write_lines(path, records):
@@ -289,6 +289,17 @@ def test_scores_are_mapped_to_the_range_that_prompts_name(tmp_path):
 def test_bad_sources(value, message):
     with pytest.raises(ValueError, match=message):
         parse_sources([value])
+
+
+@pytest.mark.parametrize(
+    "option", ["split=test", "subset=all", "data_dir=x", "rank_by=helpfulness", "pairs=all", "scores=other.jsonl"]
+)
+def test_an_option_that_a_source_does_not_read_is_refused(tmp_path, option):
+    path = write_lines(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(OptionError, match=f"pairs.jsonl: {option} has no effect on a file.*: leave it out"):
+        open_source(Source.parse(f"{path},{option}"))
+    path = write_lines(tmp_path / "preferences.jsonl", PREFERENCES)
+    open_source(Source.parse(f"{path},split=train,scores={path}"))
 
 
 def test_sources_of_a_mapping_are_named():

@@ -81,13 +81,15 @@ def test_the_classifier_finds_a_word_that_gives_the_side_away(splits):
     assert classifier_accuracy(*marked) > 0.95
 
 
-def learned(output_dir, max_steps, shuffle_labels=False):
-    """Mean held-out accuracy before and after."""
-    trainer = demo_trainer(output_dir, 0, shuffle_labels=shuffle_labels, max_steps=max_steps)
+def untrained(output_dir, **options):
+    trainer = demo_trainer(output_dir, 0, **options)
     trainer.args.eval_strategy = "no"
-    before = trainer.evaluate()["eval_accuracy/mean"]
-    trainer.train()
-    return before, trainer.evaluate()["eval_accuracy/mean"]
+    return trainer
+
+
+def held_out_accuracy(trainer):
+    """The mean over dimensions."""
+    return trainer.evaluate()["eval_accuracy/mean"]
 
 
 @pytest.fixture
@@ -99,12 +101,16 @@ def one_thread():
 
 
 def test_preferences_are_learned(tmp_path, one_thread):
-    """The first third of the demo."""
-    before, after = learned(tmp_path, max_steps=120)
-    assert abs(before - 0.5) < 0.1 and after >= 0.62
+    """By the first third of the demo. Before it the accuracy is 0.48, as the slow test shows."""
+    trainer = untrained(tmp_path, max_steps=110)
+    trainer.train()
+    assert held_out_accuracy(trainer) >= 0.63
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("shuffle_labels", "least", "most"), [(False, 0.85, 1), (True, 0.4, 0.6)])
 def test_preferences_are_learned_and_shuffled_ones_are_not(tmp_path, one_thread, shuffle_labels, least, most):
-    assert least <= learned(tmp_path, max_steps=-1, shuffle_labels=shuffle_labels)[1] <= most
+    trainer = untrained(tmp_path, max_steps=-1, shuffle_labels=shuffle_labels)
+    assert abs(held_out_accuracy(trainer) - 0.5) < 0.1
+    trainer.train()
+    assert least <= held_out_accuracy(trainer) <= most

@@ -1,4 +1,5 @@
-"""A real pretrained model, SmolLM2-135M-Instruct: trained for a step, saved, and asked as it was trained."""
+"""A real pretrained model, SmolLM2-135M-Instruct: it answers; its first layers are trained for a step, saved, and
+asked as they were trained."""
 
 import json
 import math
@@ -36,6 +37,16 @@ def base(tmp_path_factory, request):
 
 
 @pytest.fixture(scope="module")
+def shallow(base):
+    """The model's first three of thirty layers, its whole vocabulary and its tokenizer."""
+    folder = base.parent / "shallow"
+    model = AutoModelForCausalLM.from_pretrained(base, num_hidden_layers=3, dtype="auto")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def pairs(base):
     def side(response, *scores):
         return {"response": response, **dict(zip(DIMENSIONS[1:], scores, strict=True))}
@@ -55,9 +66,9 @@ def test_the_decoded_weights_are_the_published_model(base):
 
 
 @pytest.mark.parametrize("options", [["--use_peft", "--learning_rate", "1e-4"], ["--learning_rate", "1e-5"]])
-def test_a_step_and_the_prompts_of_training(base, pairs, tmp_path, options):
+def test_a_step_and_the_prompts_of_training(shallow, pairs, tmp_path, options):
     arguments = [
-        "train", "--model_name_or_path", str(base), "--train_data", str(pairs), "--dimensions", *DIMENSIONS,
+        "train", "--model_name_or_path", str(shallow), "--train_data", str(pairs), "--dimensions", *DIMENSIONS,
         "--prompt_order", "dimension_last", "--use_cpu", "--pairs_per_step", "2", "--max_steps", "1",
         "--warmup_steps", "0", "--save_strategy", "no", "--output_dir", str(tmp_path / "run"), *options,
     ]  # fmt: skip
@@ -66,7 +77,7 @@ def test_a_step_and_the_prompts_of_training(base, pairs, tmp_path, options):
     [loss] = [line["loss"] for line in lines if "loss" in line]
     assert math.isfinite(loss) and loss > 0
 
-    published, tokenizer = (AutoTokenizer.from_pretrained(folder) for folder in (base, tmp_path / "run"))
+    published, tokenizer = (AutoTokenizer.from_pretrained(folder) for folder in (shallow, tmp_path / "run"))
     builder = PromptBuilder(published, DIMENSIONS, order="dimension_last")
     for pair in read_pairs(pairs, dimensions=DIMENSIONS)[0]:
         messages = [message._asdict() for message in pair.messages]
@@ -79,6 +90,6 @@ def test_a_step_and_the_prompts_of_training(base, pairs, tmp_path, options):
     if "--use_peft" in options:
         assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)
     else:
-        before = load_file(base / "model.safetensors")
+        before = load_file(shallow / "model.safetensors")
         assert saved.keys() == before.keys() and {x.dtype for x in saved.values()} == {torch.bfloat16}
         assert any(not torch.equal(saved[name], before[name]) for name in saved)

@@ -118,8 +118,8 @@ def _child() -> tuple[subprocess.Popen, IO[str]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     errors = tempfile.TemporaryFile("w+")
-    command = [sys.executable, __file__]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment), errors
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+    return subprocess.Popen([sys.executable, __file__], env=environment, **pipes), errors
 
 
 # ----- the child process -----

@@ -10,7 +10,7 @@ from small_launches import small_launches  # noqa: E402
 
 
 def test_small_kernels():
-    """Every one of a kind is compiled for sm_90, the first for the others; benchmarks/compile_report.py compiles all."""
+    """Every one of a kind is compiled for sm_90, the first for the others; compile_report.py compiles all."""
     launches = [(kind, launch) for cc in (80, 90, 100) for kind, found in small_launches(cc).items()
                 for launch in (found if cc == 90 else found[:1])]  # fmt: skip
     for (kind, _), compiled in zip(launches, compile_kernels([launch for _, launch in launches]), strict=True):

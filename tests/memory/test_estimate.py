@@ -136,7 +136,7 @@ SETUPS |= {
     "weights on the host": (False, dataclasses.replace(_8BIT, host_weights=True)),
     "4-bit, both on the host": (True, dataclasses.replace(_8BIT, states="4bit", host_states=True, host_weights=True)),
 }
-IN_CI |= {"8-bit on the host", "4-bit, both on the host"}
+IN_CI |= {"4-bit, both on the host"}
 
 
 @pytest.mark.parametrize(
@@ -315,6 +315,6 @@ def test_what_a_run_freezes_has_no_states_and_no_gradients(kind, name):
 @pytest.mark.parametrize("weights", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_every_kind_of_model_is_estimated(config, weights):
     """Experts of any width and dtype, values narrower than queries, recurrent layers, the layout separate."""
-    prediction = estimate(config, Row(64, 32, 96, sequence_tokens=32), Setup(weights=weights))
+    prediction = estimate(config, Row(32, 16, 48, sequence_tokens=16), Setup(weights=weights))
     assert prediction.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    assert prediction.flops > 6 * 64 * 64 and prediction.parts["working memory"] > 0
+    assert prediction.flops > 6 * 32 * 64 and prediction.parts["working memory"] > 0

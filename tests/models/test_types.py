@@ -22,9 +22,8 @@ from amopo_fast.packing.plan import Layout  # noqa: E402
 from model_types import PACKAGES, empty_model  # noqa: E402
 
 SHARED = (
-    "llama mistral mixtral ministral3 qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text gemma4_text "
-    "gemma3n_text phi phi3 phimoe gpt2 gpt_neox gpt_bigcode gptj opt olmo olmo2 olmo3 olmoe granite granitemoe "
-    "cohere cohere2 deepseek_v3 glm4 glm4_moe gpt_oss smollm3 starcoder2 llama4_text exaone4 ernie4_5"
+    "llama mistral mixtral qwen2 qwen3 qwen3_moe gemma2 gemma3_text gemma4_text gemma3n_text phi3 gpt2 gpt_neox opt "
+    "olmo2 olmo3 granite cohere2 deepseek_v3 glm4_moe gpt_oss smollm3 llama4_text exaone4"
 ).split()
 STATES = "qwen3_next qwen3_5_text granitemoehybrid nemotron_h falcon_h1 lfm2 bamba".split()
 

@@ -15,8 +15,8 @@ ROOT = SCRIPT.parents[2]
 TOLERANCE = 1e-6  # relative, float32
 
 
-SCENARIOS = ["ddp:1,2,4", "ddp_saved:2", "ddp_goes_on:3", "ddp_ends:1", "ddp_resumed:1,4", "ddp_bad_loss:2",
-             "ddp_sigterm:2", "ddp_best:2", "fsdp:1,2,4", "fsdp_tied:1,2", "fsdp_loaded:1,2,4", "fsdp_units:1,2,3",
+SCENARIOS = ["ddp:1,4", "ddp_saved:2", "ddp_goes_on:3", "ddp_ends:1", "ddp_resumed:1,4", "ddp_bad_loss:2",
+             "ddp_sigterm:2", "ddp_best:2", "fsdp:1,2", "fsdp_tied:1,2", "fsdp_loaded:1,4", "fsdp_units:1,2,3",
              "fsdp_own_head:1,2", "fsdp_goes_on:2", "head_not_gathered:2"]  # fmt: skip
 
 
@@ -41,9 +41,9 @@ def close(expected, found, tolerance=TOLERANCE):
 TIMED = ("tokens_per_second", "memory/", "runtime", "per_second", "flos", "seconds", "grad_norm")
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_data_parallel_runs_equal_the_single_process(groups, world):
-    alone, together = groups("ddp", 1), groups("ddp", world)
+def test_a_data_parallel_run_equals_the_single_process(groups):
+    """Its last step has fewer pairs than ranks."""
+    alone, together = groups("ddp", 1), groups("ddp", 4)
     assert together["records"] == alone["records"] and len(alone["records"]) == 8
     for name, gradient in alone["gradients"].items():
         close(gradient, together["gradients"][name])
@@ -109,7 +109,7 @@ def test_a_killed_rank_ends_the_other_with_the_way_back(tmp_path):
     assert f"stopped after step 3. The last complete checkpoint is {last}: go on with" in done.stderr
 
 
-@pytest.mark.parametrize("scenario, worlds", [("fsdp", (2, 4)), ("fsdp_tied", (2,))])
+@pytest.mark.parametrize("scenario, worlds", [("fsdp", (2,)), ("fsdp_tied", (2,))])
 def test_sharded_scoring_equals_the_single_process(groups, scenario, worlds):
     """accelerate's FSDP2 grouping; three steps, since hooks that ran once may not run again."""
     alone = groups(scenario, 1)
@@ -127,7 +127,7 @@ def test_sharded_scoring_equals_the_single_process(groups, scenario, worlds):
             close(weight, result["weights"][name], 1e-3)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 4])
 def test_a_sharded_checkpoint_loads_on_another_world_size(groups, world):
     saved = groups("fsdp", 2)
     loaded = groups("fsdp_loaded", world)

@@ -15,7 +15,7 @@ from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.console import console_trainer
 from amopo_kernels.dispatch import runs
 
-BASE = {"pairs_per_step": 4, "tokens_per_micro_batch": 120, "max_steps": 3, "use_cpu": True, "learning_rate": 1e-2,
+BASE = {"pairs_per_step": 4, "tokens_per_micro_batch": 400, "max_steps": 3, "use_cpu": True, "learning_rate": 1e-2,
         "disable_tqdm": True, "logging_strategy": "steps", "save_strategy": "no"}  # fmt: skip
 EVALUATES = {"eval_strategy": "steps", "eval_steps": 2}
 SAVES = {"save_strategy": "steps", "save_steps": 1}
@@ -84,7 +84,7 @@ ACTS = {
     "compat": ("upstream", "losses", {}),
     "sft_coef": (0.5, "losses", {}),
     "pairs_per_step": (2, "rows", {}),
-    "tokens_per_micro_batch": (4096, "rows", {}),
+    "tokens_per_micro_batch": (120, "rows", {}),
     "kernel_backend": ("chunked", "backends", {}),
     "attention_backend": ("sdpa", None, {}),  # the only one of a CPU
     "layout": ("separate", "layout", {}),

@@ -15,6 +15,7 @@ from amopo_fast.data.sources.spec import Source
 from amopo_fast.errors import DataError, shown
 
 NAME = "amopo"
+READS = ()
 SCORE_RANGE = None  # whatever the configuration says
 
 

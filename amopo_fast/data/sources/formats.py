@@ -11,9 +11,10 @@ from amopo_fast.data.sources import amopo_json, helpsteer2, helpsteer2_preferenc
 from amopo_fast.data.sources.candidate import Candidate, Dropped, RawRecord
 from amopo_fast.data.sources.raw import raw_records
 from amopo_fast.data.sources.spec import Source, did_you_mean
-from amopo_fast.errors import DataError
+from amopo_fast.errors import DataError, OptionError
 
-# In the order in which a first record is tried. Each module has NAME, SCORE_RANGE, recognizes, candidates, score_names.
+# In the order in which a first record is tried. Each module has NAME, SCORE_RANGE, READS (the options
+# of a source that only some formats read), recognizes, candidates, score_names.
 FORMATS = {
     module.NAME: module for module in (sharegpt, amopo_json, ultrafeedback, helpsteer2_preference, helpsteer2, trl)
 }
@@ -59,6 +60,7 @@ def open_source(source: Source) -> OpenSource:
 
     Raises:
         DataError: the source cannot be read. ValueError: it names a format that there is not.
+        OptionError: it has an option that nothing reads.
     """
     records = raw_records(source)
     head = []
@@ -90,4 +92,15 @@ def open_source(source: Source) -> OpenSource:
                 f"rename them to one of the formats {', '.join(FORMATS)} (docs/data.md), or name the source's format",
                 source=str(source),
             )
+    _refuse_unread(source, chosen or amopo_json)
     return OpenSource(source, chosen or amopo_json, chain(head, records), set())
+
+
+def _refuse_unread(source: Source, format: ModuleType) -> None:
+    unread = {"rank_by", "scores", *(("pairs",) if source.pairs != Source.pairs else ())}
+    if source.is_file:
+        unread |= {"split", "subset", "data_dir"}
+    for option in sorted(unread - set(format.READS)):
+        if value := getattr(source, option):
+            what = "a file" if option in ("subset", "data_dir") else f"a file of the format {format.NAME}"
+            raise OptionError(f"{source.path}: {option}={value} has no effect on {what}: leave it out")

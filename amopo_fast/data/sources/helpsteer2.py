@@ -20,6 +20,7 @@ from amopo_fast.data.sources.spec import Source
 from amopo_fast.errors import DataError
 
 NAME = "helpsteer2"
+READS = ("rank_by",)
 SCORE_RANGE = (0.0, 4.0)
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 _TURN = re.compile(r"<extra_id_1>(User|Assistant)\n")

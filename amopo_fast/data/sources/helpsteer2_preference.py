@@ -20,6 +20,7 @@ from amopo_fast.data.sources.spec import Source
 from amopo_fast.errors import DataError, shown
 
 NAME = "helpsteer2_preference"
+READS = ("scores", "split")
 SCORE_RANGE = helpsteer2.SCORE_RANGE
 
 

@@ -18,6 +18,7 @@ from amopo_fast.data.sources.spec import Source
 from amopo_fast.errors import DataError, shown
 
 NAME = "trl"
+READS = ()
 SCORE_RANGE = None
 _SIDES = ("chosen", "rejected")
 

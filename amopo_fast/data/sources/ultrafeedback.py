@@ -17,6 +17,7 @@ from amopo_fast.data.sources.spec import Source
 from amopo_fast.errors import DataError, shown
 
 NAME = "ultrafeedback"
+READS = ("rank_by", "pairs")
 SCORE_RANGE = (1.0, 5.0)
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 

@@ -282,7 +282,9 @@ def backward(
             last = here[-1][1][1]
             d_hidden += kept.slice(0, last) @ problem.weight[:last]
         for _, (begin, end) in here:
-            torch.mm(kept.slice(begin, end).T.contiguous(), problem.hidden, out=d_weight[begin:end])
+            # Copied: dW lies in the memory of what is read, which `contiguous` would leave there where N >= H.
+            ds = kept.slice(begin, end).T.clone(memory_format=torch.contiguous_format)
+            torch.mm(ds, problem.hidden, out=d_weight[begin:end])
     for i, (begin, end) in slices:
         ds = logit_gradient(i, begin, end).to(x.dtype)
         if d_weight is not None:

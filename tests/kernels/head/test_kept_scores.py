@@ -106,8 +106,27 @@ def test_a_frozen_weight_and_no_gradient_keep_nothing():
         assert not any(x.numel() > weight.numel() for x in saved)
 
 
+@pytest.mark.parametrize("rows", [40, 64, 130])
+def test_no_product_is_written_over_what_it_reads(rows, monkeypatch):
+    """Which a CPU may bear, and an Intel Xeon with AMX does not: dW was wrong there."""
+    features, written = 64, []
+
+    def mm(a, b, out=None):
+        if out is not None:
+            written.append(out)
+            assert not {x.untyped_storage().data_ptr() for x in (a, b)} & {out.untyped_storage().data_ptr()}
+        return product(a, b) if out is None else product(a, b, out=out)
+
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch_slices, "_native_bfloat16", lambda problem, d_weight: True)
+    hidden, weight, labels, _ = problem(rows, features, VOCABULARY, torch.bfloat16, device="cpu")
+    linear_logps(hidden, weight, labels).sum().backward()
+    assert written
+
+
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 products")
-@pytest.mark.parametrize("rows, features", [(40, 64), (130, 64)])
+@pytest.mark.parametrize("rows, features", [(40, 64), (64, 64), (130, 64)])
 @pytest.mark.parametrize("scale, common", [(1.5, 0.0), (12, 0.0), (1.5, 4.0)], ids=["flat", "sharp", "common mean"])
 def test_bfloat16_is_rounded_little_more_than_once(rows, features, scale, common):
     """With a direction that all tokens have in common the parts of dX are large and their sum is small."""

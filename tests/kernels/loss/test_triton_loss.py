@@ -83,10 +83,9 @@ def assert_matches_reference(stats, noise, K, beta=0.8, gamma=1.5, upstream_grad
     return result
 
 
-@pytest.mark.parametrize("sft_coef", [0.0, 0.3])
-@pytest.mark.parametrize("compat", ["paper", "upstream"])
+@pytest.mark.parametrize("compat, sft_coef", [("paper", 0.3), ("upstream", 0.3), ("paper", 0.0)])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize("P, K", [(1, 1), (1, 4), (3, 5), (200, 3), (300, 2), (2, 300)])
+@pytest.mark.parametrize("P, K", [(1, 1), (1, 4), (3, 5), (200, 3), (2, 300)])
 def test_against_reference(P, K, weighting, compat, sft_coef):
     stats, noise = random_stats(P, K)
     weighting = WEIGHTINGS[weighting].repeat(60)[:K] if weighting == "tensor" else weighting
