@@ -48,8 +48,8 @@ def test_every_kernel_is_compiled():
 
 @pytest.mark.slow
 def test_eight_threads_of_chunked_finish_a_row():
-    """Three shuffles each for its label, maximum and sum, and four to find whether a label is there; Triton's own choice
-    of layout takes 140."""
+    """Three shuffles each for its label, maximum and sum, and four to find whether a label is there; in the layout that
+    Triton chooses by itself it takes 140."""
     launches = [x for cc in (80, 90, 100) for x in launches_of(cc, "chunked") if name_of(x).endswith(", LogSumExp")]
     for compiled in compile_kernels(launches):
         compiled.check(matmul=False)
