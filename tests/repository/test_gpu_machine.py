@@ -3,6 +3,7 @@
 `benchmarks/lookalike.sh` runs the same, and more, in an environment of that machine's versions.
 """
 
+import ast
 import os
 import re
 import subprocess
@@ -40,3 +41,16 @@ def test_one_place_sets_the_interpreter_and_it_is_seen():
     setters = [path for path in (ROOT / "tests").rglob("*.py")
                if any(setting.search(line) for line in path.read_text().splitlines())]  # fmt: skip
     assert setters == [ROOT / "tests" / "conftest.py"]
+
+
+def test_no_module_of_tests_needs_an_optional_package_to_be_imported():
+    """A run of some tests imports all files; importorskip at the top of one says that it may be absent."""
+    needing = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        text = path.read_text()
+        for node in ast.parse(text).body:
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            packages = {name.split(".")[0] for name in names} & set(ABSENT)
+            needing |= {(path.name, each) for each in packages if f'importorskip("{each}"' not in text}
+    assert needing == set()

@@ -1,8 +1,10 @@
 """`chunked`: vendor matmuls over slices of the vocabulary, and the epilogue of a slice of float32 products in Triton.
 
 The device functions that finish a tile of products in `fused` finish a block that is loaded here. Reads 4 bytes per
-logit, writes what the epilogue writes. One program per (ROWS, STRIP) block: bound by memory, no reuse. Eight threads
-have a row, so that three shuffles finish its maximum and its sum.
+logit, writes what the epilogue writes. One program per (ROWS, STRIP) block: bound by memory, no reuse.
+
+Where rows are summed, eight threads have one, so that three shuffles finish its maximum and its sum. In the gradient,
+which may sum columns and read a bias, a thread has the same columns of several rows.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from .log_sum_exp import LogSumExp
 from .logit_gradient import LogitGradient
 from .problem import Problem, Upstream
 from .score_loop import finish_strip
+from .tiles import load_tile
 
 LINE = tl.constexpr(32)  # float32 numbers that lie together, 128 bytes: what memory is read in
 
@@ -27,9 +30,9 @@ def _block() -> tuple[int, int]:
 
 
 @triton.jit
-def _load_block(products, row, column, rows, stride, ROWS: tl.constexpr, STRIP: tl.constexpr):
+def _load_lines(products, row, column, rows, stride, ROWS: tl.constexpr, STRIP: tl.constexpr):
     """(ROWS, STRIP) of the products. A line has its eight threads and a row no more of them, which Triton gives where
-    lines are a dimension of their own. What stands past a slice's end is anything: the epilogues leave it out."""
+    lines are a dimension of their own. What stands past a slice's end is anything: the epilogue leaves it out."""
     LINES: tl.constexpr = STRIP // LINE
     part = tl.arange(0, LINES * ROWS)  # a line of a row, rows innermost
     r = row + part % ROWS
@@ -46,7 +49,10 @@ def _slice_kernel(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS
     column = tl.program_id(1) * STRIP
-    block = _load_block(products, row, column, scoring.rows, stride, ROWS, STRIP)
+    if GRADIENT:
+        block = load_tile(products, row, column, scoring.rows, end - begin, stride, ROWS, STRIP, False)
+    else:
+        block = _load_lines(products, row, column, scoring.rows, stride, ROWS, STRIP)
     finish_strip(block, row, begin + column, begin, scoring, epilogue, ROWS, STRIP, GRADIENT)
 
 

@@ -120,22 +120,27 @@ class SliceLaunch:
     def __init__(self, kernel, grid: Callable[[int], Grid], *arguments, **constants):
         self._kernel, self._grid, self._arguments, self._constants = kernel, grid, arguments, constants
         self._bound: dict[tuple[bool, ...], Callable[[Grid], Slices]] = {}
-        self._launches: dict[tuple[bool | int, ...], Slices] = {}  # of a kind for a number of columns
+        self._launches: dict[tuple[int, int], Slices] = {}  # by columns and by what of begin tells its kind
 
     def __call__(self, begin: int, end: int) -> None:
-        key = begin % 16 == 0, end % 16 == 0, begin == 1, end == 1, end - begin
-        launch = self._launches.get(key)
+        launch = self._launches.get((end - begin, begin % 16 if begin > 1 else ~begin))
         if launch is None:
-            kind, grid = key[:4], self._grid(end - begin)
-            bound = self._bound.get(kind) or self._known(kind)
-            if bound is None:
-                compiled = self._kernel[grid](begin, end, *self._arguments, **self._constants)
-                if compiled is not None:  # as in the interpreter
-                    self._bound[kind] = self._bind(compiled, kind)
-                return
-            self._bound[kind] = bound
-            launch = self._launches[key] = bound(grid)
-        launch(begin, end)
+            launch = self._first(begin, end)
+        if launch is not None:
+            launch(begin, end)
+
+    def _first(self, begin: int, end: int) -> Slices | None:
+        """What launches a slice of this size and kind; None: Triton has launched it."""
+        kind, grid = (begin % 16 == 0, end % 16 == 0, begin == 1, end == 1), self._grid(end - begin)
+        bound = self._bound.get(kind) or self._known(kind)
+        if bound is None:
+            compiled = self._kernel[grid](begin, end, *self._arguments, **self._constants)
+            if compiled is not None:  # as in the interpreter
+                self._bound[kind] = self._bind(compiled, kind)
+            return None
+        self._bound[kind] = bound
+        launch = self._launches[end - begin, begin % 16 if begin > 1 else ~begin] = bound(grid)
+        return launch
 
     def _bind(self, compiled, kind: tuple[bool, ...]) -> Callable[[Grid], Slices]:
         if direct_launch.ENABLED:

@@ -13,6 +13,7 @@ from .engines import ENGINES
 from .options import Options
 
 BUFFER = 256  # columns; buffers that kernels fill tile by tile hold a multiple
+Slicing = tuple[tuple[int, int], ...]  # (first column, the one behind the last) of every slice
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,18 @@ class Layout:
     def cached_strips(self) -> int:
         return launch.blocks(self.cached, self.strip)
 
-    def cached_slices(self, *, at_once: bool = False) -> list[tuple[int, int]]:
+    def cached_slices(self, *, at_once: bool = False) -> Slicing:
         """With `at_once`, as one."""
         return _slices(0, self.cached, max(self.vocabulary, 1) if at_once else self.step)
 
-    def other_slices(self, *, at_once: bool = False) -> list[tuple[int, int]]:
+    def other_slices(self, *, at_once: bool = False) -> Slicing:
         """What is not cached."""
         return _slices(self.cached, self.vocabulary, max(self.vocabulary, 1) if at_once else self.step)
 
 
-def _slices(begin: int, end: int, step: int) -> list[tuple[int, int]]:
-    return [(first, min(first + step, end)) for first in range(begin, end, step)]
+@functools.lru_cache(64)
+def _slices(begin: int, end: int, step: int) -> Slicing:
+    return tuple((first, min(first + step, end)) for first in range(begin, end, step))
 
 
 def _padded(columns: int) -> int:

@@ -45,7 +45,7 @@ class Options:
     @property
     def extra_tables(self) -> bool:
         """Whether an output needs more of a strip than its maximum and its sum."""
-        return any(self.wants(output) for output in OUTPUTS if output != "lse")
+        return not {"", "lse"}.issuperset(self.outputs.split(","))
 
 
 NAMES = tuple(field.name for field in fields(Options))

@@ -22,14 +22,12 @@ from torch import Tensor
 from . import kept_probabilities
 from .engines import ENGINES, Engine
 from .launch import Slices
-from .layout import Layout
+from .layout import Layout, Slicing
 from .log_sum_exp import LogSumExp
 from .logit_gradient import LogitGradient
 from .merge_strips import merge_strips
 from .problem import Exponentials, Forward, Gradients, Problem, RowStatistics, StripStatistics, Upstream
 from .vocabulary_shard import gather_strips
-
-Slicing = list[tuple[int, int]]  # (first column, the one behind the last) of every slice
 
 
 def forward(problem: Problem) -> Forward:
@@ -149,7 +147,7 @@ def backward(
 
     cached, recomputed = layout.cached_slices(), layout.other_slices()
     if options.softcap is not None and (upstream.entropy is not None or upstream.mean is not None):
-        cached, recomputed = [], cached + recomputed
+        cached, recomputed = (), cached + recomputed
     gradients_of(cached, kept_probabilities.row_blocks(problem, layout.strip), read_cache)
     gradients_of(recomputed, engine.scores.row_blocks(problem), recompute)
     if not need_hidden:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from head_launches import launches_of  # noqa: E402
+from compiling import compile_kernels  # noqa: E402
+from head_launches import launches_of, name_of  # noqa: E402
 from small_launches import small_launches  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
@@ -43,3 +44,13 @@ def test_every_kernel_is_compiled():
             compiled = {row["kernel"].split(",")[0] for row in rows if row["cc"] == cc}
             names = {name.split(":")[1].strip("_") for name in found}
             assert compiled == {name for name in names if ONLY_ON.get(name, cc) == cc}, (path.name, cc)
+
+
+@pytest.mark.slow
+def test_eight_threads_of_chunked_finish_a_row():
+    """Three shuffles each for its label, maximum and sum, and four to find whether a label is there; in the layout that
+    Triton chooses by itself it takes 140."""
+    launches = [x for cc in (80, 90, 100) for x in launches_of(cc, "chunked") if name_of(x).endswith(", LogSumExp")]
+    for compiled in compile_kernels(launches):
+        compiled.check(matmul=False)
+        assert compiled.ptx.count("shfl.sync") <= 13 and "ld.global.v4" in compiled.ptx
