@@ -14,6 +14,7 @@ from amopo_fast.memory.speed import time_of
 
 BF16, CHECKPOINTING = "--weight_precision bf16_stochastic", "--gradient_checkpointing true"
 STATES_ON_HOST, WEIGHTS_ON_HOST = "--optimizer_states host", "--weights host"
+OWN_OPTIM = "--optim adamw_torch_fused"  # the default
 OFFLOAD = """--gradient_checkpointing_kwargs '{"offload": true}'"""
 _8BIT = Setup(states="8bit", in_backward=True)
 _4BIT = Setup(states="4bit", in_backward=True)
@@ -81,8 +82,10 @@ def _optimizers(way: _Way) -> Iterator[_Way]:
         now = kinds.index(each.setup.states) if each.setup.states in kinds else 0
         if number > now or (number == now and not each.setup.in_backward):
             name = "adamw" if states == "fp32" else f"adamw_{states}"
-            yield each.but(f"--optim_in_backward {name}", coarser=number - now, states=states, in_backward=True,
-                           accumulates=False)  # fmt: skip
+            # What has codes without it was given by --optim, which does not go with it.
+            instead = [OWN_OPTIM] if now and not each.setup.in_backward else []
+            yield each.but(*instead, f"--optim_in_backward {name}", coarser=number - now, states=states,
+                           in_backward=True, accumulates=False)  # fmt: skip
 
 
 def _activations(way: _Way, on_gpu: bool) -> Iterator[_Way]:
@@ -119,10 +122,13 @@ def _adapters(setup: Setup, on_gpu: bool) -> Iterator[list[_Way]]:
     """Ways in which less is trained, or in 4 bits, each only where the one before does not fit."""
     way = _Way(setup)
     if setup.lora_rank is None:
-        adapter = Setup(lora_rank=16, gpus=setup.gpus, liger=setup.liger, reference=setup.reference,
-                        autocast=setup.autocast, head_slice=setup.head_slice, weights="bf16" if on_gpu else "fp32",
-                        checkpointing=setup.checkpointing, accumulates=setup.accumulates)  # fmt: skip
-        way = _Way(adapter, ("--use_peft true",))
+        adapter = replace(setup, lora_rank=16, host_states=False, host_weights=False,
+                          weights="bf16" if on_gpu else setup.weights,
+                          states="fp32" if setup.states == "bf16" else setup.states)  # fmt: skip
+        present = {"--weight_precision auto": on_gpu and setup.weights == "fp32",
+                   "--optimizer_states device": setup.host_states, "--weights device": setup.host_weights,
+                   CHECKPOINTING: setup.host_weights}  # which switches it on
+        way = _Way(adapter, ("--use_peft true", *(flag for flag, needed in present.items() if needed)))
         yield list(_activations(way, on_gpu))
     if not setup.quantised and on_gpu:
         yield list(_activations(way.but("--load_in_4bit true", quantised=True), on_gpu))

@@ -19,6 +19,7 @@ earlier ones checkpoint its call, and hooks that run during a backward pass have
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -180,9 +181,10 @@ class StreamedWeights:
         for part in module.modules():
             if not travelling.isdisjoint(part.parameters(recurse=False)):
                 part.register_forward_pre_hook(lambda *_: self._require(layer))
+        present = weakref.ref(layer)  # a hook of a parameter that holds the parameter would keep both for ever
         for parameter in layer.parameters:
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda _: self._on_gradient(layer))
+                parameter.register_post_accumulate_grad_hook(lambda _: _require_there(present()))
         module.register_state_dict_pre_hook(lambda *_: self.settle())
         module.register_load_state_dict_pre_hook(lambda *_: self.settle())
         module._apply = _moves_the_rest(module, layer)
@@ -214,13 +216,6 @@ class StreamedWeights:
             raise RuntimeError(
                 f"weights=host: a part of {layer.name} is called without the layer, whose weights are not on the "
                 "device. In a backward pass: more of it than its output is differentiated; leave weights=host out"
-            )
-
-    def _on_gradient(self, layer: _Layer) -> None:
-        if layer.slot is None:
-            raise RuntimeError(
-                f"weights=host: a gradient of {layer.name} arrived when the layer had left the device: its weights are "
-                "used outside of it; leave weights=host out"
             )
 
     # ----- coming and going -----
@@ -301,6 +296,15 @@ def stream_weights(
 def streamed_of(model: nn.Module) -> StreamedWeights | None:
     """What `stream_weights` has made of a model."""
     return getattr(language_model_of(model), "amopo_streamed", None)
+
+
+def _require_there(layer: _Layer | None) -> None:
+    """As a gradient arrives of what is stepped where it lies."""
+    if layer is not None and layer.slot is None:
+        raise RuntimeError(
+            f"weights=host: a gradient of {layer.name} arrived when the layer had left the device: its weights are "
+            "used outside of it; leave weights=host out"
+        )
 
 
 def _in_backward() -> bool:

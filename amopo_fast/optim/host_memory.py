@@ -105,9 +105,9 @@ class Transfers:
             torch.cuda.current_stream(self.device).wait_event(event)
 
     def settle(self) -> None:
-        """Let the host wait until everything is written back."""
-        if self._writing is not None:
-            self._writing.synchronize()
+        """Let the host wait until everything is written back, and nothing is read any more."""
+        for stream in filter(None, (self._writing, self._fetching)):
+            stream.synchronize()
 
 
 def _copy(stream: Any, pairs: Iterable[tuple[Tensor, Tensor]], after: Iterable[Any]) -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
-from amopo_fast.memory.advice import cheapest_change
+from amopo_fast.memory.advice import CHECKPOINTING, cheapest_change
 from amopo_fast.memory.estimate import HOST_PROCESS, Row, Setup, estimate
 from amopo_fast.memory.gpus import GIB, GPUS, Gpu, known_peak, measure_copies, parse_gpu
 from amopo_fast.memory.preflight import DoesNotFit, Room, copies_line, longest_that_fits, require_fit, row_that_fits
@@ -44,7 +44,10 @@ def test_the_cheapest_change_that_fits_is_named():
 
 
 def test_an_adapter_is_advised_where_all_weights_find_no_place():
-    assert advised(Setup(weights="fp32"), "l40s", 16 * GIB, SHORT).startswith("--use_peft true")
+    assert advised(Setup(weights="fp32"), "l40s", 16 * GIB, SHORT).startswith("--use_peft true --weight_precision auto")
+    # What the run has on the host goes with no adapter, and had switched checkpointing on.
+    flags = advised(dataclasses.replace(FOUR, host_states=True, host_weights=True), "l40s", 16 * GIB, SHORT)
+    assert flags.startswith(f"--use_peft true --optimizer_states device --weights device {CHECKPOINTING}")
     assert "--load_in_4bit true" in advised(Setup(lora_rank=16), "l40s", row=SHORT)
 
 

@@ -3,6 +3,9 @@
 On a CPU host memory and slots are different buffers, so a stale read or a lost update shows in losses and weights.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 from packing_cases import FAMILIES
@@ -227,6 +230,18 @@ def test_host_memory_holds_the_layers_and_saving_sees_tensors_of_their_own():
     values = [value for name, value in state.items() if ".layers." in name]
     assert len({value.untyped_storage().data_ptr() for value in values}) == len(values)
     assert all(value.untyped_storage().nbytes() == value.nbytes for value in values)
+
+
+def test_host_memory_goes_with_the_model_and_the_optimizer():
+    """Pinned, it would be lost to the process, and to every other one."""
+    model = made("qwen2")
+    streamed = stream_weights(model, CPU)
+    optimizer = optimizer_of(model, host=True)
+    train(model, optimizer, 1)
+    held = [weakref.ref(streamed._memory), weakref.ref(optimizer._host._memory)]
+    del model, streamed, optimizer
+    gc.collect()
+    assert [each() for each in held] == [None, None]
 
 
 def test_moving_a_model_leaves_its_layers_and_moves_the_rest():
