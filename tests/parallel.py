@@ -14,7 +14,8 @@ PROCESSES = 4  # each imports torch and transformers: about 1 GB
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(args):
-    asked = any(argument.startswith(("-n", "--numprocesses", "--collect-only", "--co")) for argument in args)
+    words = ("-n", "--numprocesses", "--collect-only", "--co", "no:xdist", "-pno:xdist")
+    asked = any(argument.startswith(words) for argument in args)
     if asked or shutil.which("nvidia-smi") or not importlib.util.find_spec("xdist"):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
