@@ -27,7 +27,7 @@ def draw(rows: Sequence[Row], output: str | Path, title: str, subtitle: str = ""
     """All rows on one sheet, in a file.
 
     Raises:
-        ValueError: the file's suffix is none of KINDS.
+        ValueError: the file's suffix is none of KINDS. OSError: it could not be written; nothing is left.
     """
     output = Path(output)
     if output.suffix not in KINDS:
@@ -35,6 +35,10 @@ def draw(rows: Sequence[Row], output: str | Path, title: str, subtitle: str = ""
     figure = sheet(rows, title, subtitle, foot)
     output.parent.mkdir(parents=True, exist_ok=True)
     metadata = {".svg": NO_METADATA, ".pdf": {"CreationDate": None}}.get(output.suffix)
-    with styled():
-        figure.savefig(output, dpi=130, metadata=metadata)
+    try:
+        with styled():
+            figure.savefig(output, dpi=130, metadata=metadata)
+    except OSError:
+        output.unlink(missing_ok=True)  # half a picture
+        raise
     return output

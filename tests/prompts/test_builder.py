@@ -12,6 +12,7 @@ from amopo_fast.data.pairs import Message, Pair
 from amopo_fast.data.sources.candidate import Dropped
 from amopo_fast.errors import DataError
 from amopo_fast.prompts.builder import PromptBuilder
+from amopo_fast.prompts.encoding import Encoder
 from amopo_fast.prompts.wording import Wording
 
 DIMENSIONS = ("no_object", "helpfulness", "instruction_following")
@@ -216,6 +217,25 @@ def test_truncation_keeps_head_instruction_header_and_end(case, order, prompt_wo
             drops.tokens(pair)
     if response_words < 100:
         np.testing.assert_array_equal(tokens.chosen, whole.chosen)
+
+
+@pytest.mark.parametrize("place", ["prompt", "chosen"])
+def test_of_a_text_of_megabytes_no_more_is_tokenised_than_what_may_be_kept(monkeypatch, place):
+    given = []
+    for name in ("encode", "token_ends"):
+        real = getattr(Encoder, name)
+
+        def recorded(self, texts, real=real):
+            given.extend([texts] if isinstance(texts, str) else texts)
+            return real(self, texts)
+
+        monkeypatch.setattr(Encoder, name, recorded)
+    builder = PromptBuilder(chat.make_tokenizer(), DIMENSIONS, max_length=300)
+    some = words(2000)  # 11,000 characters
+    short, long = (builder.tokens(make_pair(**{place: some * times})) for times in (1, 200))
+    assert max(map(len, given)) < 100_000
+    for a, b in zip((*short.prompts, short.chosen), (*long.prompts, long.chosen), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_pair_at_the_limit_is_left_alone_and_one_token_less_shortens_the_prompt_only():

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from small_run import small_trainer
 from test_checkpoints import At, metrics, tiny_disk  # noqa: F401
 
+from amopo_fast.cli import train as command
 from amopo_fast.survival.checkpoints import complete_checkpoints
 from amopo_fast.training import metrics_file
 
@@ -65,3 +68,17 @@ def test_a_full_disk_ends_no_run_and_costs_no_line(tiny_disk, caplog):  # noqa: 
     assert [line["step"] for line in metrics(tiny_disk)] == [1, 2, 3, 4, 5, 6, 7, 8, 8]
     assert caplog.text.count("metrics.jsonl cannot be written (No space left on device)") == 1
     assert not complete_checkpoints(tiny_disk)
+
+
+def test_a_full_disk_costs_the_plot_and_not_the_run(tiny_disk, capsys):  # noqa: F811
+    lines = [{"step": step, "loss": 1.0} for step in range(1, 5)]
+    (tiny_disk / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_file({"weight": torch.zeros(3)}, tiny_disk / "model.safetensors")
+    with pytest.raises(OSError, match="No space left"), (tiny_disk / "rest").open("wb", buffering=0) as rest:
+        while True:
+            rest.write(bytes(512))
+    command._report(None, tiny_disk)
+    out, err = capsys.readouterr()
+    assert "No space left on device; the model is saved; make room, then `amopo-fast plot" in err
+    assert out.startswith(f"model: {tiny_disk} (") and "plot: none" in out
+    assert not list(tiny_disk.glob("*.png"))
