@@ -24,7 +24,8 @@ def test_every_name_leads_to_an_option_that_exists():
     [
         ("lora_rank", "lora_r"), ("dtype", "weight_precision"), ("loss_type", "objective"),
         ("cutoff_len", "max_length"), ("dataset_name", "train_data"), ("pref_beta", "beta"),
-        ("micro_batch_size", "per_device_train_batch_size"), ("base_model", "model_name_or_path"), ("val_set_size", "eval_share"),
+        ("micro_batch_size", "per_device_train_batch_size"),
+        ("base_model", "model_name_or_path"), ("val_set_size", "eval_share"),
     ],
 )  # fmt: skip
 def test_a_name_of_trl_llama_factory_or_axolotl(theirs, ours):
