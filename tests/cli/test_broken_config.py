@@ -179,7 +179,7 @@ COMMANDS = [  # a mistake of usage, but where what is named is not there
     (["train", "--beta", "x"], "argument --beta: write a finite number, found 'x'"),
     (["train", "--config", "none.yaml"], "none.yaml: No such file"),
     (["train", "extra"], "unknown option extra; a value stands behind its flag, as --train_data FILE"),
-    (["train", "--liger_kernel_config", "rope"], "--liger_kernel_config: write a JSON object, found 'rope'"),
+    (["train", "--liger_kernel_config", "rope"], "write a JSON object, found 'rope'"),
     (["train", "--liger_kernel_config", '{"rope": false}'], "no effect without use_liger_kernel"),
     (["train", "--split", "test"], "it is of one data set and stands behind its name: FILE,split=..."),
     (["train", "--lr_scheduler_type", "cosine_with_min_lr"], "error: lr_scheduler_kwargs: One of min_lr"),
