@@ -106,7 +106,10 @@ def check_numbers(
     Raises:
         OptionError: names the option, its value and the range.
     """
-    for name, value in ((each.name, getattr(config, each.name, None)) for each in dataclasses.fields(config)):
+    for each in dataclasses.fields(config):
+        name, value = each.name, getattr(config, each.name, None)
+        if type(each.default) in (int, float) and isinstance(value, (str, list, dict)):
+            raise OptionError(f"{name} is {shown(value)}: write a number", name)
         if isinstance(value, float) and not math.isfinite(value):
             raise OptionError(f"{name}={value} must be a finite number", name)
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -119,6 +122,8 @@ def check_numbers(
     for names, what, holds in ranges:
         for name in names:
             value = getattr(config, name, None)
+            if value is not None and not isinstance(value, (int, float)):
+                raise OptionError(f"{name} is {shown(value)}: write a number", name)
             if value is not None and not holds(value):
                 raise OptionError(f"{name}={value} {what}", name)
 

@@ -99,7 +99,7 @@ def main() -> int:
                 found = {"cc": launch.cc, "status": "wrong: a compiler's process died, with this launch or one before"}
             wrong += found["status"] != "ok"
             report.add(case=case, variant=f"{kernel}, sm_{launch.cc}", kernel=kernel, **found)
-    return 1 if wrong else 0
+    return 1 if wrong or not chosen else 0
 
 
 if __name__ == "__main__":

@@ -352,7 +352,7 @@ def main() -> int:
             case = {"shape": shape, "layers": arguments.layers, "variant": variant,
                     "options": options, "tokens": tokens, "steps": arguments.steps,
                     "device": arguments.device, "out": str(Path(folder) / "row.json")}  # fmt: skip
-            if arguments.smoke:  # counts the bytes of tensors, so it needs no process of its own, which imports for seconds
+            if arguments.smoke:  # which counts the bytes of tensors and needs no process of its own
                 child(case)
                 report.add(**head, **json.loads(Path(case["out"]).read_text()))
                 continue

@@ -74,8 +74,8 @@ def run(arguments) -> int:
         "eval", (DataConfig, EvaluationOptions), arguments.rest, ignore=RUN_CLASSES,
         add_arguments=_add_arguments,
     )  # fmt: skip
-    for name in {"train_data", "eval_share"} & options.typed if config.eval_data else ():
-        raise OptionError(f"--{name} has no effect beside eval_data: leave one of them out")
+    if config.eval_data and "train_data" in options.typed:
+        raise OptionError("--train_data has no effect beside eval_data: leave one of them out")
     models = [found for name in options.models for found in find_models(name, options.checkpoints)]
     first_folder = options.models[0] if Path(options.models[0]).is_dir() else "amopo-eval"
     folder = output_folder(options.output_dir or first_folder, "output_dir")

@@ -1,9 +1,11 @@
-"""Numbers of the commands that argparse alone reads: a value out of range is bad usage, said in one line."""
+"""Values of the commands that argparse alone reads: one that cannot be is bad usage, said in one line."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+from typing import Any
 
 
 def integer(text: str) -> int:
@@ -61,6 +63,16 @@ def share(text: str) -> float:
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError(f"write a number above 0 and at most 1, found {text!r}")
     return number
+
+
+def mapping(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"write a JSON object, found {text[:40]!r}")
+    return found
 
 
 def boolean(text: str) -> bool:

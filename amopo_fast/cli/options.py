@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 import yaml
 from transformers import HfArgumentParser
 
-from amopo_fast.cli.numbers import finite, integer
+from amopo_fast.cli.numbers import finite, integer, mapping
 from amopo_fast.cli.spellings import hint
 from amopo_fast.data.sources.spec import parse_sources
 from amopo_fast.errors import OptionError, shown
@@ -29,8 +29,8 @@ SOURCE_KEYS = ("train_data", "eval_data")
 # Ways to say one thing: one on the command line takes the place of the others in the YAML file.
 INSTEAD = (("eval_data", "eval_share"), ("pairs_per_step", "per_device_train_batch_size"),
            ("pairs_per_step", "gradient_accumulation_steps"))  # fmt: skip
-# In the place of argparse's, which say "invalid int value" and take "nan".
-_NUMBERS = {int: integer, float: finite}
+# In the place of argparse's, which say "invalid int value", take "nan" and make no dict of any text.
+_TYPES = {int: integer, float: finite, dict: mapping}
 # Whose keys a run's YAML file may hold beside the data's.
 RUN_CLASSES = (
     "amopo_fast.models.config:ModelConfig",
@@ -81,7 +81,7 @@ def parse_options(
     """
     parser = _Parser(list(classes), prog=f"amopo-fast {command}", allow_abbrev=False)
     for action in parser._actions:
-        action.type = _NUMBERS.get(action.type, action.type)
+        action.type = _TYPES.get(get_origin(action.type) or action.type, action.type)
     keys = {action.dest for action in parser._actions} - {"help"}
     parser.add_argument("--config", help="YAML file of options; --key value overrides its keys")
     if presets:

@@ -42,6 +42,7 @@ HEAD_SLICE = 4096  # columns of logits alive in the head at a time, in the Trito
 HEAD_SLICE_BYTES = 6  # per logit: float32 and its bfloat16 gradient
 QUANTISED_BYTES = 0.5 + 4 / 64  # per weight: nf4 with a float32 scale per 64
 NESTED_QUANTISED_BYTES = 0.5 + (1 + 4 / 256) / 64  # scales in 8 bits, in blocks of 256
+MOST_TOKENS = 2**28  # of a row: of more, sizes of tensors do not fit into 64 bits
 HOST_PROCESS = 4 * GIB  # of a training process beside tensors, assumed: libraries, CUDA's driver, the data's tokens
 CPU_MARGIN = 1.15  # of resident memory over tensors: malloc's fragmentation, the matmul library's workspace
 _LOOP_TOKENS = 16  # of each sequence, in the shorter of two runs of a model whose layers loop over tokens
@@ -212,8 +213,12 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     """Predict the peak on one GPU (each of `setup.gpus`).
 
     Raises:
-        ValueError: a configuration that transformers cannot build. OptionError: keep_layers above the number of layers.
+        ValueError: a configuration that transformers cannot build.
+        OptionError: keep_layers above the number of layers, a row of more than `MOST_TOKENS`.
     """
+    if row.tokens > MOST_TOKENS:
+        raise OptionError(f"a row of {row.tokens:,} tokens: at most {MOST_TOKENS:,} are estimated; lower --tokens, or "
+                          "tokens_per_micro_batch and max_length of the run")  # fmt: skip
     text = config.get_text_config()
     parameters = parameters_of(config, setup.lora_rank)
     trained = [p for p in parameters if p.trained]

@@ -47,8 +47,9 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, *, base: str | No
             pass
     except OSError as error:
         raise ValueError(f"{output} cannot be written ({error.strerror}); name another folder") from None
-    if (output / "config.json").exists():
-        raise ValueError(f"{output} holds a model already; name another folder")
+    for name, what in (("config.json", "a model"), ("adapter_config.json", "an adapter, which would be laid over it")):
+        if (output / name).exists():
+            raise ValueError(f"{output} holds {what} already; name another folder")
     recipe = Recipe.read(adapter)
     with model_errors(str(adapter), "adapter"):
         base = base or base_of(adapter)

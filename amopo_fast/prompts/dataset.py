@@ -339,6 +339,8 @@ class Mixture(Sequence[PairTokens]):
                 part_of.append(np.full(len(taken), number))
                 record_of.append(np.full(len(taken), base + repeat * _REPEAT))
             base += part.records
+        if not part_of:
+            raise OptionError("the weights of train_data leave no pair to train on; raise weight")
         self._part, self._index, self._offset = (np.concatenate(x) for x in (part_of, index_of, record_of))
 
     def __len__(self) -> int:

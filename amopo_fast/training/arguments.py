@@ -176,6 +176,8 @@ def _try_optimizer(args: Any, changed: dict[str, Any]) -> None:
         if args.optim_args:
             raise OptionError(f"optim_args={args.optim_args!r} has no effect with optim {name}", "optim_args")
         return
+    if bad := [item for item in filter(None, (args.optim_args or "").split(",")) if "=" not in item]:
+        raise OptionError(f"optim_args: {bad[0]!r} is no option; write NAME=VALUE,...", "optim_args")
     probe = nn.Sequential(nn.Linear(2, 2))
 
     def built(**changes) -> tuple[type, dict]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 from accelerate.utils import AutocastKwargs
 from torch import nn
@@ -23,23 +24,53 @@ from amopo_fast.training.launch import engine_asked_for
 logger = logging.getLogger(__name__)
 
 
+# What Trainer takes and this trainer makes itself.
+OWN = {
+    "data_collator": "batches are plans, made by packing.schedule.Collator",
+    "compute_metrics": "an evaluation's metrics are those of the objective; compute others from the saved model",
+    "compute_loss_func": "the loss is that of args.objective",
+    "preprocess_logits_for_metrics": "no logits are kept",
+    "model_init": "give the model",
+}
+
+
 def given_sets(
     args: AMoPOConfig,
+    model: str | nn.Module,
+    dimensions: Sequence[str],
     train_dataset: Sequence[PairTokens] | None,
     eval_dataset: Sequence[PairTokens] | dict[str, Sequence[PairTokens]] | None,
+    others: Mapping[str, Any],
 ) -> dict[str, Sequence[PairTokens]]:
     """The evaluation sets by name, "" for a single one. Raises ValueError where what a program gave is of another kind,
-    such as transformers' TrainingArguments or a data set of texts."""
+    such as transformers' TrainingArguments or a data set of texts.
+
+    others: what else it gave for Trainer."""
+    for name in OWN.keys() & others.keys():
+        raise ValueError(f"{name} is refused: {OWN[name]}")
     if not isinstance(args, AMoPOConfig):
         raise ValueError(f"args is {shown(args)}: give an AMoPOConfig, which takes TrainingArguments' options too")
-    evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset or ()}
-    for what, pairs in [("train_dataset", train_dataset or ()), *(("eval_dataset", each) for each in evals.values())]:
+    if not (isinstance(model, str) or isinstance(model, nn.Module) and hasattr(model, "config")):
+        raise ValueError(f"model is {shown(model)}: give the name or folder of a causal LM as text, or its module")
+    if isinstance(dimensions, str):
+        raise ValueError(f"dimensions is {shown(dimensions)}: give a list of names")
+    evals = eval_dataset if isinstance(eval_dataset, dict) else {"": () if eval_dataset is None else eval_dataset}
+    sets = [("train_dataset", () if train_dataset is None else train_dataset)]
+    for what, pairs in [*sets, *(("eval_dataset", each) for each in evals.values())]:
+        if not (hasattr(pairs, "__len__") and hasattr(pairs, "__getitem__")):
+            raise ValueError(f"{what} is {shown(pairs)}: give a list, or what has a length and items by number")
         if len(pairs) and not isinstance(pairs[0], PairTokens):
             raise ValueError(
                 f"{what} holds {shown(pairs[0])}: give tokenised pairs, as load_data(DataConfig(train_data=[...]), "
                 "tokenizer).train holds them"
             )
     return evals
+
+
+def require_pairs(train_dataset: Any) -> None:
+    """Raises ValueError where a program trains without data."""
+    if train_dataset is None:
+        raise ValueError("train_dataset is missing: give tokenised pairs when the trainer is made")
 
 
 def check_engine(model: nn.Module, args: AMoPOConfig) -> None:

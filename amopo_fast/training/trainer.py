@@ -36,7 +36,7 @@ from amopo_fast.survival.safety import write_arguments
 from amopo_fast.survival.signals import EvaluationStopped, Termination
 from amopo_fast.training.arguments import check_best_metric
 from amopo_fast.training.best_model import LoadsTheBest
-from amopo_fast.training.checks import RealLogits, check_data, given_sets
+from amopo_fast.training.checks import RealLogits, check_data, given_sets, require_pairs
 from amopo_fast.training.clipping import clip_step
 from amopo_fast.training.config import AMoPOConfig
 from amopo_fast.training.epochs import Description, costs, most_micro_batches, require_one_micro_batch, schedule_of
@@ -93,7 +93,7 @@ class AMoPOTrainer(MovesWithoutWaiting, LoadsTheBest, Trainer):
         peft_config: PeftConfig | None = None,
         **kwargs,
     ):
-        evals = given_sets(args, train_dataset, eval_dataset)
+        evals = given_sets(args, model, dimensions, train_dataset, eval_dataset, kwargs)
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
             model = load_for_training(ModelConfig(model), args, train_dataset, adapter=peft_config is not None)
@@ -169,6 +169,7 @@ class AMoPOTrainer(MovesWithoutWaiting, LoadsTheBest, Trainer):
             CheckpointError: nothing to resume from, another run's checkpoint, or one that could not be saved.
             NumbersError: a NaN or infinite loss, gradient or weight; nothing was changed by it.
         """
+        require_pairs(self.train_dataset)
         folder = self.checkpointer.begin(resume_from_checkpoint)
         if self.recipe is not None:
             self.recipe = replace(self.recipe, data={**self.recipe.data, **self.checkpointer.fingerprint["data"]})

@@ -131,6 +131,7 @@ def test_a_reference_is_said(model, capsys):
         (["--train_data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--price", "0"], "above 0"),
+        (["--tokens", "9999999999"], "a row of 9,999,999,999 tokens: at most 268,435,456"),
     ],
 )
 def test_errors_name_the_option(model, capsys, arguments, message):

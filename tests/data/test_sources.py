@@ -309,6 +309,9 @@ def test_sources_of_a_mapping_are_named():
 
 
 def test_an_unknown_format_says_what_it_saw(tmp_path):
+    path = write_lines(tmp_path / "alpaca.jsonl", [{"instruction": "a", "input": "", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(DataError, match="Alpaca.s preferences.*rename instruction, with its input"):
+        open_source(Source.parse(path))
     path = write_lines(tmp_path / "rows.jsonl", [{"question": "a", "answer": "b"}])
     with pytest.raises(DataError, match="unknown format: records with the keys answer, question"):
         open_source(Source.parse(path))

@@ -77,3 +77,5 @@ def test_merge_says_at_once_that_it_cannot_write(tmp_path, capsys):
         assert main(["merge", str(tmp_path / "adapter"), str(output)]) == 2
         assert f"{tmp_path / 'file'} is a file; name a folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "x"
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "adapter")]) == 1  # which would load as both
+    assert "adapter holds an adapter, which would be laid over it already" in capsys.readouterr().err

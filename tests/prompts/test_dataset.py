@@ -10,7 +10,7 @@ import tokenizers_for_tests as chat
 from chat_templates import FAMILIES
 
 from amopo_fast.data.config import DataConfig
-from amopo_fast.errors import DataError
+from amopo_fast.errors import DataError, OptionError
 from amopo_fast.prompts.dataset import load_data, load_eval_data
 from amopo_fast.prompts.store import TokenStore
 
@@ -58,6 +58,12 @@ def test_weights_take_whole_sets_and_shares_and_no_record_number_twice(tmp_path,
     again = load_data(config, tokenizer, seed=3)
     assert [pair.record for pair in again.train] == records
     assert [pair.record for pair in load_data(config, tokenizer, seed=4).train] != records
+
+
+def test_a_weight_that_takes_no_pair_is_named(tmp_path, tokenizer):
+    config = DataConfig(train_data=[f"{pairs_file(tmp_path, 'A', 10)},weight=0.01"], dimensions=DIMENSIONS)
+    with pytest.raises(OptionError, match="weights of train_data leave no pair to train on; raise weight"):
+        load_data(config, tokenizer, seed=0)
 
 
 def test_held_out_prompts_are_in_no_training_pair(tmp_path, tokenizer):

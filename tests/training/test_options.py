@@ -313,6 +313,7 @@ def test_no_warm_up_goes_with_a_schedule_that_has_none(tmp_path):
         ({"optim": "adam"}, "adam is not a valid"),
         ({"optim": "lomo"}, "optim: .*lomo"),
         ({"optim": "adafactor", "optim_args": "speed=1"}, None),
+        ({"optim": "adafactor", "optim_args": "speed"}, "optim_args: 'speed' is no option; write NAME=VALUE"),
         ({"report_to": ["wanb"]}, "did you mean 'wandb'"),
         ({"report_to": ["comet_ml"]}, "not installed here.*pip install comet_ml"),
         ({"lr_scheduler_type": "cosin"}, "cosin is not a valid"),

@@ -76,6 +76,10 @@ def open_source(source: Source) -> OpenSource:
         head.append(raw)
         if isinstance(raw, RawRecord) and isinstance(raw.value, dict):
             chosen = next((module for module in FORMATS.values() if module.recognizes(raw.value)), None)
+    first = next((raw.value for raw in head if isinstance(raw, RawRecord) and isinstance(raw.value, dict)), {})
+    if chosen in (None, trl) and {"instruction", "chosen", "rejected"} <= first.keys() and "prompt" not in first:
+        raise DataError("unknown format", "records with instruction, chosen and rejected (Alpaca's preferences)",
+                        "rename instruction, with its input behind it, to prompt", source=str(source))  # fmt: skip
     if chosen is None and head:
         # Nothing fits. With the keys of some format at least in part, that format's own errors say more.
         keys = {key for raw in head if isinstance(raw, RawRecord) and isinstance(raw.value, dict) for key in raw.value}
