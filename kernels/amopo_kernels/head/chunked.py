@@ -66,7 +66,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(a.float() @ b.float())
 
 
-def strip_columns(device: torch.device, dtype: torch.dtype, most: int) -> int:
+def strip_columns(device: torch.device, dtype: torch.dtype, narrow: bool) -> int:
     """As score_loop.strip_columns; a block's columns, whatever the epilogue does."""
     return _block()[1]
 

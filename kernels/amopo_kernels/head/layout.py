@@ -34,7 +34,7 @@ class Layout:
             fit = options.cache_bytes // (hidden.shape[0] * options.dtype.itemsize)
             cached = vocabulary if fit >= vocabulary else fit // step * step
         narrow = options.extra_tables or options.mode == "frozen" or cached > 0
-        strip = ENGINES[options.backend].scores.strip_columns(hidden.device, options.dtype, 32 if narrow else 64)
+        strip = ENGINES[options.backend].scores.strip_columns(hidden.device, options.dtype, narrow)
         return Layout(vocabulary, step, strip, cached)
 
     @property

@@ -114,10 +114,9 @@ def backward(
     upstream = Upstream.of(problem, forward.rows, gradients)
     if problem.hidden.dtype == torch.float16:
         upstream = upstream.scaled_for_float16(problem, forward.rows)
-    most = 64 if all(x is None for x in gradients[1:]) else 32
-    if d_bias is not None:  # column sums of a wider strip spill
-        most = 16 if problem.rows % 16 else 32
-    strip = engine.scores.strip_columns(problem.hidden.device, options.dtype, most)
+    of_logps_alone = not any(x is not None for x in gradients[1:])
+    narrow = not of_logps_alone or d_bias is not None  # column sums of a wide strip spill in float16
+    strip = engine.scores.strip_columns(problem.hidden.device, options.dtype, narrow)
     ds = problem.hidden.new_empty(problem.rows, layout.width)
     parts = engine.gradients.new_d_hidden(problem) if need_hidden else None
     of_slice = []

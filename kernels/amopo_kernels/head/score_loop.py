@@ -62,9 +62,10 @@ def _score_kernel(
             finish_strip(strips[i], row, column + i * STRIP, begin, scoring, epilogue, ROWS, STRIP, GRADIENT)
 
 
-def strip_columns(device: torch.device, dtype: torch.dtype, most: int) -> int:
-    """Columns of a strip: at most what the epilogue can hold in registers besides the accumulators."""
-    return min(launch.tiles(device, dtype).scores.columns, most)
+def strip_columns(device: torch.device, dtype: torch.dtype, narrow: bool) -> int:
+    """Columns of a strip: what the epilogue can hold in registers besides the accumulators; `narrow` if it does more
+    than log-sum-exp or the gradient of log-probabilities."""
+    return min(launch.tiles(device, dtype).scores.columns, 32 if narrow else 64)
 
 
 def row_blocks(problem: Problem) -> int:
