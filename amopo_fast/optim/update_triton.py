@@ -101,9 +101,10 @@ if triton is not None:
 
     @triton.jit
     def _code(y, table_ptr, BITS: tl.constexpr, SIGNED: tl.constexpr):
-        """int32 codes of y, (ROWS, BLOCK) float32 from -1 to 1; 0 of NaN, as no comparison holds."""
+        """int32 codes of y, (ROWS, BLOCK) float32 from -1 to 1; 0 of NaN, whose guess is clamped as a whole number: a
+        maximum of floats may hand NaN on, and what it is as a whole number lies outside of the table."""
         if BITS == 4 and not SIGNED:  # i / 16 from 1 / 16 on
-            guess = tl.maximum(y * 16 - 0.75, 0.0).to(tl.int32)
+            guess = tl.maximum((y * 16 - 0.75).to(tl.int32), 0)
         else:
             x = tl.abs(y)
             parts = tl.full(y.shape, 1 << (BITS - 2 if SIGNED else BITS - 1), tl.float32)
@@ -111,7 +112,7 @@ if triton is not None:
             x, parts = _to_first_decade(x, parts, 2)
             x, parts = _to_first_decade(x, parts, 1)
             lead: tl.constexpr = 0.25 if SIGNED else 1.25  # without a sign a decade has one code less below it
-            guess = tl.maximum(parts * (x * (1 / 0.9) + 0.8 / 0.9) - lead, 0.0).to(tl.int32)
+            guess = tl.maximum((parts * (x * (1 / 0.9) + 0.8 / 0.9) - lead).to(tl.int32), 0)
             if SIGNED:
                 code_of_zero: tl.constexpr = (1 << (BITS - 1)) - 1
                 guess = tl.maximum(code_of_zero + (guess ^ (y.to(tl.int32, bitcast=True) >> 31)), 0)
