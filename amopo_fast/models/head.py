@@ -94,7 +94,11 @@ def own_logps(
     OWN_HEAD_ROWS rows of logits are in memory at a time.
     """
 
+    head = model.get_output_embeddings()
+
     def of_rows(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if isinstance(head, FSDPModule):
+            head.unshard()  # torch 2.11 leaves it sharded where a second slice is computed again
         logits = own_logits(model, rows)
         log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
         logps = log_p.gather(1, labels[:, None])[:, 0]

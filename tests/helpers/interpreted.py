@@ -124,5 +124,6 @@ def _add_to_descriptor(builder, kind, descriptor, value, offsets) -> None:
     from triton.runtime.interpreter import TensorHandle, _ir
 
     assert kind == _ir.DESCRIPTOR_REDUCE_KIND.ADD
-    before = builder.create_descriptor_load(descriptor, offsets, None)
+    policies = len(inspect.signature(builder.create_descriptor_load).parameters) - 2  # two of triton 3.6, then one
+    before = builder.create_descriptor_load(descriptor, offsets, *[None] * policies)
     builder.create_descriptor_store(descriptor, TensorHandle(before.data + value.data, value.dtype), offsets)

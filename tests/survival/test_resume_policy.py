@@ -81,7 +81,8 @@ def test_every_option_has_its_place_in_the_policy():
     rest = fields - set().union(*decided)
     assert set().union(*decided) <= fields and sum(map(len, decided)) == len(set().union(*decided))
     assert not {name for name in rest if not name.startswith(prefixes)}
-    assert all(any(name.startswith(prefix) for name in rest) for prefix in prefixes)
+    unused = {prefix for prefix in prefixes if not any(name.startswith(prefix) for name in rest)}
+    assert unused <= {"activation_checkpointing"}  # of later transformers
     page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
     policy = page[page.index("## What may change on a resume") : page.index("`python -m pytest -m slow tests/surv")]
     assert not {name for name in set().union(*decided) if f"`{name}`" not in policy}

@@ -25,6 +25,16 @@ def send(name):
     return lambda: os.kill(os.getpid(), getattr(signal, name))
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    """A suite in the background of a shell, or under nohup, starts with signals that it ignores, as training would."""
+    before = {number: signal.signal(number, handler) for number, handler in
+              ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL))}  # fmt: skip
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
