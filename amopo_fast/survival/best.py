@@ -27,7 +27,9 @@ def best_beside(checkpoint: Path, metric: str | None) -> Path | None:
     if not _chosen_by(metric, state):
         logger.warning("step %s was the best by another metric than %s: evaluations from here on choose", step, metric)
         return None
-    places = [checkpoint] if step == state["global_step"] else [checkpoint.with_name(f"checkpoint-{step}")]
+    if step == state["global_step"]:
+        return checkpoint  # all of whose files `resolve` has just read
+    places = [checkpoint.with_name(f"checkpoint-{step}")]
     if state.get("best_model_checkpoint"):
         places.append(Path(state["best_model_checkpoint"]))
     for path in places:
