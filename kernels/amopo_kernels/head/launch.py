@@ -123,13 +123,14 @@ class SliceLaunch:
         self._launches: dict[tuple[int, int], Slices] = {}  # by columns and by what of begin tells its kind
 
     def __call__(self, begin: int, end: int) -> None:
-        launch = self._launches.get((end - begin, begin % 16 if begin > 1 else ~begin))
+        key = end - begin, begin % 16 if begin > 1 else ~begin
+        launch = self._launches.get(key)
         if launch is None:
-            launch = self._first(begin, end)
+            launch = self._first(key, begin, end)
         if launch is not None:
             launch(begin, end)
 
-    def _first(self, begin: int, end: int) -> Slices | None:
+    def _first(self, key: tuple[int, int], begin: int, end: int) -> Slices | None:
         """What launches a slice of this size and kind; None: Triton has launched it."""
         kind, grid = (begin % 16 == 0, end % 16 == 0, begin == 1, end == 1), self._grid(end - begin)
         bound = self._bound.get(kind) or self._known(kind)
@@ -139,7 +140,7 @@ class SliceLaunch:
                 self._bound[kind] = self._bind(compiled, kind)
             return None
         self._bound[kind] = bound
-        launch = self._launches[end - begin, begin % 16 if begin > 1 else ~begin] = bound(grid)
+        launch = self._launches[key] = bound(grid)
         return launch
 
     def _bind(self, compiled, kind: tuple[bool, ...]) -> Callable[[Grid], Slices]:
