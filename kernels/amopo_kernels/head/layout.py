@@ -13,6 +13,7 @@ from .engines import ENGINES
 from .options import Options
 
 BUFFER = 256  # columns; buffers that kernels fill tile by tile hold a multiple
+BUFFER_ROWS = 128  # the same of rows: the most of any kernel's tile
 Slicing = tuple[tuple[int, int], ...]  # (first column, the one behind the last) of every slice
 
 
@@ -67,6 +68,13 @@ def _slices(begin: int, end: int, step: int) -> Slicing:
 
 def _padded(columns: int) -> int:
     return launch.blocks(columns, BUFFER) * BUFFER
+
+
+def slice_buffer(hidden: Tensor, width: int) -> Tensor:
+    """(N, width) for one slice, in the dtype of hidden (N, H). Behind its rows there is memory for a whole tile's, which
+    epilogues write and nothing reads."""
+    rows = hidden.shape[0]
+    return hidden.new_empty(launch.blocks(rows, BUFFER_ROWS) * BUFFER_ROWS, width)[:rows]
 
 
 def slice_columns(hidden: Tensor, dtype: torch.dtype) -> int:

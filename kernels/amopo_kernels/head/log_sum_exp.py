@@ -89,9 +89,9 @@ def finish_log_sum_exp(products, r, c, column, scoring, out, STRIP: tl.constexpr
 @triton.jit
 def store_exponentials(exponentials, r, c, begin, scoring, out):
     """What finish_log_sum_exp returned, of a slice from `begin` on."""
-    first = 0
-    if out.reference is not None:
-        first = begin
-    places = out.exponentials + r.to(tl.int64)[:, None] * out.stride + (c - first)[None, :]
     kept = narrow(exponentials, out.exponentials.dtype.element_ty)
-    tl.store(places, kept, mask=(r < rows_to_compute(scoring))[:, None])
+    first_of_row = out.exponentials + r.to(tl.int64)[:, None] * out.stride
+    if out.reference is not None:  # a slice's buffer, which holds whole tiles of rows: a mask costs registers
+        tl.store(first_of_row + (c - begin)[None, :], kept)
+    else:
+        tl.store(first_of_row + c[None, :], kept, mask=(r < rows_to_compute(scoring))[:, None])

@@ -37,7 +37,7 @@ class LogitGradient(NamedTuple):
     mean: Tensor | None
     entropy: Tensor | None
     row_scale: Tensor | None  # what the row's dS was divided by
-    d_logits: Tensor  # (N, width) matmul dtype
+    d_logits: Tensor  # (N, width) matmul dtype, a layout.slice_buffer
     width: int  # a multiple of a tile's columns
     d_bias: Tensor | None  # (blocks of rows, width) float32
 
@@ -106,13 +106,15 @@ def logit_gradient(products, r, c, column, scoring, out, STRIP: tl.constexpr):
 
 @triton.jit
 def store_gradient(gradient, r, place, block, scoring, out):
-    """(ROWS, STRIP) of dS of rows r, at columns `place` of the slice, and its column sums for a block of rows."""
+    """(ROWS, STRIP) of dS of rows r, at columns `place` of the slice, and its column sums for a block of rows.
+
+    The buffer holds whole tiles of rows; a mask would cost registers that some epilogues do not have."""
     if scoring.count is not None:  # what stands behind is read with its tile
         gradient = tl.where((r < rows_to_compute(scoring))[:, None], gradient, 0.0)
-    real = r < scoring.rows
     places = out.d_logits + r.to(tl.int64)[:, None] * out.width + place[None, :]
-    tl.store(places, narrow(gradient, out.d_logits.dtype.element_ty), mask=real[:, None])
+    tl.store(places, narrow(gradient, out.d_logits.dtype.element_ty))
     if out.d_bias is not None:
+        real = r < scoring.rows
         if out.row_scale is not None:
             gradient *= tl.load(out.row_scale + r, mask=real, other=0.0)[:, None]
         sums = tl.sum(tl.where(real[:, None], gradient, 0.0), 0)

@@ -104,7 +104,8 @@ def merge_strips(problem: Problem, statistics: StripStatistics) -> RowStatistics
         new(), new(), new(), new(), new(wants("entropy")), new(wants("lse")), new(wants("mean_logit")),
         problem.labels.new_empty(rows) if wants("top1") else None, new(wants("log_sum_p2")),
     )  # fmt: skip
-    _merge_kernel[(triton.cdiv(rows, 32),)](
-        statistics.tables, statistics.label_logit, problem.scoring, out, strips, ROWS=32, STRIPS=64, num_warps=4
+    block = 1 if rows == 1 else 32  # the row alone: strips are its neighbours in memory, and 32 rows would spill
+    _merge_kernel[(triton.cdiv(rows, block),)](
+        statistics.tables, statistics.label_logit, problem.scoring, out, strips, ROWS=block, STRIPS=64, num_warps=4
     )
     return out

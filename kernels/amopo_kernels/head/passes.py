@@ -22,7 +22,7 @@ from torch import Tensor
 from . import kept_probabilities
 from .engines import ENGINES, Engine
 from .launch import Slices
-from .layout import Layout, Slicing
+from .layout import Layout, Slicing, slice_buffer
 from .log_sum_exp import LogSumExp
 from .logit_gradient import LogitGradient
 from .merge_strips import merge_strips
@@ -76,7 +76,7 @@ def _forward_with_unit_gradient(
     limit, headroom = (15.0, 14.0) if problem.hidden.dtype == torch.float16 else (32.0, 0.0)
     parts = engine.gradients.new_d_hidden(problem)
     reference = torch.full_like(statistics.label_logit, -1e30)
-    p = problem.hidden.new_empty(problem.rows, layout.width)
+    p = slice_buffer(problem.hidden, layout.width)
     epilogue = LogSumExp.of(statistics, Exponentials(p, reference, limit))
     score = engine.scores.scores(problem, layout.strip, epilogue, layout.width)
     raise_reference = kept_probabilities.raise_reference(problem, p, statistics, reference, parts, limit, headroom)
@@ -117,7 +117,7 @@ def backward(
     of_logps_alone = not any(x is not None for x in gradients[1:])
     narrow = not of_logps_alone or d_bias is not None  # column sums of a wide strip spill in float16
     strip = engine.scores.strip_columns(problem.hidden.device, options.dtype, narrow)
-    ds = problem.hidden.new_empty(problem.rows, layout.width)
+    ds = slice_buffer(problem.hidden, layout.width)
     parts = engine.gradients.new_d_hidden(problem) if need_hidden else None
     of_slice = []
     if d_weight is not None:

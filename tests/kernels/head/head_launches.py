@@ -30,13 +30,14 @@ from amopo_kernels.head.problem import Gradients, Problem
 
 MODULES = (score_loop, warp_specialized, slice_gradients, chunked, kept_probabilities, merge_strips)
 OPTIONS = ("num_warps", "num_stages")
+ALL_OUTPUTS = "entropy,lse,mean_logit,top1,log_sum_p2"
 # name -> what the case asks of the head
 CASES = {
     "exact": {},
-    "all options": {"bias": True, "softcap": 30.0, "outputs": "entropy,lse,mean_logit,top1,log_sum_p2"},
-    "all outputs and a bias": {"bias": True, "outputs": "entropy,lse,mean_logit,top1,log_sum_p2"},
+    "all options": {"bias": True, "softcap": 30.0, "outputs": ALL_OUTPUTS},
+    "all outputs and a bias": {"bias": True, "outputs": ALL_OUTPUTS},
     "cached": {"cached": True, "bias": True, "softcap": 30.0},
-    "cached, outputs": {"cached": True, "outputs": "entropy,lse,mean_logit,top1,log_sum_p2"},
+    "cached, outputs": {"cached": True, "outputs": ALL_OUTPUTS},
     "frozen": {"frozen": True},
     "frozen, all options": {"frozen": True, "bias": True, "softcap": 30.0},
     "temperatures and ignored rows": {"counted": True},
@@ -59,6 +60,14 @@ CASES = {
 EDGES = {
     "one row": {"rows": 1},
     "one row, frozen": {"rows": 1, "frozen": True},
+    "one row, all options": {"rows": 1, "bias": True, "softcap": 30.0, "outputs": ALL_OUTPUTS},
+    "one row, all outputs": {"rows": 1, "bias": True, "outputs": ALL_OUTPUTS},
+    "one row, frozen, all options": {"rows": 1, "frozen": True, "bias": True, "softcap": 30.0},
+    "ragged rows, a bias": {"rows": 4001, "bias": True},
+    "ragged rows and vocabulary, float16": {"rows": 4001, "vocabulary": 50257, "bias": True, "dtype": torch.float16},
+    "ragged rows and vocabulary, all outputs": {
+        "rows": 4001, "vocabulary": 50257, "bias": True, "outputs": ALL_OUTPUTS,
+    },
     "ragged rows and vocabulary": {"rows": 4001, "vocabulary": 50257, "cached": True, "bias": True},
     "ragged rows and vocabulary, frozen": {"rows": 4001, "vocabulary": 50257, "frozen": True},
     "one row, warp-specialised": {"specialised": True, "rows": 1, "vocabulary": 50257},
