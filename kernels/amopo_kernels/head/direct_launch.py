@@ -17,8 +17,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, addressof, byref, c_int32, c_size_t, c_uint, c_void_p
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -75,10 +74,10 @@ def kind(value: Any) -> Any:
         return None
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
-    if hasattr(value, "block_shape"):  # a tensor descriptor, Triton's or Gluon's
-        return value.base.dtype, *value.block_shape
     if isinstance(value, int) and not isinstance(value, bool):
         return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+    if hasattr(value, "block_shape"):  # a tensor descriptor, Triton's or Gluon's
+        return value.base.dtype, *value.block_shape
     return type(value)
 
 
@@ -90,8 +89,7 @@ def _types(signature: tuple) -> Iterator[str]:
             yield one
 
 
-@dataclass(frozen=True)
-class _Map:
+class _Map(NamedTuple):
     """How a kernel reads a tensor descriptor: the block in shared memory and its swizzle."""
 
     block: tuple[int, ...]
@@ -135,7 +133,8 @@ class DirectKernel:
             self._offsets.append(offset)
             formats += f"{offset - end}x{part}"
             end = offset + size
-        self._layout = struct.Struct(formats)
+        self._addresses = -(-end // 8) * 8  # of the parameters: where they lie behind them
+        self._layout = struct.Struct(f"{formats}{self._addresses - end}x{len(parts)}Q")
 
     @staticmethod
     def of(compiled) -> DirectKernel | None:
@@ -179,19 +178,21 @@ class DirectKernel:
                 values.append(leaf.data_ptr() if isinstance(leaf, Tensor) else leaf)
         memory = ctypes.create_string_buffer(self._layout.size + MAP_BYTES)
         first = _aligned(memory)
-        self._layout.pack_into(memory, first - addressof(memory), *values, 0, 0)
-        addresses = (c_void_p * len(self._offsets))(*[first + offset for offset in self._offsets])
-        return lambda grid: DirectLaunch(self, _Config(*grid, *self._block, stream, None, 0), memory, first, addresses)
+        addresses = [first + offset for offset in self._offsets]
+        self._layout.pack_into(memory, first - addressof(memory), *values, 0, 0, *addresses)
+        return lambda grid: DirectLaunch(
+            self, _Config(*grid, *self._block, stream, None, 0), memory, first, first + self._addresses
+        )
 
 
 class DirectLaunch:
     """The launches of a kernel with its arguments on a grid. One thread at a time: begin and end are written first."""
 
-    def __init__(self, kernel: DirectKernel, config: _Config, memory: ctypes.Array, first: int, addresses):
-        self._kept = kernel, config, memory, addresses
+    def __init__(self, kernel: DirectKernel, config: _Config, memory: ctypes.Array, first: int, addresses: int):
+        self._kept = kernel, config, memory
         self._begin, self._end = c_int32.from_address(first), c_int32.from_address(first + 4)
         self._launch = _driver().cuLaunchKernelEx
-        self._arguments = addressof(config), kernel.function, addressof(addresses), None
+        self._arguments = addressof(config), kernel.function, addresses, None
 
     def __call__(self, begin: int, end: int) -> None:
         self._begin.value, self._end.value = begin, end

@@ -120,17 +120,17 @@ class SliceLaunch:
     def __init__(self, kernel, grid: Callable[[int], Grid], *arguments, **constants):
         self._kernel, self._grid, self._arguments, self._constants = kernel, grid, arguments, constants
         self._bound: dict[tuple[bool, ...], Callable[[Grid], Slices]] = {}
-        self._launches: dict[tuple[int, int], Slices] = {}  # by columns and by what of begin tells its kind
+        self._launches: dict[tuple[int, int, bool], Slices] = {}  # by columns and by what tells begin's and end's kind
 
     def __call__(self, begin: int, end: int) -> None:
-        key = end - begin, begin % 16 if begin > 1 else ~begin
+        key = end - begin, begin % 16, begin == 1 or end == 1
         launch = self._launches.get(key)
         if launch is None:
             launch = self._first(key, begin, end)
         if launch is not None:
             launch(begin, end)
 
-    def _first(self, key: tuple[int, int], begin: int, end: int) -> Slices | None:
+    def _first(self, key: tuple[int, int, bool], begin: int, end: int) -> Slices | None:
         """What launches a slice of this size and kind; None: Triton has launched it."""
         kind, grid = (begin % 16 == 0, end % 16 == 0, begin == 1, end == 1), self._grid(end - begin)
         bound = self._bound.get(kind) or self._known(kind)
@@ -146,7 +146,7 @@ class SliceLaunch:
     def _bind(self, compiled, kind: tuple[bool, ...]) -> Callable[[Grid], Slices]:
         if direct_launch.ENABLED:
             direct_launch.KERNELS[self._kinds, kind] = direct_launch.DirectKernel.of(compiled)
-        values, stream = self._values, self._stream
+        values, (_, stream) = self._values, self._device
 
         def on(grid: Grid) -> Slices:
             runner = compiled[grid]
@@ -159,7 +159,7 @@ class SliceLaunch:
         if not direct_launch.ENABLED:
             return None
         kernel = direct_launch.KERNELS.get((self._kinds, kind))
-        return None if kernel is None else kernel.bind([0, 0, *self._leaves], self._stream)
+        return None if kernel is None else kernel.bind([0, 0, *self._leaves], self._device[1])
 
     @functools.cached_property
     def _leaves(self) -> list:
@@ -168,8 +168,7 @@ class SliceLaunch:
     @functools.cached_property
     def _kinds(self) -> tuple:
         """What Triton finds the compiled kernel by, but for begin and end."""
-        device = triton.runtime.driver.active.get_current_device()
-        return self._kernel, device, tuple(map(direct_launch.kind, self._leaves)), tuple(self._constants.items())
+        return self._kernel, self._device[0], tuple(map(direct_launch.kind, self._leaves)), tuple(self._constants.items())
 
     @functools.cached_property
     def _values(self) -> list:
@@ -178,9 +177,11 @@ class SliceLaunch:
         return [*map(_address, self._arguments), *constants]
 
     @functools.cached_property
-    def _stream(self) -> int:
+    def _device(self) -> tuple[int, int]:
+        """The current one, and its current stream."""
         driver = triton.runtime.driver.active
-        return driver.get_current_stream(driver.get_current_device())
+        device = driver.get_current_device()
+        return device, driver.get_current_stream(device)
 
 
 def _address(argument: Any) -> Any:
@@ -210,4 +211,4 @@ def _wide(matrix: Tensor, descriptors: bool) -> bool:
     """Whether every row begins and ends at a multiple of 16 bytes, as tensor descriptors need it; for pointers, of 16
     elements, of which Triton tells its compiler."""
     unit = 16 // matrix.element_size() if descriptors else 16
-    return matrix.data_ptr() % 16 == 0 and all(size % unit == 0 for size in (matrix.stride(0), matrix.shape[1]))
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) % unit == 0 and matrix.shape[1] % unit == 0

@@ -7,6 +7,7 @@ A NamedTuple goes to a kernel whole; a None in it is a constant there and compil
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -83,7 +84,7 @@ class Problem:
         # Rows that share memory, as expand makes them, are no matrix that a tensor descriptor can name.
         return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
-    @property
+    @functools.cached_property
     def scoring(self) -> Scoring:
         """As the Triton kernels take it."""
         row_scale = None if self.temperature is None else math.log2(math.e) / self.temperature.float()

@@ -113,7 +113,7 @@ def compare(call: Call, absent: AbsentDriver) -> dict:
     def both(run: launch.SliceLaunch, begin: int, end: int) -> None:
         found = launched(run, begin, end, True)
         counts["slices"] += 1
-        last = run._launches.get((end - begin, begin % 16 if begin > 1 else ~begin))
+        last = run._launches.get((end - begin, begin % 16, begin == 1 or end == 1))
         counts["direct"] += isinstance(last, direct_launch.DirectLaunch)
         same = launch.SliceLaunch(run._kernel, run._grid, *run._arguments, **run._constants)
         expected = launched(same, begin, end, False)
