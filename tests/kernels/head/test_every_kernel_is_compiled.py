@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results"
 CASES = [("fused", {"frozen": True}), ("fused", {"cached": True}), ("fused", {"specialised": True}), ("chunked", {})]
 ONLY_ON = {"warp_specialized_kernel": 90}
-SPILLS = {("score_kernel, LogitGradient", "fused, ragged rows and vocabulary")}  # with 3.9: benchmarks/NOTES.md, open
 
 
 def entries(root: Path) -> set[str]:
@@ -40,8 +39,7 @@ def test_every_kernel_is_compiled():
     assert {launch.kernel for launch in launches} == found
     for path in sorted(RESULTS.glob("compile_report-triton-*.json")):
         rows = json.loads(path.read_text())["rows"]
-        wrong = {(row["kernel"], row["case"]) for row in rows if row["status"] != "ok"}
-        assert wrong <= SPILLS, path.name
+        assert [(row["kernel"], row["case"]) for row in rows if row["status"] != "ok"] == [], path.name
         for cc in (80, 90, 100):
             compiled = {row["kernel"].split(",")[0] for row in rows if row["cc"] == cc}
             names = {name.split(":")[1].strip("_") for name in found}

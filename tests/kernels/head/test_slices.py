@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from amopo_kernels.head import launch, layout
+from amopo_kernels.head import chunked, kept_probabilities, launch, layout
 
 CONFIGURATIONS = {**launch.SIXTEEN_BIT, "float32": launch.FLOAT32, "unaligned": launch.UNALIGNED}
 
@@ -24,6 +24,19 @@ def test_a_slice_is_whole_tiles_whatever_the_rows(configuration):
         columns = layout._slice_columns(rows, features, configuration, chosen.choice([108, 132, 148]))
         assert columns % layout.BUFFER == 0 and 3072 <= columns <= 49152
         assert columns * rows <= max(6144 * rows, 3 * 2**23 + layout.BUFFER * rows)  # dS of 48 MB in 16 bits
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_a_slices_buffer_holds_whole_tiles_of_rows(interpreted, monkeypatch):
+    """Their stores have no mask."""
+    monkeypatch.setattr(launch, "INTERPRETED", interpreted)
+    tiles = [configuration.scores.rows for configuration in (*CONFIGURATIONS.values(), launch.INTERPRETER)]
+    tiles += [chunked._block()[0], *map(kept_probabilities._block_rows, (32, 64, 256))]
+    for rows in (1, 16, 128, 129, 4001):
+        buffer = layout.slice_buffer(torch.empty(rows, 3, dtype=torch.bfloat16, device="meta"), 512)
+        assert buffer.shape == (rows, 512) and buffer.is_contiguous() and buffer.dtype == torch.bfloat16
+        for tile in tiles:
+            assert launch.blocks(rows, tile) * tile * 512 * 2 <= buffer.untyped_storage().nbytes()
 
 
 class _Pair(NamedTuple):

@@ -12,7 +12,7 @@ from amopo_kernels import (
     linear_sequence_stats,
     reference,
 )
-from amopo_kernels.head import launch
+from amopo_kernels.head import launch, layout, passes
 from amopo_kernels.head.options import OUTPUTS
 
 pytest.importorskip("triton")
@@ -212,3 +212,27 @@ def test_unsupported_requests_are_named():
     hidden, weight, labels, _ = problem(5, 24, 140, torch.float64)
     with pytest.raises(UnsupportedError, match="'fused'.*float64"):
         linear_logps(hidden, weight, labels, backend="fused")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["exact", "cached", "frozen"])
+def test_nothing_is_written_past_the_buffer_of_a_slice(backend, mode, monkeypatch):
+    """Epilogues store whole tiles of rows; behind the last one memory stays as it was."""
+    buffers = []
+
+    def guarded(hidden, width):
+        rows = hidden.shape[0]
+        tiles = -(-rows // layout.BUFFER_ROWS) * layout.BUFFER_ROWS
+        buffers.append(hidden.new_full((tiles + layout.BUFFER_ROWS, width), -7.0))
+        return buffers[-1][:rows]
+
+    monkeypatch.setattr(passes, "slice_buffer", guarded)
+    for rows in (1, 37):
+        hidden, weight, labels, bias = problem(rows, 16, 150, bias=True)
+        weight.requires_grad_(mode != "frozen"), bias.requires_grad_(mode != "frozen")
+        offsets = torch.tensor([0, rows], dtype=torch.int32, device=DEVICE)
+        linear_sequence_stats(
+            hidden, weight, labels, offsets, bias, backend=backend, logits_cache_bytes=10**6 * (mode == "cached")
+        ).logp_sum.sum().backward()
+        written = buffers[-1]
+        assert (written[:rows] != -7).any() and (written[-layout.BUFFER_ROWS :] == -7).all()
