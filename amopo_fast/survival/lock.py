@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 FILE = "_lock.json"  # uploads to the Hub leave out names that begin with _
 BEAT = 10.0
 WATCH = 35.0
-SETTLE = 0.3  # seconds until a lock names its owner: one just made, or taken over by two runs at once (the later has it)
+SETTLE = 0.3  # seconds until a lock names its owner: one just made, or taken over by two runs at once (the later wins)
 
 _held: dict[Path, OutputLock] = {}
 
