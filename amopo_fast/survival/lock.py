@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 FILE = "_lock.json"  # uploads to the Hub leave out names that begin with _
 BEAT = 10.0
 WATCH = 35.0
-SETTLE = 0.3  # two runs that take over a stale lock at once: the later one has it, the earlier one sees that
+SETTLE = 0.3  # seconds until a lock names its owner: one just made, or taken over by two runs at once (the later wins)
 
 _held: dict[Path, OutputLock] = {}
 
@@ -73,6 +73,9 @@ class OutputLock:
             self.path.unlink(missing_ok=True)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         owner = _read(self.path)
+        if owner == {}:  # it may have been made just now, and is about to be written
+            time.sleep(SETTLE)
+            owner = _read(self.path)
         if owner is None:  # it was given up just now
             return False
         if self._alive(owner):

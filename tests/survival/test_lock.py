@@ -19,25 +19,30 @@ from amopo_fast.survival.checkpoints import complete_checkpoints
 from amopo_fast.survival.lock import FILE, OutputLock, require_lock
 
 HOLD = """
-import sys, time
+import sys
 from amopo_fast.survival.lock import OutputLock
-while time.time() < float(sys.argv[2]): time.sleep(0.001)
+print("ready", flush=True)
+sys.stdin.readline()
 try:
     with OutputLock(sys.argv[1]):
         print("held", flush=True)
-        time.sleep(float(sys.argv[3]))
+        sys.stdin.read()
 except Exception as error:
-    print(error)
+    print(error, flush=True)
 """
 
 
-def hold(folder, seconds, start=0.0):
-    command = [sys.executable, "-c", HOLD, str(folder), str(start), str(seconds)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def hold(folder):
+    """A process that waits for a line, takes the lock, says so or why not, and holds it until its input ends."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, bufsize=1)  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    return process
 
 
 def test_another_process_is_refused_by_name_until_it_ends(tmp_path):
-    process = hold(tmp_path, 60)
+    process = hold(tmp_path)
+    process.stdin.write("\n")
     assert process.stdout.readline() == "held\n"
     started = json.loads((tmp_path / FILE).read_text())["started"]
     message = rf"in use by another run \(process {process.pid} on .+, since {started}\).*delete .*{FILE}"
@@ -48,7 +53,7 @@ def test_another_process_is_refused_by_name_until_it_ends(tmp_path):
         run.train()
     assert not list(tmp_path.glob("checkpoint-*")) and not (tmp_path / "metrics.jsonl").exists()
     process.kill()
-    process.wait()
+    process.communicate()
     with OutputLock(tmp_path):  # killed: its file is there, and stale
         assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
     assert not (tmp_path / FILE).exists()
@@ -58,10 +63,14 @@ def test_another_process_is_refused_by_name_until_it_ends(tmp_path):
 def test_of_runs_that_start_at_once_one_has_the_folder(tmp_path, stale):
     if stale:
         (tmp_path / FILE).write_text(json.dumps({**mine(tmp_path), "pid": 2**22 + 1}))
-    start = time.time() + 1.5
-    found = [process.communicate()[0] for process in [hold(tmp_path, 2, start) for _ in range(4)]]
+    processes = [hold(tmp_path) for _ in range(4)]
+    for process in processes:
+        process.stdin.write("\n")
+    found = [process.stdout.readline() for process in processes]
     assert sorted(text == "held\n" for text in found) == [False, False, False, True], found
     assert sum("in use by another run" in text for text in found) == 3
+    for process in processes:
+        process.communicate()
 
 
 def mine(folder):
@@ -75,6 +84,7 @@ def mine(folder):
 def test_an_owner_that_is_gone_is_not_waited_for(tmp_path, caplog, monkeypatch, change):
     """The number of its process may be another's by now."""
     monkeypatch.setattr(lock, "WATCH", 0.2)
+    monkeypatch.setattr(lock, "SETTLE", 0.05)
     (tmp_path / FILE).write_text(json.dumps({**mine(tmp_path), **change}))
     with OutputLock(tmp_path):
         assert "taking its lock over" in caplog.text
@@ -102,9 +112,20 @@ def test_an_owner_on_another_host_is_watched(tmp_path, monkeypatch, alive):
 @pytest.mark.parametrize("content", ["", "{", "[]", "7"])
 def test_a_lock_that_cannot_be_read_is_taken_over_when_nobody_touches_it(tmp_path, monkeypatch, content):
     monkeypatch.setattr(lock, "WATCH", 0.2)
+    monkeypatch.setattr(lock, "SETTLE", 0.05)
     (tmp_path / FILE).write_text(content)
     with OutputLock(tmp_path):
         require_lock(tmp_path)
+
+
+def test_a_lock_that_is_being_written_names_its_owner(tmp_path, monkeypatch):
+    """Between its making and its writing it is empty, and nobody's process."""
+    owner = mine(tmp_path)
+    (tmp_path / FILE).touch()
+    monkeypatch.setattr(lock, "WATCH", 0.2)
+    monkeypatch.setattr(time, "sleep", lambda seconds: (tmp_path / FILE).write_text(json.dumps(owner)))
+    with pytest.raises(CheckpointError, match=f"process {owner['pid']} on"), OutputLock(tmp_path):
+        pass
 
 
 def test_a_run_holds_it_from_beginning_to_end_and_gives_it_up_after_an_error(tmp_path):

@@ -1,6 +1,8 @@
 """metrics.jsonl is whole after a resume and a full disk; a checkpoint's own log does not grow with the run."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,31 +26,44 @@ def history(folder, step):
     return json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
 
 
-def test_a_checkpoint_holds_the_first_and_the_last_lines(short, tmp_path):
-    small_trainer(tmp_path, **OPTIONS).train()
-    assert len(metrics(tmp_path)) == 21  # 16 steps, 4 evaluations, the end
-    assert [line["step"] for line in history(tmp_path, 2)] == [1, 2]
-    assert [line["step"] for line in history(tmp_path, 16)] == [1, 14, 15, 16, 16]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics_file, "KEPT", 5)
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        small_trainer(folder, **OPTIONS).train()
+    return folder
+
+
+@pytest.fixture
+def finished(short, whole, tmp_path):
+    """A copy."""
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def test_a_checkpoint_holds_the_first_and_the_last_lines(whole):
+    assert len(metrics(whole)) == 21  # 16 steps, 4 evaluations, the end
+    assert [line["step"] for line in history(whole, 2)] == [1, 2]
+    assert [line["step"] for line in history(whole, 16)] == [1, 14, 15, 16, 16]
 
 
 @pytest.mark.parametrize("step", [2, 4, 6, 14])
-def test_a_resumed_run_has_every_line_once(short, tmp_path, step):
+def test_a_resumed_run_has_every_line_once(finished, step):
     """Step 4 ends an epoch with an evaluation; at 6 and later, lines are in the file alone."""
-    small_trainer(tmp_path, **OPTIONS).train()
-    expected = metrics(tmp_path)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+    expected = metrics(finished)
+    with (finished / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "lo')
-    small_trainer(tmp_path, **OPTIONS).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-    assert metrics(tmp_path) == expected
+    small_trainer(finished, **OPTIONS).train(resume_from_checkpoint=str(finished / f"checkpoint-{step}"))
+    assert metrics(finished) == expected
 
 
-def test_lines_that_no_checkpoint_and_no_file_has_are_said_to_be_lost(short, tmp_path, caplog):
-    small_trainer(tmp_path, **OPTIONS).train()
-    expected = metrics(tmp_path)
-    (tmp_path / "metrics.jsonl").unlink()
-    small_trainer(tmp_path, **OPTIONS).train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
+def test_lines_that_no_checkpoint_and_no_file_has_are_said_to_be_lost(finished, caplog):
+    expected = metrics(finished)
+    (finished / "metrics.jsonl").unlink()
+    small_trainer(finished, **OPTIONS).train(resume_from_checkpoint=str(finished / "checkpoint-14"))
     assert "metrics.jsonl lacks lines of the run before step 12: they are lost" in caplog.text
-    assert metrics(tmp_path) == [expected[0], *(line for line in expected if line["step"] >= 12)]
+    assert metrics(finished) == [expected[0], *(line for line in expected if line["step"] >= 12)]
 
 
 def test_a_full_disk_ends_no_run_and_costs_no_line(tiny_disk, caplog):  # noqa: F811
