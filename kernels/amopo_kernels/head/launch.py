@@ -168,7 +168,8 @@ class SliceLaunch:
     @functools.cached_property
     def _kinds(self) -> tuple:
         """What Triton finds the compiled kernel by, but for begin and end."""
-        return self._kernel, self._device[0], tuple(map(direct_launch.kind, self._leaves)), tuple(self._constants.items())
+        device, _ = self._device
+        return self._kernel, device, tuple(map(direct_launch.kind, self._leaves)), tuple(self._constants.items())
 
     @functools.cached_property
     def _values(self) -> list:

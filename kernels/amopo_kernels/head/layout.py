@@ -71,8 +71,8 @@ def _padded(columns: int) -> int:
 
 
 def slice_buffer(hidden: Tensor, width: int) -> Tensor:
-    """(N, width) for one slice, in the dtype of hidden (N, H). Behind its rows there is memory for a whole tile's, which
-    epilogues write and nothing reads."""
+    """(N, width) for one slice, in the dtype of hidden (N, H). Behind its rows there is memory for a whole tile's,
+    which epilogues write and nothing reads."""
     rows = hidden.shape[0]
     return hidden.new_empty(launch.blocks(rows, BUFFER_ROWS) * BUFFER_ROWS, width)[:rows]
 
