@@ -13,7 +13,7 @@ log=$(realpath -m "${2:-benchmarks/results/newest.txt}")
 
 "${PYTHON:-python3.12}" -m venv --clear "$folder"
 export PATH="$folder/bin:$PATH" OMP_NUM_THREADS=1
-python -m pip install -q -e kernels -e ".[test]"
+python -m pip install -q -e kernels -e ".[test]" pytest-timeout  # which gpu_suite.py asks for
 # shellcheck source=benchmarks/rehearse.sh
 source benchmarks/rehearse.sh
 rehearse "$log" suite tests

@@ -94,6 +94,7 @@ def test_the_question_alone_is_kept():
     assert real_model.question_alone(plain) is plain
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_ended(tmp_path, monkeypatch, capsys):
     demo_folder(tmp_path / "model")
     pairs = [json.loads(line) for line in HELDOUT_FILE.read_text().splitlines()[:24]]
