@@ -152,19 +152,25 @@ def test_within_five_percent_of_a_real_step(name):
     assert prediction.peak + prediction.host_pinned == pytest.approx(measured_peak(config, plan, setup), rel=0.05)
 
 
-def test_the_line_through_two_depths_goes_through_a_third():
+@pytest.mark.parametrize(
+    "checkpointing, dtype",
+    [
+        pytest.param(True, torch.bfloat16, marks=pytest.mark.slow),
+        (False, torch.bfloat16),
+        (True, torch.float32),
+    ],
+)  # fmt: skip
+def test_the_line_through_two_depths_goes_through_a_third(checkpointing, dtype):
     def seven_layers():
         config = copy.deepcopy(QWEN_32B)
         set_layers(config, 7)
         return config
 
-    for checkpointing, dtype in ((False, torch.bfloat16), (True, torch.float32)):
-        profile = profile_body(seven_layers(), tokens=256, kv_tokens=512, dtype=dtype,
-                               checkpointing=checkpointing)  # fmt: skip
-        seven = meta_model(seven_layers(), dtype).train()
-        kept, forward, backward, *flops = _run(seven, (1, 256), 512, checkpointing, liger=False, autocast=True)
-        assert (profile.kept, profile.forward, profile.backward, profile.flops, profile.forward_flops) == (
-            kept, forward - kept, backward - kept, *flops)  # fmt: skip
+    profile = profile_body(seven_layers(), tokens=256, kv_tokens=512, dtype=dtype, checkpointing=checkpointing)
+    seven = meta_model(seven_layers(), dtype).train()
+    kept, forward, backward, *flops = _run(seven, (1, 256), 512, checkpointing, liger=False, autocast=True)
+    assert (profile.kept, profile.forward, profile.backward, profile.flops, profile.forward_flops) == (
+        kept, forward - kept, backward - kept, *flops)  # fmt: skip
 
 
 def test_the_32b_table():

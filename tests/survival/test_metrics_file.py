@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,12 @@ from amopo_fast.training import metrics_file
 OPTIONS = {"logging_steps": 1, "num_train_epochs": 4, "save_total_limit": None}
 
 
-@pytest.fixture
-def short(monkeypatch):
-    monkeypatch.setattr(metrics_file, "KEPT", 5)
+@contextmanager
+def short():
+    """A checkpoint keeps five lines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics_file, "KEPT", 5)
+        yield
 
 
 def history(folder, step):
@@ -29,17 +33,17 @@ def history(folder, step):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics_file, "KEPT", 5)
-        folder = tmp_path_factory.mktemp("whole") / "run"
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with short():
         small_trainer(folder, **OPTIONS).train()
     return folder
 
 
 @pytest.fixture
-def finished(short, whole, tmp_path):
-    """A copy."""
-    return Path(shutil.copytree(whole, tmp_path / "run"))
+def finished(whole, tmp_path):
+    """A copy of it, to go on from."""
+    with short():
+        yield Path(shutil.copytree(whole, tmp_path / "run"))
 
 
 def test_a_checkpoint_holds_the_first_and_the_last_lines(whole):

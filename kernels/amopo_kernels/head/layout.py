@@ -41,12 +41,12 @@ class Layout:
     @property
     def width(self) -> int:
         """Of a buffer for one slice."""
-        return _padded(min(self.step, self.vocabulary))
+        return _padded(min(self.step, self.vocabulary), BUFFER)
 
     @property
     def cache_width(self) -> int:
         """Of the cache: the vocabulary's last tile is written whole."""
-        return self.cached if self.cached < self.vocabulary else _padded(self.cached)
+        return self.cached if self.cached < self.vocabulary else _padded(self.cached, BUFFER)
 
     @property
     def cached_strips(self) -> int:
@@ -66,15 +66,15 @@ def _slices(begin: int, end: int, step: int) -> Slicing:
     return tuple((first, min(first + step, end)) for first in range(begin, end, step))
 
 
-def _padded(columns: int) -> int:
-    return launch.blocks(columns, BUFFER) * BUFFER
+def _padded(size: int, block: int) -> int:
+    return launch.blocks(size, block) * block
 
 
 def slice_buffer(hidden: Tensor, width: int) -> Tensor:
     """(N, width) for one slice, in the dtype of hidden (N, H). Behind its rows there is memory for a whole tile's,
     which epilogues write and nothing reads."""
     rows = hidden.shape[0]
-    return hidden.new_empty(launch.blocks(rows, BUFFER_ROWS) * BUFFER_ROWS, width)[:rows]
+    return hidden.new_empty(_padded(rows, BUFFER_ROWS), width)[:rows]
 
 
 def slice_columns(hidden: Tensor, dtype: torch.dtype) -> int:
