@@ -45,12 +45,16 @@ class Entry:
 WARP_SPECIALIZED = "tests/kernels/head/test_warp_specialized.py"
 # Several processes at once: most of a test's time on a GPU is the host's, which compiles. The session ends itself
 # before its budget does, so that what failed is told.
-GPU_TESTS = "python -m pytest -n 8 --timeout 45 --session-timeout 50 -m gpu"
+GPU_TESTS = "python -m pytest -p failures_at_once -n 8 --timeout 45 --session-timeout 50 -m gpu"
 # On a GPU the kernels' tests without its marker run on it as well, instead of in the interpreter.
 KERNEL_TESTS = f"python -m pytest -n 14 --timeout 40 --session-timeout 35 --ignore {WARP_SPECIALIZED} tests/kernels"
 SANITIZER = "compute-sanitizer --error-exitcode 1 --target-processes all"
 SMALL_TESTS = "tests/kernels/head/test_triton_head_edges.py tests/kernels/rows"
-NCU = "ncu --clock-control none --launch-count 4 --set basic"
+SECTIONS = "SpeedOfLight ComputeWorkloadAnalysis MemoryWorkloadAnalysis WarpStateStats".split()
+NCU = (
+    "ncu --clock-control none --kernel-name regex:_(score|d_weight|d_hidden)_kernel --launch-count 7 "
+    + " ".join(f"--section {section}" for section in SECTIONS)
+)
 PLANS = {
     "first": [
         Entry("machine", "python benchmarks/machine.py", 30),
@@ -163,7 +167,7 @@ def run(entry: Entry, arguments: argparse.Namespace, device: str, deadline: Dead
         command += ["--smoke"] if arguments.smoke else []
     elif arguments.smoke and " pytest " in entry.command:  # all of them skip, for which one process imports enough
         command += ["-n", "0", "--session-timeout", str(left)]
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     if device == "cpu":
         variables["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than all the rest

@@ -20,13 +20,16 @@ from unittest import mock
 import torch
 
 import harness
-from amopo_kernels.head import launch, layout, score_loop, warp_specialized
+from amopo_kernels.head import direct_launch, launch, layout, score_loop, warp_specialized
 from compile_report import launches_of, row, use_absent_gpu
 from head import CASES, Mode, judge, problems, runner
 from head_variants import Variant, ours
 
 Tile = launch.Tile
 CAPABILITY = 90
+BACKWARD = (Mode("forward+backward", lambda _: []),)
+FORWARD = (*BACKWARD, Mode("forward", lambda _: [], backward=False))
+FROZEN = (*BACKWARD, Mode("frozen head", lambda _: [], frozen=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Tuning:
     group: int | None = None  # row tiles that are walked together
     slice_columns: int | None = None
     ring: warp_specialized.Ring | None = None  # of the warp-specialised kernel; None: Triton's kernel
+    direct: bool = False  # launches past Triton's launcher
+    modes: tuple[Mode, ...] = BACKWARD
 
     def configuration(self) -> launch.Configuration:
         tiles = {name: getattr(self, name) for name in ("scores", "d_weight", "d_hidden") if getattr(self, name)}
@@ -61,27 +66,34 @@ class Tuning:
                 stack.enter_context(mock.patch.object(layout, "slice_columns", lambda *_: self.slice_columns))
             stack.enter_context(mock.patch.object(score_loop, "WARP_SPECIALIZED", self.ring is not None))
             stack.enter_context(mock.patch.object(warp_specialized, "RING", self.ring))
+            stack.enter_context(mock.patch.object(direct_launch, "ENABLED", self.direct))
             yield
 
 
 SMALL = Tile(128, 128, 64, 4, 3)
 Ring = warp_specialized.Ring
 TUNINGS = [
-    Tuning("shipped: 128 x 256 x 64, 8 warps, 4 stages"),
+    Tuning("shipped", modes=(*FORWARD, *FROZEN[1:])),
+    Tuning("slices of 8192 columns", slice_columns=8192, modes=FROZEN),
+    Tuning("slices of 16384 columns", slice_columns=16384, modes=FROZEN),
+    Tuning("slices of 32768 columns", slice_columns=32768, modes=FROZEN),
     Tuning("dX32 added to in L2", add_in_l2=True),
-    Tuning("warp-specialised, 4 stages of 64, lead 2", ring=Ring(64, 4, 2)),
-    Tuning("warp-specialised, 9 stages of 32, lead 6", ring=Ring(32, 9, 6)),
-    Tuning("warp-specialised, 4 stages of 64, lead 1", ring=Ring(64, 4, 1)),
-    Tuning("warp-specialised, 4 stages of 64, lead 3", ring=Ring(64, 4, 3)),
-    Tuning("3 stages", *[Tile(128, 256, 64, 8, 3)] * 3),
+    Tuning("slices of 8192 columns, dX32 added to in L2", slice_columns=8192, add_in_l2=True),
+    Tuning("slices of 16384 columns, dX32 added to in L2", slice_columns=16384, add_in_l2=True, modes=FROZEN),
     Tuning("two blocks a processor, 128 x 128 x 64, 4 warps", *[SMALL] * 3, blocks_per_processor=2),
+    Tuning("two blocks a processor, slices of 8192", *[SMALL] * 3, blocks_per_processor=2, slice_columns=8192),
+    Tuning("two blocks a processor, slices of 16384", *[SMALL] * 3, blocks_per_processor=2, slice_columns=16384),
+    Tuning("direct launches", direct=True, modes=FROZEN),
+    Tuning("warp-specialised, 9 stages of 32, lead 6", ring=Ring(32, 9, 6), modes=FORWARD),
+    Tuning("warp-specialised, 4 stages of 64, lead 2", ring=Ring(64, 4, 2), modes=FORWARD),
+    Tuning("warp-specialised, 4 stages of 64, lead 1", ring=Ring(64, 4, 1), modes=FORWARD),
+    Tuning("warp-specialised, 4 stages of 64, lead 3", ring=Ring(64, 4, 3), modes=FORWARD),
+    Tuning("3 stages", *[Tile(128, 256, 64, 8, 3)] * 3),
     Tuning("256 x 128 for dW", d_weight=Tile(256, 128, 64, 8, 4)),
     Tuning("slices of 2048 columns", slice_columns=2048),
-    Tuning("slices of 8192 columns", slice_columns=8192),
     Tuning("groups of 8 row tiles", group=8),
     Tuning("groups of 32 row tiles", group=32),
 ]
-MODES = (Mode("forward+backward", lambda _: []), Mode("forward", lambda _: [], backward=False))
 
 
 def compile_ahead(tunings: list[Tuning], case) -> dict[str, str]:
@@ -124,7 +136,7 @@ def main() -> None:
         inputs, oracle = problems(case, device)
         runs, rows = {}, {}
         for tuning in tunings:
-            for mode in MODES if tuning.ring or tuning is TUNINGS[0] else MODES[:1]:
+            for mode in tuning.modes:
                 key = f"{tuning.name}, {mode.name}"
                 rows[key] = {"case": name, "variant": tuning.name, "mode": mode.name}
                 if tuning.name in wrong or deadline.over():
