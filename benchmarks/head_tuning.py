@@ -29,7 +29,6 @@ Tile = launch.Tile
 CAPABILITY = 90
 BACKWARD = (Mode("forward+backward", lambda _: []),)
 FORWARD = (*BACKWARD, Mode("forward", lambda _: [], backward=False))
-FROZEN = (*BACKWARD, Mode("frozen head", lambda _: [], frozen=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Tuning:
     d_weight: Tile | None = None
     d_hidden: Tile | None = None
     blocks_per_processor: int = 1
-    add_in_l2: bool = False
+    add_in_l2: bool = True
     group: int | None = None  # row tiles that are walked together
     slice_columns: int | None = None
     ring: warp_specialized.Ring | None = None  # of the warp-specialised kernel; None: Triton's kernel
@@ -73,24 +72,19 @@ class Tuning:
 SMALL = Tile(128, 128, 64, 4, 3)
 Ring = warp_specialized.Ring
 TUNINGS = [
-    Tuning("shipped", modes=(*FORWARD, *FROZEN[1:])),
-    Tuning("slices of 8192 columns", slice_columns=8192, modes=FROZEN),
-    Tuning("slices of 16384 columns", slice_columns=16384, modes=FROZEN),
-    Tuning("slices of 32768 columns", slice_columns=32768, modes=FROZEN),
-    Tuning("dX32 added to in L2", add_in_l2=True),
-    Tuning("slices of 8192 columns, dX32 added to in L2", slice_columns=8192, add_in_l2=True),
-    Tuning("slices of 16384 columns, dX32 added to in L2", slice_columns=16384, add_in_l2=True, modes=FROZEN),
-    Tuning("two blocks a processor, 128 x 128 x 64, 4 warps", *[SMALL] * 3, blocks_per_processor=2),
-    Tuning("two blocks a processor, slices of 8192", *[SMALL] * 3, blocks_per_processor=2, slice_columns=8192),
-    Tuning("two blocks a processor, slices of 16384", *[SMALL] * 3, blocks_per_processor=2, slice_columns=16384),
-    Tuning("direct launches", direct=True, modes=FROZEN),
+    Tuning("shipped", modes=FORWARD),
+    Tuning("slices of 4096 columns", slice_columns=4096),
+    Tuning("slices of 8192 columns", slice_columns=8192),
+    Tuning("slices of 32768 columns", slice_columns=32768),
+    Tuning("dX32 read, added to and written", add_in_l2=False),
+    Tuning("direct launches", direct=True),
+    Tuning("two blocks a processor, 128 x 128 x 64, 4 warps", *[SMALL] * 3, blocks_per_processor=2, add_in_l2=False),
     Tuning("warp-specialised, 9 stages of 32, lead 6", ring=Ring(32, 9, 6), modes=FORWARD),
     Tuning("warp-specialised, 4 stages of 64, lead 2", ring=Ring(64, 4, 2), modes=FORWARD),
     Tuning("warp-specialised, 4 stages of 64, lead 1", ring=Ring(64, 4, 1), modes=FORWARD),
     Tuning("warp-specialised, 4 stages of 64, lead 3", ring=Ring(64, 4, 3), modes=FORWARD),
     Tuning("3 stages", *[Tile(128, 256, 64, 8, 3)] * 3),
     Tuning("256 x 128 for dW", d_weight=Tile(256, 128, 64, 8, 4)),
-    Tuning("slices of 2048 columns", slice_columns=2048),
     Tuning("groups of 8 row tiles", group=8),
     Tuning("groups of 32 row tiles", group=32),
 ]

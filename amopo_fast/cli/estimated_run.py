@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from amopo_fast.cli.options import parse_options
 from amopo_fast.data.config import DataConfig
 from amopo_fast.errors import OptionError
-from amopo_fast.memory.estimate import HEAD_SLICE, Row, Setup, estimate
+from amopo_fast.memory.estimate import Row, Setup, estimate
 from amopo_fast.memory.parameters import tried
 from amopo_fast.models.config import ModelConfig
 from amopo_fast.models.loading import load_shape, model_errors
@@ -151,7 +151,7 @@ def _setup(args, model_config, config, row, accumulates, arguments, fits) -> Set
             quantised=model_config.load_in_4bit, nested=model_config.use_bnb_nested_quant, accumulates=accumulates,
         )  # fmt: skip
         return dataclasses.replace(
-            setup, gpus=arguments.gpus if args.fsdp else 1, autocast=True, head_slice=HEAD_SLICE,
+            setup, gpus=arguments.gpus if args.fsdp else 1, autocast=True, head_slice=None,
             reference=OBJECTIVES[args.objective].needs_reference,
         )  # fmt: skip
 

@@ -38,8 +38,10 @@ from amopo_fast.packing.plan import Layout
 
 RESERVE = 4 * GIB
 FILLED = 0.95  # of a GPU's memory, which what nobody asked for may fill
-HEAD_SLICE = 4096  # columns of logits alive in the head at a time, in the Triton backends
-HEAD_SLICE_BYTES = 6  # per logit: float32 and its bfloat16 gradient
+# Of the logits that are alive in the head at a time: columns in `chunked`, which has as many bytes of each as in
+# `torch`, float32 and its bfloat16 gradient; logits in `fused`, which has the gradient alone.
+CHUNKED_COLUMNS, SLICE_BYTES = 4096, 6
+FUSED_LOGITS, FUSED_BYTES = 2**26, 2
 QUANTISED_BYTES = 0.5 + 4 / 64  # per weight: nf4 with a float32 scale per 64
 NESTED_QUANTISED_BYTES = 0.5 + (1 + 4 / 256) / 64  # scales in 8 bits, in blocks of 256
 MOST_TOKENS = 2**28  # of a row: of more, sizes of tensors do not fit into 64 bits
@@ -70,7 +72,7 @@ class Setup:
     accumulates: bool = False  # gradients of earlier micro-batches are alive
     gpus: int = 1  # sharded over
     reference: bool = False  # an adapter's objective scores each row without the adapter too, which keeps nothing
-    head_slice: int = HEAD_SLICE
+    head_slice: int | None = None  # columns, of the torch backend; None: a Triton backend
     head_cache: int = 0  # bytes, at most, of probabilities that a trained head keeps from its forward to its backward
 
     @property
@@ -271,7 +273,11 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     head_trained = any(p.trained and p.place == "head" for p in parameters)
     tied = not any(p.place == "embedding" for p in parameters)
     head_gradient = (setup.weight_bytes if gpus == 1 else 2) * vocabulary * hidden if head_trained else 0
-    head_working = row.label_tokens * min(setup.head_slice, vocabulary) * HEAD_SLICE_BYTES + rows * (2 + 2 + 4)
+    columns = min(setup.head_slice or CHUNKED_COLUMNS, vocabulary)
+    head_working = row.label_tokens * columns * SLICE_BYTES
+    if setup.head_slice is None:
+        head_working = max(head_working, min(FUSED_LOGITS, row.label_tokens * vocabulary) * FUSED_BYTES)
+    head_working += rows * (2 + 2 + 4)
     probabilities = cache_bytes(config, row) if head_trained else 0
     kept_probabilities = min(setup.head_cache, probabilities)
 

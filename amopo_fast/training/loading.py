@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from amopo_fast.memory.estimate import HEAD_SLICE, Estimate, Row, Setup, estimate
+from amopo_fast.memory.estimate import Estimate, Row, Setup, estimate
 from amopo_fast.memory.gpus import GIB, gpu_here
 from amopo_fast.memory.parameters import tried
 from amopo_fast.memory.preflight import (
@@ -72,7 +72,7 @@ def setup_of(
         nested=nested, accumulates=accumulates, gpus=args.world_size if args.fsdp else 1,
         liger=bool(args.use_liger_kernel), autocast=bool(args.bf16 or args.fp16),
         head_cache=args.logits_cache_bytes or 0,
-        head_slice=slice_columns(args.device) if on_torch else HEAD_SLICE,
+        head_slice=slice_columns(args.device) if on_torch else None,
     )  # fmt: skip
 
 

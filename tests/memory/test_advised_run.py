@@ -11,7 +11,7 @@ from transformers import Qwen2Config
 from amopo_fast.cli.options import parse_options
 from amopo_fast.errors import OptionError
 from amopo_fast.memory.advice import cheapest_change, shorter_rows
-from amopo_fast.memory.estimate import HEAD_SLICE, HOST_PROCESS, RESERVE, Row, estimate
+from amopo_fast.memory.estimate import HOST_PROCESS, RESERVE, Row, estimate
 from amopo_fast.memory.gpus import GPUS
 from amopo_fast.memory.preflight import Room
 from amopo_fast.models.config import ModelConfig
@@ -56,7 +56,7 @@ def setup_from(options: list[str], on_gpu: bool, folder):
         dtype = torch.bfloat16
     setup = setup_of(args, dtype, lora_rank=model.lora_r if model.use_peft else None, quantised=model.load_in_4bit,
                      nested=False, accumulates=False)  # fmt: skip
-    return dataclasses.replace(setup, autocast=on_gpu, head_slice=HEAD_SLICE), args.tokens_per_micro_batch
+    return dataclasses.replace(setup, autocast=on_gpu, head_slice=None), args.tokens_per_micro_batch
 
 
 IN_CI = (15,)  # its --optim has to be taken back

@@ -43,7 +43,7 @@ class Configuration:
     d_hidden: Tile  # dS x weight: N x H
     descriptors: bool  # read operands through tensor descriptors (TMA)
     blocks_per_processor: int = 1  # of the persistent grid; 1 where a block takes all registers
-    add_in_l2: bool = False  # to dX32, by TMA's reductions; sm_90 alone has room; off until a GPU has tried it
+    add_in_l2: bool = False  # to dX32, by TMA's reductions; sm_90 alone has room
 
 
 def _uniform(tile: Tile, descriptors: bool) -> Configuration:
@@ -55,7 +55,7 @@ SIXTEEN_BIT = {
     80: Configuration(
         Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 4), Tile(128, 128, 64, 8, 3), descriptors=False
     ),
-    90: _uniform(Tile(128, 256, 64, 8, 4), descriptors=True),
+    90: replace(_uniform(Tile(128, 256, 64, 8, 4), descriptors=True), add_in_l2=True),
     100: _uniform(Tile(128, 256, 64, 8, 4), descriptors=True),
 }
 # Operands that cannot be read in wide loads: their pointers and masks take registers.

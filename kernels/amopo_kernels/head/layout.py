@@ -29,7 +29,7 @@ class Layout:
     @staticmethod
     def of(hidden: Tensor, vocabulary: int, options: Options) -> Layout:
         """hidden: (N, H), of which shape and device are read."""
-        step = slice_columns(hidden, options.dtype)
+        step = slice_columns(hidden, options.dtype, options.backend)
         cached = 0
         if options.mode == "cached" and hidden.shape[0]:
             fit = options.cache_bytes // (hidden.shape[0] * options.dtype.itemsize)
@@ -77,21 +77,23 @@ def slice_buffer(hidden: Tensor, width: int) -> Tensor:
     return hidden.new_empty(_padded(rows, BUFFER_ROWS), width)[:rows]
 
 
-def slice_columns(hidden: Tensor, dtype: torch.dtype) -> int:
+def slice_columns(hidden: Tensor, dtype: torch.dtype, backend: str) -> int:
     """Columns of a slice: a multiple of BUFFER, whose tiles fill the grid's waves best.
 
-    About 4096, or as many as make dS 32 MB in 16 bits, which stay in L2; fewer would read and write dX32 too often, and
-    cost launches where there are few rows.
+    About as many as give an engine's number of logits, but 4096 to 32768. Every slice reads and writes dX32 and costs
+    launches: with `fused` on an H200, 16384 columns for 4096 rows took 12 % less than 4096 at H = 896 and 2 % less at
+    H = 5120 (benchmarks/NOTES.md), though dS of 128 MB does not stay in L2. `chunked` writes float32 logits too.
     """
     if launch.INTERPRETED:
         return 128
     tiles, processors = launch.tiles(hidden.device, dtype), launch.processors(hidden.device)
     traced = any(isinstance(size, torch.SymInt) for size in hidden.shape)
-    return (_slice_columns.__wrapped__ if traced else _slice_columns)(*hidden.shape, tiles, processors)
+    find = _slice_columns.__wrapped__ if traced else _slice_columns
+    return find(*hidden.shape, tiles, processors, ENGINES[backend].slice_logits)
 
 
 @functools.lru_cache(4096)  # a call asks several times, and numbers of rows recur
-def _slice_columns(rows: int, features: int, tiles: launch.Configuration, processors: int) -> int:
+def _slice_columns(rows: int, features: int, tiles: launch.Configuration, processors: int, logits: int) -> int:
     scores, d_weight, d_hidden = tiles.scores, tiles.d_weight, tiles.d_hidden
     blocks = launch.blocks
     row_tiles, feature_tiles = blocks(rows, scores.rows), blocks(features, d_weight.columns)
@@ -104,6 +106,6 @@ def _slice_columns(rows: int, features: int, tiles: launch.Configuration, proces
         weight_waves = blocks(feature_tiles * blocks(columns, d_weight.rows), processors)
         return (score_waves * features + weight_waves * rows) / columns + output_waves * features / splits
 
-    about = min(max(4096, 2**24 // max(rows, 1)), 32768) // BUFFER
+    about = min(max(4096, logits // max(rows, 1)), 32768) // BUFFER
     candidates = range(about * 3 // 4, about * 3 // 2 + 1, max(1, about // 64))
     return min((BUFFER * n for n in candidates), key=time_per_column)

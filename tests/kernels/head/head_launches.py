@@ -7,7 +7,6 @@ in for each kernel. So a launch that is shipped is a launch that is compiled.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from unittest import mock
 
 import torch
@@ -71,7 +70,6 @@ EDGES = {
     "ragged rows and vocabulary": {"rows": 4001, "vocabulary": 50257, "cached": True, "bias": True},
     "ragged rows and vocabulary, frozen": {"rows": 4001, "vocabulary": 50257, "frozen": True},
     "one row, warp-specialised": {"specialised": True, "rows": 1, "vocabulary": 50257},
-    "sums in L2": {"add_in_l2": True},
 }
 
 
@@ -100,11 +98,9 @@ def _recorded(value):
 
 
 @contextlib.contextmanager
-def recording(cc: int, dtype: torch.dtype, specialised: bool = False, add_in_l2: bool = False):
+def recording(cc: int, dtype: torch.dtype, specialised: bool = False):
     launches: list[Launch] = []
     configuration = launch.FLOAT32 if dtype == torch.float32 else launch.SIXTEEN_BIT[cc]
-    if add_in_l2 and cc == 90:
-        configuration = dataclasses.replace(configuration, add_in_l2=True)
     with contextlib.ExitStack() as stack:
         for module in MODULES:
             for name, kernel in vars(module).copy().items():
@@ -121,15 +117,15 @@ def recording(cc: int, dtype: torch.dtype, specialised: bool = False, add_in_l2:
 
 def launches_of(
     cc: int, backend: str, *, dtype=torch.bfloat16, features=5120, bias=False, softcap=None, outputs="",
-    cached=False, frozen=False, counted=False, specialised=False, add_in_l2=False, rows=4096, vocabulary=152064,
+    cached=False, frozen=False, counted=False, specialised=False, rows=4096, vocabulary=152064,
 ) -> list[Launch]:  # fmt: skip
     """The distinct launches of a forward and a backward of case A, or what is asked for."""
     def empty(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     hidden = empty(rows, features)
-    with recording(cc, dtype, specialised, add_in_l2) as launches:
-        columns = layout.slice_columns(hidden, dtype) * 2 if cached else 0
+    with recording(cc, dtype, specialised) as launches:
+        columns = layout.slice_columns(hidden, dtype, backend) * 2 if cached else 0
         mode = "frozen" if frozen else "cached" if cached else "exact"
         options = Options(
             softcap, 1.0, None, outputs, dtype, backend, mode, rows * dtype.itemsize * columns, False, False

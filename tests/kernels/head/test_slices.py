@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 from amopo_kernels.head import chunked, kept_probabilities, launch, layout
+from amopo_kernels.head.engines import ENGINES
 
 CONFIGURATIONS = {**launch.SIXTEEN_BIT, "float32": launch.FLOAT32, "unaligned": launch.UNALIGNED}
 
@@ -21,9 +22,12 @@ def test_a_slice_is_whole_tiles_whatever_the_rows(configuration):
     chosen = random.Random(0)
     for rows in [0, 1, 511, 512, 1000, 4096, 10**6, *(chosen.randrange(1, 20000) for _ in range(300))]:
         features = chosen.choice([8, 64, 896, 1544, 5120])
-        columns = layout._slice_columns(rows, features, configuration, chosen.choice([108, 132, 148]))
-        assert columns % layout.BUFFER == 0 and 3072 <= columns <= 49152
-        assert columns * rows <= max(6144 * rows, 3 * 2**23 + layout.BUFFER * rows)  # dS of 48 MB in 16 bits
+        processors = chosen.choice([108, 132, 148])
+        for engine in ENGINES.values():
+            logits = engine.slice_logits
+            columns = layout._slice_columns(rows, features, configuration, processors, logits)
+            assert columns % layout.BUFFER == 0 and 3072 <= columns <= 49152
+            assert columns * rows <= max(6144 * rows, 3 * logits // 2 + layout.BUFFER * rows)
 
 
 @pytest.mark.parametrize("interpreted", [False, True])
@@ -98,6 +102,6 @@ def test_a_kernel_is_looked_up_once_for_slices_that_compile_alike():
 def test_the_number_of_columns_is_worked_out_once():
     layout._slice_columns.cache_clear()
     with mock.patch.object(launch, "blocks", side_effect=launch.blocks) as blocks:
-        first = layout._slice_columns(777, 896, launch.SIXTEEN_BIT[90], 132)
+        first = layout._slice_columns(777, 896, launch.SIXTEEN_BIT[90], 132, 2**24)
         worked = blocks.call_count
-        assert layout._slice_columns(777, 896, launch.SIXTEEN_BIT[90], 132) == first and blocks.call_count == worked
+        assert layout._slice_columns(777, 896, launch.SIXTEEN_BIT[90], 132, 2**24) == first and blocks.call_count == worked
