@@ -195,6 +195,7 @@ def meta_model(
 
     unreached: `Choice.unreached`, which training freezes, and lays no adapter on, beside what lies beside the text.
     """
+    config = copy.deepcopy(config)  # transformers writes the dtype into it, and another dtype is another cache's key
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
         model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)

@@ -115,7 +115,7 @@ def test_data_without_a_configuration(model, some_pairs, capsys):
 
 
 def test_a_reference_is_said(model, capsys):
-    assert main(["estimate", str(model), "--objective", "dpo", "--tokens", "64"]) == 0
+    assert main(["estimate", str(model), "--objective", "dpo"]) == 0
     shown = capsys.readouterr().out
     assert "under an adapter every row is scored once more without it" in shown and "before the first step" in shown
 
