@@ -124,7 +124,7 @@ def test_the_check_runs_before_loading_on_a_gpu(tmp_path, folder, monkeypatch, c
 def test_on_a_cpu_too_and_the_default_row_follows_the_free_memory(tmp_path, folder, monkeypatch, capsys):
     """A run that a small machine would be killed for is refused; rows that nobody chose are shortened, and said."""
     big = tmp_path / "big"
-    Qwen2Config(vocab_size=1152, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
+    Qwen2Config(vocab_size=1152, hidden_size=512, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8,
                 num_key_value_heads=2, tie_word_embeddings=False).save_pretrained(big)  # fmt: skip
     demo_tokenizer().save_pretrained(big)
     data = list(pairs(200))
