@@ -1,6 +1,7 @@
 """Before anything imports Triton or a Hub library: without a GPU kernels run in the interpreter, and no test touches a
 network. Nothing else sets TRITON_INTERPRET, and a test that is marked gpu fails where a kernel runs interpreted."""
 
+import atexit
 import gc
 import os
 import socket
@@ -39,8 +40,8 @@ def pytest_runtestloop():
         sys.modules["children"].fork_from_here()
 
 
-def pytest_unconfigure():
-    gc.unfreeze()  # or Triton's bindings report what they find at the end as leaks
+# Or Triton's bindings report what they find at the end as leaks; pytest looks through all that lives before.
+atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -57,11 +58,13 @@ def layouts_are_chosen_once():
     tests, which change what a class does, try every time."""
     from amopo_fast.models import check
 
+    unchanged = tuple(f"tests/models/test_{name}.py" for name in ("families", "kinds", "real_logits", "text_part"))
     choose = check.choose_layout
     choices = {}
 
     def chosen(model, requested="auto"):
-        if "tests/models/" in os.environ["PYTEST_CURRENT_TEST"]:
+        test = os.environ["PYTEST_CURRENT_TEST"]
+        if "tests/models/" in test and not test.startswith(unchanged):
             return choose(model, requested)
         base = check.language_model_of(model)
         key = type(base), base.config.to_json_string(use_diff=False), requested
