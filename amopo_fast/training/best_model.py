@@ -35,12 +35,6 @@ class LoadsTheBest(Trainer):
         self.checkpointer.clear_up()
         return result
 
-    def load_best(self) -> None:
-        """What Trainer does at the end of a run, for one that was at its end already."""
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            self._load_best_model()
-        self.checkpointer.clear_up()
-
     def _load_best_model(self) -> None:
         folder = Path(self.state.best_model_checkpoint)
         problem = [damage_of(folder) if self.is_world_process_zero() else ""]
