@@ -254,10 +254,12 @@ class Checkpointer(TrainerCallback):
             write()
             torch.save(self._state(), staged / STATE_FILE.format(rank=args.process_index))
             trainer.accelerator.wait_for_everyone()
+            best = state.best_global_step == state.global_step
+            if best:  # Trainer has named the staging folder, on every rank
+                state.best_model_checkpoint = str(output_dir / name)
             if args.should_save:
                 require_lock(output_dir)
-                if state.best_global_step == state.global_step:
-                    state.best_model_checkpoint = str(output_dir / name)
+                if best:
                     state.save_to_json(str(staged / "trainer_state.json"))
                 checkpoints.publish(
                     staged, output_dir / name,

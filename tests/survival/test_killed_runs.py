@@ -142,6 +142,31 @@ def left_alone(tmp_path_factory):
 
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_killed_before_an_operation_ends_with_the_same_files(left_alone, kind, point):
+def test_a_run_killed_before_an_operation_ends_with_the_same_files(left_alone, tmp_path, kind, point):
     expected, killed = left_alone(kind)
-    assert differences(expected, ends(kind, killed[of_kind(kind, point)])) == ([], [])
+    folder = Path(shutil.copytree(killed[of_kind(kind, point)], tmp_path / "run"))
+    assert differences(expected, ends(kind, folder)) == ([], [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_kill_in_a_deletion_leaves_as_little(left_alone, tmp_path, kind):
+    expected, killed = left_alone(kind)
+    folder = Path(shutil.copytree(killed[of_kind(kind, "rotation")], tmp_path / "run"))
+    points = [of_kind(kind, point) for point in ("rotation", "the end of a deletion")]
+    with copies_before(folder, tmp_path / "killed", points) as again:
+        assert differences(expected, ends(kind, folder)) == ([], [])
+    for point in points:
+        assert differences(expected, ends(kind, again[point])) == ([], [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kill_before_every_operation(tmp_path, kind):
+    """One before the first checkpoint begins anew, and keeps the metrics that there are."""
+    with copies_before(tmp_path / "run", tmp_path / "killed") as killed:
+        expected = ends(kind, tmp_path / "run")
+    assert len(killed) > 60
+    for operation, folder in killed.items():
+        names, contents = differences(expected, ends(kind, folder))
+        assert not contents and {Path(name).parts[0] for name in names} <= {"superseded"}, operation
+        assert not names or not list(folder.glob("superseded/*/checkpoint-*")), operation
