@@ -4,9 +4,9 @@
     python benchmarks/tables.py --add DIR/suite.json     first file the reports of gpu_suite.py (or one report) there
     python benchmarks/tables.py --check                  change nothing; exit status 1 where a block is out of date
 
-A block is what stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is "head A", "head B", "newest head A" (of the
-GPU that was measured last), "head cpu", "sweeps", "floors", "quality", "real model", or the name of a suite's entry for a
-plain table of its rows. Without a result the table says "not measured".
+A block is what stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is "head A", "head B", "newest head A"
+(of the GPU that was measured last), "head cpu", "sweeps", "floors", "quality", "real model", or the name of a suite's
+entry for a plain table of its rows. Without a result the table says "not measured".
 """
 
 from __future__ import annotations
