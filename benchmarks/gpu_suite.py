@@ -43,11 +43,15 @@ class Entry:
 
 # Its kernel has never run: if it hangs, nothing else may hang with it.
 WARP_SPECIALIZED = "tests/kernels/head/test_warp_specialized.py"
-# Several processes at once: most of a test's time on a GPU is the host's, which compiles. The session ends itself
-# before its budget does, so that what failed is told.
-GPU_TESTS = "python -m pytest -p failures_at_once -n 8 --timeout 45 --session-timeout 50 -m gpu"
+# Several processes at once: most of a test's time on a GPU is the host's, which compiles.
+GPU_TESTS = "python -m pytest -p failures_at_once -m gpu"
+# A whole step is compiled in each of the tests of memory, which then takes most of a minute beside fifteen others; a
+# killed run is four processes one after another.
+KILLED_RUN = "tests/survival/test_resume_gpu.py"
+LONG_RUNS = "tests/memory tests/survival/test_fsdp_gpu.py"
+SHORT_RUNS = "tests --ignore tests/kernels --ignore tests/memory --ignore tests/survival"
 # On a GPU the kernels' tests without its marker run on it as well, instead of in the interpreter.
-KERNEL_TESTS = f"python -m pytest -n 14 --timeout 40 --session-timeout 35 --ignore {WARP_SPECIALIZED} tests/kernels"
+KERNEL_TESTS = f"python -m pytest -n 14 --timeout 35 --session-timeout 30 --ignore {WARP_SPECIALIZED} tests/kernels"
 SANITIZER = "compute-sanitizer --error-exitcode 1 --target-processes all"
 SMALL_TESTS = "tests/kernels/head/test_triton_head_edges.py tests/kernels/rows"
 SECTIONS = "SpeedOfLight ComputeWorkloadAnalysis MemoryWorkloadAnalysis WarpStateStats".split()
@@ -57,32 +61,32 @@ NCU = (
 )
 PLANS = {
     "first": [
-        Entry("machine", "python benchmarks/machine.py", 30),
-        Entry("gpu_tests", f"{GPU_TESTS} --ignore {WARP_SPECIALIZED} tests/kernels", 60),
-        Entry("gpu_runs", f"{GPU_TESTS} --ignore tests/kernels tests", 60),
-        Entry("direct_launch", "python -m pytest -n0 --timeout 40 -m gpu tests/kernels/head/test_direct_launch.py", 30),
-        Entry("warp_specialized", f"python -m pytest -n 4 --timeout 30 -m gpu {WARP_SPECIALIZED}", 35),
-        Entry("kernel_tests", KERNEL_TESTS, 55, smoke=False),
+        Entry("machine", "python benchmarks/machine.py", 15),
+        Entry("gpu_tests", f"{GPU_TESTS} -n 12 --session-timeout 50 --ignore {WARP_SPECIALIZED} tests/kernels", 60),
+        Entry("gpu_runs", f"{GPU_TESTS} -n 12 --session-timeout 40 {SHORT_RUNS}", 50),
+        Entry("gpu_estimates", f"{GPU_TESTS} -n 16 {LONG_RUNS}", 60),
+        Entry("warp_specialized", f"{GPU_TESTS} -n 4 {WARP_SPECIALIZED}", 60),
+        Entry("kernel_tests", KERNEL_TESTS, 45, smoke=False),
         Entry("head_tuning", "python benchmarks/head_tuning.py --rounds 3 --only '^(?!warp)'", 50),
         Entry("optimizer_update", "python benchmarks/optimizer_update.py", 20),
     ],
     "second": [
         Entry("head_B", "python benchmarks/head.py --case B --few_peers --rounds 3", 40),
-        Entry("head_A", "python benchmarks/head.py --case A --few_peers --rounds 3", 50),
+        Entry("head_A", "python benchmarks/head.py --case A --few_peers --rounds 3", 40),
         Entry("head_C", "python benchmarks/head.py --case C --few_peers --rounds 3", 45),
         Entry("step", "python benchmarks/step.py --model 7B --pairs 2 --quick --only reference --only unpadded "
               "--only side-shared --only 'fused head'", 60),
         Entry("step_2_layers", "python benchmarks/step.py --model 7B --layers 2 --pairs 4 --quick", 45),
-        Entry("warp_specialized_times", "python benchmarks/head_tuning.py --rounds 3 --only '^(shipped|warp)'", 35),
+        Entry("warp_specialized_times", "python benchmarks/head_tuning.py --rounds 3 --only '^(shipped|warp)'", 45),
         Entry("attention", "python benchmarks/attention.py", 25),
     ],
     "third": [  # what the two before leave of fifteen minutes
         Entry("host_states", "python benchmarks/memory.py --model 32B --layers 16 --only 4-bit --steps 4", 60),
         Entry("memory_14B", "python benchmarks/memory.py --model 14B --only 'in backward' --steps 3", 60),
+        Entry("killed_run", f"{GPU_TESTS} -n 0 {KILLED_RUN}", 50),
         Entry("head_host", "python benchmarks/head_host.py", 40),
         Entry("ncu", f"{NCU} python benchmarks/head.py --case B --variant 'ours, fused' --mode forward+backward", 30),
         Entry("memcheck", f"{SANITIZER} --tool memcheck python -m pytest -x {SMALL_TESTS}", 30),
-        Entry("loss", "python benchmarks/loss.py --rounds 4", 30),
     ],
     "frontier": [  # each beside what it is compared with, on one card; whole models, which take minutes to make
         Entry("memory_14B_host", "python benchmarks/memory.py --model 14B --only 8-bit --steps 3", 160),
@@ -103,6 +107,7 @@ PLANS = {
         Entry("step_short", "python benchmarks/step.py --model 7B --data short", 400),
         Entry("step_long", "python benchmarks/step.py --model 7B --data long", 600),
         Entry("optimizers", "python benchmarks/optimizers.py", 600),
+        Entry("loss", "python benchmarks/loss.py --rounds 4", 60),
         Entry("racecheck", f"{SANITIZER} --tool racecheck python -m pytest tests/kernels/head", 600),
         Entry("quality", "python benchmarks/quality.py", 800),
     ],

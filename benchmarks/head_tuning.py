@@ -39,7 +39,6 @@ class Tuning:
     scores: Tile | None = None
     d_weight: Tile | None = None
     d_hidden: Tile | None = None
-    blocks_per_processor: int = 1
     add_in_l2: bool = True
     group: int | None = None  # row tiles that are walked together
     slice_columns: int | None = None
@@ -50,9 +49,7 @@ class Tuning:
     def configuration(self) -> launch.Configuration:
         tiles = {name: getattr(self, name) for name in ("scores", "d_weight", "d_hidden") if getattr(self, name)}
         shipped = launch.SIXTEEN_BIT[CAPABILITY]
-        return dataclasses.replace(
-            shipped, **tiles, blocks_per_processor=self.blocks_per_processor, add_in_l2=self.add_in_l2
-        )
+        return dataclasses.replace(shipped, **tiles, add_in_l2=self.add_in_l2)
 
     @contextlib.contextmanager
     def applied(self):
@@ -69,7 +66,7 @@ class Tuning:
             yield
 
 
-SMALL = Tile(128, 128, 64, 4, 3)
+SMALL = Tile(128, 128, 64, 4, 3, per_processor=2)
 Ring = warp_specialized.Ring
 TUNINGS = [
     Tuning("shipped", modes=FORWARD),
@@ -78,7 +75,8 @@ TUNINGS = [
     Tuning("slices of 32768 columns", slice_columns=32768),
     Tuning("dX32 read, added to and written", add_in_l2=False),
     Tuning("direct launches", direct=True),
-    Tuning("two blocks a processor, 128 x 128 x 64, 4 warps", *[SMALL] * 3, blocks_per_processor=2, add_in_l2=False),
+    Tuning("two blocks a processor, 128 x 128 x 64, 4 warps, for the scores", scores=SMALL),
+    Tuning("the same for all products", *[SMALL] * 3, add_in_l2=False),
     Tuning("warp-specialised, 9 stages of 32, lead 6", ring=Ring(32, 9, 6), modes=FORWARD),
     Tuning("warp-specialised, 4 stages of 64, lead 2", ring=Ring(64, 4, 2), modes=FORWARD),
     Tuning("warp-specialised, 4 stages of 64, lead 1", ring=Ring(64, 4, 1), modes=FORWARD),

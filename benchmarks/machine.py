@@ -2,23 +2,18 @@
 
     PYTHONPATH=.:kernels python benchmarks/machine.py --out machine.json
 
-While the GPU is measured, the launches of the benchmarks behind this one are compiled in other processes, so that they
-find them in Triton's cache. Nothing of the card is set: it is measured as found.
+Nothing of the card is set: it is measured as found.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-import time
 
 import torch
 
 import harness
 
 GIB = 2**30
-HOST_SECONDS = 4  # for what is measured behind the compilation
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu",
           "clocks_throttle_reasons.active")  # fmt: skip
 
@@ -58,33 +53,15 @@ def variants(device: str, smoke: bool) -> dict[str, tuple[float, str, harness.Va
 def main() -> None:
     parser = harness.parser(__doc__.splitlines()[0])
     arguments = parser.parse_args()
-    begin = time.monotonic()
-    deadline = harness.Deadline(arguments.minutes)
     report = harness.Report("machine", arguments)
     cuda = arguments.device.startswith("cuda")
-    capability = "".join(map(str, torch.cuda.get_device_capability())) if cuda else "90"
-    log = arguments.out.with_suffix(".compile.json")
-    compiling = subprocess.Popen(
-        [sys.executable, str(harness.ROOT / "benchmarks" / "compile_report.py"), "--out", str(log), "--device", "cpu",
-         "--common", "--processes", str(min(12, os.cpu_count())), "--cc", "90" if capability == "90" else "80",
-         *(["--smoke"] if arguments.smoke else [])],
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
     report.add(case="clocks", variant="as found", status="ok", **clocks())
     todo = variants(arguments.device, arguments.smoke)
     for name, (work, unit, run) in todo.items():
-        if "host" in name and compiling.poll() is None:  # which would share the memory bandwidth
-            try:
-                compiling.wait(max(deadline.seconds_left() - HOST_SECONDS, 0.1))
-            except subprocess.TimeoutExpired:
-                compiling.terminate()
         times = harness.measure({name: run}, [None], device=arguments.device, rounds=5 if cuda else 2)[name]
         rate = {f"{unit}_per_s": work / (times["median_ms"] / 1e3)}
         report.add(case="rates", variant=name, status="ok", **rate, **times)
     report.add(case="clocks", variant="after the matmuls", status="ok", **clocks())
-    report.add(case="compiling", variant="ahead", seconds=time.monotonic() - begin,
-               status="ok" if compiling.wait() == 0 else f"wrong: exit status {compiling.returncode}")  # fmt: skip
-    log.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

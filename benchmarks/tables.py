@@ -4,9 +4,9 @@
     python benchmarks/tables.py --add DIR/suite.json     first file the reports of gpu_suite.py (or one report) there
     python benchmarks/tables.py --check                  change nothing; exit status 1 where a block is out of date
 
-A block is what stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is "head A", "head B", "head cpu",
-"sweeps", "floors", "quality", "real model", or the name of a suite's entry for a plain table of its rows. Without a
-result the table says "not measured".
+A block is what stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is "head A", "head B", "newest head A"
+(of the GPU that was measured last), "head cpu", "sweeps", "floors", "quality", "real model", or the name of a suite's
+entry for a plain table of its rows. Without a result the table says "not measured".
 """
 
 from __future__ import annotations
@@ -122,9 +122,9 @@ def cell(name: str, value) -> str:
 # ----- blocks -----
 
 
-def head_table(case: str) -> str:
+def head_table(case: str, newest: bool = False) -> str:
     """Variants by mode: median milliseconds and 20 to 80 % of the runs; memory and errors of forward+backward. What was
-    measured again, of some variants, replaces what stood there."""
+    measured again, of some variants, replaces what stood there. newest: of the GPU that was measured last."""
     by_gpu: dict[str, list[dict]] = {}
     for entry in (f"head_{case}", "head_host", "head"):
         for report in results(entry, "cuda"):
@@ -132,7 +132,12 @@ def head_table(case: str) -> str:
                 by_gpu.setdefault(report["environment"]["gpu"], []).append(report)
     if not by_gpu:
         return _targets_only(case)
-    return "\n\n".join(_head_table(case, reports) for reports in by_gpu.values())
+    tables = sorted(by_gpu.values(), key=lambda reports: max(map(_date, reports)), reverse=True)
+    return "\n\n".join(_head_table(case, reports) for reports in tables[: 1 if newest else None])
+
+
+def _date(report: dict) -> str:
+    return report["environment"]["date"]
 
 
 
@@ -223,8 +228,8 @@ def sweeps_table() -> str:
 
 def floors_table() -> str:
     """FLOP, bytes, floor and predicted time of every path for the GPU's cases, and what was measured."""
-    entries = [*(f"head_{case.name}" for case in HEAD_CASES["cuda"]), "head_host", "head"]  # the last is the newest
-    reports = [report for entry in entries for report in results(entry, "cuda")]
+    entries = [*(f"head_{case.name}" for case in HEAD_CASES["cuda"]), "head_host", "head"]
+    reports = sorted((report for entry in entries for report in results(entry, "cuda")), key=_date)
     measured = {(row["case"], row["variant"], row["mode"]): row for report in reports for row in report["rows"]}
     rows = []
     for case in HEAD_CASES["cuda"]:
@@ -345,6 +350,8 @@ def block(name: str) -> str:
             return head_cpu_table()
         case ["head", case_name]:
             return head_table(case_name)
+        case ["newest", "head", case_name]:
+            return head_table(case_name, newest=True)
         case ["sweeps"]:
             return sweeps_table()
         case ["floors"]:

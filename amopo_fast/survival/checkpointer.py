@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from amopo_fast.errors import CheckpointError, NumbersError
-from amopo_fast.survival import checkpoints, durable
+from amopo_fast.survival import checkpoints
 from amopo_fast.survival.best import best_beside
 from amopo_fast.survival.fingerprint import changed_options, differences, run_fingerprint
 from amopo_fast.survival.lock import OutputLock, require_lock
@@ -184,16 +184,16 @@ class Checkpointer(TrainerCallback):
                 self.fingerprint["options"] |= {name: before for name, (before, _) in changed.items()}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        output_dir = Path(args.output_dir)
+        if self._resumed is not None and args.load_best_model_at_end:
+            state.best_model_checkpoint = self._best and str(self._best)
+            if self._best is None:
+                state.best_metric = state.best_global_step = None
         if args.should_save:
-            checkpoints.clear_staging(output_dir)
-            checkpoints.supersede(output_dir, state.global_step)
+            # The checkpoint that the run goes on from is the newest now, which no rotation deletes.
+            checkpoints.supersede(Path(args.output_dir), state.global_step, self.fingerprint)
+        self.clear_up()
         if self._resumed is not None:
             self._load_state(self._resumed)
-            if args.load_best_model_at_end:
-                state.best_model_checkpoint = self._best and str(self._best)
-                if self._best is None:
-                    state.best_metric = state.best_global_step = None
             if state.global_step >= state.max_steps:
                 self._evaluate_if_due()
             # Trainer's loop looks at max_steps after a step only.
@@ -254,10 +254,12 @@ class Checkpointer(TrainerCallback):
             write()
             torch.save(self._state(), staged / STATE_FILE.format(rank=args.process_index))
             trainer.accelerator.wait_for_everyone()
+            best = state.best_global_step == state.global_step
+            if best:  # Trainer has named the staging folder, on every rank
+                state.best_model_checkpoint = str(output_dir / name)
             if args.should_save:
                 require_lock(output_dir)
-                if state.best_global_step == state.global_step:
-                    state.best_model_checkpoint = str(output_dir / name)
+                if best:
                     state.save_to_json(str(staged / "trainer_state.json"))
                 checkpoints.publish(
                     staged, output_dir / name,
@@ -265,7 +267,7 @@ class Checkpointer(TrainerCallback):
                     world_size=args.world_size, model_only=args.save_only_model,
                     versions={"torch": torch.__version__, "transformers": transformers.__version__},
                 )  # fmt: skip
-                self._clear_up(output_dir)
+            self.clear_up()
         except NumbersError:
             raise
         except Exception as error:
@@ -276,12 +278,15 @@ class Checkpointer(TrainerCallback):
             self._staging = None
         trainer.accelerator.wait_for_everyone()
 
-    def _clear_up(self, output_dir: Path) -> None:
-        """Delete what a save leaves and the checkpoints it replaces; if that fails, the saved one is whole anyway."""
+    def clear_up(self) -> None:
+        """On rank 0, delete what saves and kills leave and the checkpoints beyond save_total_limit: after a save, and
+        where a run begins and ends, since a kill may come before it. The newest one is whole if that fails."""
+        args, best = self.trainer.args, self.trainer.state.best_model_checkpoint
+        if not args.should_save:
+            return
         try:
-            durable.remove_tree(output_dir / checkpoints.STAGING)
-            best = self.trainer.state.best_model_checkpoint
-            checkpoints.rotate(output_dir, self.trainer.args.save_total_limit, best)
+            checkpoints.clear_staging(Path(args.output_dir))
+            checkpoints.rotate(Path(args.output_dir), args.save_total_limit, best)
         except OSError as error:
             logger.warning("%s cannot be deleted (%s): training goes on, and the next save tries again; look at its "
                            "permissions and disk", error.filename or "an old checkpoint", error.strerror)  # fmt: skip

@@ -1,13 +1,15 @@
 """Checkpoints that are whole or not there, and the one that a run resumes from.
 
-    .saving/checkpoint-N  ->  fsync  ->  checkpoint-N  ->  checkpoint-N/complete.json
+    .saving/checkpoint-N  ->  fsync  ->  .saving/checkpoint-N/complete.json  ->  checkpoint-N
 
-The marker `complete.json` comes last (manifest.py). A folder without it, or with a file that is missing, damaged or not
-of that save, is skipped on resume, with the reason. transformers.Trainer writes the contents.
+The marker `complete.json` is the last file (manifest.py), and the folder gets its name with it inside: a kill leaves no
+half of a checkpoint. A folder without it, or with a file that is missing, damaged or not of that save, is skipped on
+resume, with the reason. transformers.Trainer writes the contents.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -17,7 +19,8 @@ from pathlib import Path
 
 from amopo_fast.errors import CheckpointError
 from amopo_fast.survival import durable
-from amopo_fast.survival.manifest import MARKER, damage_of, make_manifest, problem_of, sealed
+from amopo_fast.survival.fingerprint import differences
+from amopo_fast.survival.manifest import MARKER, damage_of, make_manifest, problem_of, read_marker, sealed
 
 logger = logging.getLogger(__name__)
 
@@ -101,23 +104,26 @@ def resolve(output_dir: str | Path, resume: str | Path | bool | None) -> Path | 
 
 
 def clear_staging(output_dir: Path) -> None:
-    """Remove what killed saves and deletions left."""
-    for leftover in (output_dir / STAGING, *output_dir.glob(".removing-*")):
+    """Remove what killed saves, deletions and writes of small files left."""
+    for leftover in (output_dir / STAGING, *output_dir.glob(f"{durable.REMOVING}*")):
         shutil.rmtree(leftover, ignore_errors=True)
+    for partial in output_dir.glob(f"{durable.PARTIAL}*"):
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def publish(staged: Path, final: Path, **marker) -> None:
-    """Turn a staged folder into the checkpoint `final`. The folder is only complete once this returns.
+    """Turn a staged folder into the checkpoint `final`, which is complete once it is there.
 
     Raises:
         CheckpointError: the staged folder does not hold all of a checkpoint.
     """
     manifest = make_manifest(staged, **marker)
     durable.flush_tree(staged)
-    durable.remove_tree(final)  # an incomplete one of the same step: `supersede` has moved complete ones away
+    durable.write_text(staged / MARKER, sealed(manifest))
+    durable.remove_tree(final)  # this run's own: `supersede` has moved away what lay there when it began
     os.replace(staged, final)
     durable.flush(final.parent)
-    durable.write_text(final / MARKER, sealed(manifest))
 
 
 def publish_model(staged: Path, output_dir: Path) -> None:
@@ -142,18 +148,25 @@ def rotate(output_dir: Path, limit: int | None, keep: str | None = None) -> None
     """Delete the oldest complete checkpoints beyond `limit`, never the newest complete one nor `keep` (the best)."""
     if not limit or limit < 1:
         return
-    complete = complete_checkpoints(output_dir)
-    protected = {complete[-1].path.name} | ({Path(keep).name} if keep else set())
-    removable = [checkpoint for checkpoint in complete if checkpoint.path.name not in protected]
-    for checkpoint in removable[: max(0, len(complete) - max(limit, len(protected)))]:
-        durable.remove_tree(checkpoint.path)
+    complete = [checkpoint.path for checkpoint in complete_checkpoints(output_dir)]
+    best = Path(keep).name if keep else None
+    protected = {path for path in complete if path.name == best} | set(complete[-1:])
+    removable = [path for path in complete if path not in protected]
+    for path in removable[: max(0, len(complete) - max(limit, len(protected)))]:
+        durable.remove_tree(path)
 
 
-def supersede(output_dir: Path, step: int) -> None:
-    """Set complete checkpoints beyond `step` aside: the run that starts at `step` would mix with them."""
-    later = [checkpoint.path for checkpoint in complete_checkpoints(output_dir) if checkpoint.step > step]
-    if later:
-        set_aside(output_dir, later)
+def supersede(output_dir: Path, step: int, fingerprint: dict) -> None:
+    """Set checkpoints aside that are not of the run that starts at `step`, which would mix with them and rotate them:
+    those beyond `step`, and whole ones of another model, other data or another order (`fingerprint`)."""
+    others = [
+        checkpoint.path
+        for checkpoint in checkpoints_in(output_dir)
+        if checkpoint.step > step
+        or (not checkpoint.problem and differences(read_marker(checkpoint.path)["fingerprint"], fingerprint))
+    ]
+    if others:
+        set_aside(output_dir, others)
 
 
 def set_aside(output_dir: Path, paths: list[Path]) -> None:

@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+PARTIAL, REMOVING = ".writing-", ".removing-"  # what a kill leaves begins with these
+
 
 def flush(path: Path) -> None:
     """fsync a file, or a folder (which makes the names in it durable)."""
@@ -26,7 +28,7 @@ def flush_tree(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content: a reader sees the old text or the new, also after a power cut."""
-    partial = path.with_name(f".{path.name}.tmp")
+    partial = path.with_name(f"{PARTIAL}{path.name}")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -55,7 +57,7 @@ def append(path: Path, content: bytes) -> None:
 def remove_tree(folder: Path) -> None:
     """Delete a folder; killed half-way it is left under a hidden name, never as half a folder under its own."""
     if folder.is_dir():
-        hidden = folder.with_name(f".removing-{folder.name.lstrip('.')}")
+        hidden = folder.with_name(f"{REMOVING}{folder.name.lstrip('.')}")
         shutil.rmtree(hidden, ignore_errors=True)
         os.replace(folder, hidden)
         shutil.rmtree(hidden, ignore_errors=True)

@@ -59,6 +59,8 @@ class OutputLock:
             self._owns = False
             del _held[self.path]
             if _read(self.path) == self._mine:
+                for partial in self.path.parent.glob(f"{FILE}.*"):  # of runs that were killed as they took it over
+                    partial.unlink(missing_ok=True)
                 self.path.unlink(missing_ok=True)
 
     def _take(self) -> bool:

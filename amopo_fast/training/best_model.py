@@ -29,14 +29,11 @@ class LoadsTheBest(Trainer):
         elif given[0] and self.state.best_model_checkpoint is None:
             logger.warning("no checkpoint is the best: the model is that of the last step")
         try:
-            return super()._finalize_training(*args, **kwargs)
+            result = super()._finalize_training(*args, **kwargs)
         finally:
             self.args.load_best_model_at_end, self.args.save_total_limit = given
-
-    def load_best(self) -> None:
-        """What Trainer does at the end of a run, for one that was at its end already."""
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            self._load_best_model()
+        self.checkpointer.clear_up()
+        return result
 
     def _load_best_model(self) -> None:
         folder = Path(self.state.best_model_checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -169,6 +170,7 @@ class AMoPOTrainer(MovesWithoutWaiting, LoadsTheBest, Trainer):
             CheckpointError: nothing to resume from, another run's checkpoint, or one that could not be saved.
             NumbersError: a NaN or infinite loss, gradient or weight; nothing was changed by it.
         """
+        began = time.time()
         require_pairs(self.train_dataset)
         folder = self.checkpointer.begin(resume_from_checkpoint)
         if self.recipe is not None:
@@ -177,9 +179,7 @@ class AMoPOTrainer(MovesWithoutWaiting, LoadsTheBest, Trainer):
             with self.termination:
                 result = super().train(resume_from_checkpoint=folder, **kwargs)
         except AlreadyFinished:
-            self.log({"train_loss": 0.0})
-            self.load_best()
-            result = TrainOutput(self.state.global_step, 0.0, {})
+            result = self._finalize_training(None, 0, began)
         except EvaluationStopped:  # before the first step since the resume
             self.checkpointer.stopped = True
             result = TrainOutput(self.state.global_step, 0.0, {})

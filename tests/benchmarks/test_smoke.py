@@ -50,7 +50,7 @@ def test_benchmark(tmp_path, monkeypatch, command):
 
 
 def test_suite_writes_each_report_and_the_log(tmp_path):
-    command = ["benchmarks/gpu_suite.py", "--plan", "third", "--smoke", "--only", "loss", "--out", str(tmp_path)]
+    command = ["benchmarks/gpu_suite.py", "--plan", "rest", "--smoke", "--only", "loss", "--out", str(tmp_path)]
     succeed(*command)
     suite = json.loads((tmp_path / "suite.json").read_text())
     assert suite["smoke"] and suite["entries"]["loss"]["status"] == "ok"

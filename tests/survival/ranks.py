@@ -153,17 +153,22 @@ def ddp_sigterm(folder, world):
 
 
 def ddp_best(folder, world):
-    """Stopped at an evaluation, by the last rank, and at the end with the best model: the one of that evaluation."""
+    """Stopped at an evaluation, by the last rank, or not, and at the end with the best model: the one of that
+    evaluation."""
     options = {**SGD, "max_steps": 4, "save_steps": 2, "save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 2,
                "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 3e-3}  # fmt: skip
-    for callbacks in ([SigtermAt(1)] if int(os.environ["RANK"]) == world - 1 else [], []):
+    loaded = []
+    for name, stopped in (("not_stopped", False), ("best", True), ("best", False)):
+        callbacks = [SigtermAt(1)] if stopped and int(os.environ["RANK"]) == world - 1 else []
         model = small_model(attention_dropout=0.0)
-        trainer = small_trainer(folder / "best", model=model, callbacks=callbacks, **options)
+        trainer = small_trainer(folder / name, model=model, callbacks=callbacks, **options)
         trainer.train(resume_from_checkpoint="auto")
+        if not stopped:
+            best = load_file(folder / name / f"checkpoint-{trainer.state.best_global_step}" / "model.safetensors")
+            everyone, own = [None] * world, dict(trainer.model.named_parameters())
+            dist.all_gather_object(everyone, all(torch.equal(own[name], tensor) for name, tensor in best.items()))
+            loaded += everyone
     losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
-    best = load_file(folder / "best" / f"checkpoint-{trainer.state.best_global_step}" / "model.safetensors")
-    loaded, own = [None] * world, dict(trainer.model.named_parameters())
-    dist.all_gather_object(loaded, all(torch.equal(own[name], tensor) for name, tensor in best.items()))
     return {"losses": losses, "best": trainer.state.best_global_step, "loaded": loaded}
 
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from amopo_fast.errors import CheckpointError
 from amopo_fast.survival import checkpoints
 from amopo_fast.survival.checkpoints import complete_checkpoints, resolve
-from amopo_fast.survival.manifest import MARKER, problem_of
+from amopo_fast.survival.manifest import MARKER, problem_of, read_marker, sealed
 
 KEPT = ("loss", "learning_rate", "grad_norm", "eval_preference_loss", "train_loss", "epoch", "step")
 
@@ -153,6 +153,28 @@ def test_rotation_never_deletes_the_only_complete_one(copy):
     os.utime(copy / "checkpoint-2", (0, 0))
     checkpoints.rotate(copy, 1)
     assert [checkpoint.step for checkpoint in complete_checkpoints(copy)] == [2]
+
+
+@pytest.mark.parametrize("limit, left", [(1, [4]), (None, [2, 4])])
+def test_a_run_that_goes_on_clears_up_after_a_kill(copy, limit, left):
+    """Before its first step, and from an older checkpoint than the newest. What was saved later and what is of another
+    run is set aside, and another program's folders are not touched."""
+    for name in (checkpoints.STAGING, ".removing-checkpoint-1", "checkpoint-1", "checkpoint-x"):
+        shutil.copytree(copy / "checkpoint-2", copy / name)
+    damage_no_marker(copy / "checkpoint-1")
+    of_another_run = dict(read_marker(copy / "checkpoint-2"), step=3)
+    of_another_run["fingerprint"]["order"]["seed"] = 7
+    shutil.copytree(copy / "checkpoint-2", copy / "checkpoint-3")
+    (copy / "checkpoint-3" / MARKER).write_text(sealed(of_another_run))
+    (copy / ".writing-failed-step-3.json").touch()
+    found = []
+    look = At(4, lambda: found.extend([complete_checkpoints(copy), list(copy.glob(".*"))]))
+    run = small_trainer(copy, save_total_limit=limit, max_steps=5, save_strategy="no", callbacks=[look])
+    run.train(resume_from_checkpoint=str(copy / "checkpoint-4"))
+    assert [checkpoint.step for checkpoint in found[0]] == left and not found[1]
+    assert (copy / "checkpoint-1").is_dir() and (copy / "checkpoint-x").is_dir()
+    aside = sorted(path.name for path in (copy / "superseded" / "1").iterdir())
+    assert aside == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
 
 
 @pytest.mark.parametrize("step", [1, 3])

@@ -36,7 +36,7 @@ STOPS = {  # where: (module, function, what its arguments speak of, error)
     "rename of the folder, denied": (os, "replace", f"{STAGING}/checkpoint-4'", DENIED),
     "rename of the folder, broken": (os, "replace", f"{STAGING}/checkpoint-4'", BROKEN),
     "marker, full": (durable, "write_text", "complete.json", FULL),
-    "rename of the marker, broken": (os, "replace", ".complete.json.tmp", BROKEN),
+    "rename of the marker, broken": (os, "replace", ".writing-complete.json", BROKEN),
 }
 GOES_ON = {
     "metrics, full": (durable, "append", "metrics.jsonl", FULL),

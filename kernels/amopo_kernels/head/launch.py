@@ -34,6 +34,7 @@ class Tile:
     depth: int
     num_warps: int
     num_stages: int
+    per_processor: int = 1  # blocks that run on a processor at once, of the persistent grid
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,6 @@ class Configuration:
     d_weight: Tile  # dS^T x hidden: V x H
     d_hidden: Tile  # dS x weight: N x H
     descriptors: bool  # read operands through tensor descriptors (TMA)
-    blocks_per_processor: int = 1  # of the persistent grid; 1 where a block takes all registers
     add_in_l2: bool = False  # to dX32, by TMA's reductions; sm_90 alone has room
 
 
@@ -61,7 +61,7 @@ SIXTEEN_BIT = {
 # Operands that cannot be read in wide loads: their pointers and masks take registers.
 UNALIGNED = _uniform(Tile(128, 128, 32, 8, 3), descriptors=False)
 # On the CUDA cores, or in TF32 where torch allows it: correct, but a vendor matmul is faster.
-FLOAT32 = Configuration(Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 4, 2), False, 3)
+FLOAT32 = Configuration(Tile(64, 64, 32, 4, 2, 3), Tile(64, 64, 32, 4, 2, 3), Tile(64, 32, 32, 4, 2, 3), False)
 
 
 def table_key(capability: int) -> int:
@@ -97,10 +97,10 @@ def processors(device: torch.device) -> int:
     return _device(device.index)[1] if device.type == "cuda" else 3
 
 
-def grid(configuration: Configuration, device: torch.device, rows: int, columns: int, tile: Tile) -> Grid:
+def grid(tile: Tile, device: torch.device, rows: int, columns: int) -> Grid:
     """Persistent: a program per tile of rows x columns, but not more than the device runs at a time."""
     count = blocks(rows, tile.rows) * blocks(columns, tile.columns)
-    return min(count, processors(device) * configuration.blocks_per_processor), 1, 1
+    return min(count, processors(device) * tile.per_processor), 1, 1
 
 
 def blocks(size: int, block: int) -> int:

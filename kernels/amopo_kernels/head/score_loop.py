@@ -84,7 +84,7 @@ def scores(problem: Problem, strip: int, epilogue: LogSumExp | LogitGradient, wi
     tile, descriptors = configuration.scores, configuration.descriptors
     return launch.SliceLaunch(
         _score_kernel,
-        lambda columns: launch.grid(configuration, problem.hidden.device, problem.rows, columns, tile),
+        lambda columns: launch.grid(tile, problem.hidden.device, problem.rows, columns),
         launch.source(problem.hidden, (tile.rows, tile.depth), descriptors),
         launch.source(problem.weight, (tile.columns, tile.depth), descriptors),
         problem.scoring, epilogue, problem.features, problem.hidden.stride(0), problem.weight.stride(0),

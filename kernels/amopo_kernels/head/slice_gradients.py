@@ -107,7 +107,7 @@ def d_weight(
     hidden = upstream.hidden
     return launch.SliceLaunch(
         _d_weight_kernel,
-        lambda columns: launch.grid(configuration, hidden.device, columns, problem.features, tile),
+        lambda columns: launch.grid(tile, hidden.device, columns, problem.features),
         launch.source(d_logits, (tile.depth, tile.rows), descriptors),
         launch.source(hidden, (tile.depth, tile.columns), descriptors), out, upstream.weight_scale, problem.count,
         problem.rows, problem.features, d_logits.stride(0), hidden.stride(0), out.stride(0),
@@ -142,7 +142,7 @@ def d_hidden(
     in_l2 = configuration.add_in_l2 and descriptors
     return launch.SliceLaunch(
         _d_hidden_kernel,
-        lambda _: launch.grid(configuration, out.device, rows, problem.features, tile),
+        lambda _: launch.grid(tile, out.device, rows, problem.features),
         launch.source(d_logits, (tile.rows, tile.depth), descriptors),
         launch.source(problem.weight, (tile.depth, tile.columns), descriptors),
         launch.source(out.flatten(0, 1), (tile.rows, strip), in_l2), problem.count,

@@ -193,7 +193,7 @@ def scores(problem: Problem, strip: int, epilogue: LogSumExp | LogitGradient) ->
         strip = min(strip, 32)  # triton 3.6 spills 16 bytes with 64
     return launch.SliceLaunch(
         warp_specialized_kernel,
-        lambda columns: launch.grid(configuration, problem.hidden.device, problem.rows, columns, tile),
+        lambda columns: launch.grid(tile, problem.hidden.device, problem.rows, columns),
         _source(problem.hidden, [ROWS, ring.depth]), _source(problem.weight, [tile.columns, ring.depth]),
         problem.scoring, epilogue, problem.features,
         ROWS=ROWS, COLUMNS=tile.columns, DEPTH=ring.depth, STAGES=ring.stages, LEAD=ring.lead, GROUP=launch.GROUP,

@@ -102,6 +102,7 @@ def test_a_kernel_is_looked_up_once_for_slices_that_compile_alike():
 def test_the_number_of_columns_is_worked_out_once():
     layout._slice_columns.cache_clear()
     with mock.patch.object(launch, "blocks", side_effect=launch.blocks) as blocks:
-        first = layout._slice_columns(777, 896, launch.SIXTEEN_BIT[90], 132, 2**24)
+        asked = 777, 896, launch.SIXTEEN_BIT[90], 132, 2**24
+        first = layout._slice_columns(*asked)
         worked = blocks.call_count
-        assert layout._slice_columns(777, 896, launch.SIXTEEN_BIT[90], 132, 2**24) == first and blocks.call_count == worked
+        assert layout._slice_columns(*asked) == first and blocks.call_count == worked
