@@ -265,6 +265,7 @@ def test_every_part_is_counted_and_none_is_negative():
             assert found.parts["weights"] == 4 * found.parameters and found.peak > 16 * found.parameters
         assert sum(found.pinned.values()) == found.host_pinned
         assert (found.host_pinned > 0) == (setup.host_states or setup.host_weights or setup.offload)
+    assert QWEN_14B.dtype is None  # it is as it was, and a key of the profiles that are kept
 
 
 def test_a_reference_costs_a_forward_and_no_memory():
