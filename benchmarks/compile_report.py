@@ -4,7 +4,7 @@
 
 Launches are recorded from the code that makes them (tests/kernels). A row: registers a thread, bytes of stack a thread
 (spills), shared memory a block, matrix instructions, machine instructions. A launch that does not compile, spills or
-does not fit the chip is a row "wrong: ...". Nothing is measured. On a GPU machine it fills Triton's cache ahead.
+does not fit the chip is a row "wrong: ...". Nothing is measured.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from head_launches import CASES, EDGES, is_matmul, launches_of, name_of  # noqa:
 from small_launches import small_launches  # noqa: E402
 
 
-def shipped(cc: int, edges: bool = True) -> Iterator[tuple[str, str, Launch, bool | None]]:
+def shipped(cc: int) -> Iterator[tuple[str, str, Launch, bool | None]]:
     """(kernel, case, launch, whether it is a matmul; None: whichever instructions the compiler takes)."""
     for kind, launches in small_launches(cc).items():
         for number, launch in enumerate(launches):
             yield launch.kernel.split(":")[1].strip("_"), f"{kind} {number + 1}", launch, False
     seen = set()
-    for case, options in (CASES | (EDGES if edges and cc == 90 else {})).items():
+    for case, options in (CASES | (EDGES if cc == 90 else {})).items():
         for backend in ("fused", "chunked"):
             for launch in launches_of(cc, backend, **options):
                 if repr(launch) not in seen:
@@ -76,7 +76,6 @@ def row(launch: Launch, matmul: bool | None) -> dict:
 def main() -> int:
     parser = harness.parser(__doc__.splitlines()[0])
     parser.add_argument("--cc", action="append", type=int, choices=(80, 90, 100), help="default: all three")
-    parser.add_argument("--common", action="store_true", help="leave out what sm_90 has of odd numbers")
     parser.add_argument("--only", help="a regular expression on kernel and case")
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
@@ -84,7 +83,7 @@ def main() -> int:
     only = "statistics" if arguments.smoke else arguments.only
     wanted = (
         one for cc in arguments.cc or ([90] if arguments.smoke else [80, 90, 100])
-        for one in shipped(cc, edges=not arguments.common)
+        for one in shipped(cc)
         if not only or re.search(only, ", ".join(one[:2]))
     )  # fmt: skip
     chosen = list(itertools.islice(wanted, 1 if arguments.smoke else None))

@@ -41,17 +41,18 @@ class Entry:
     smoke: bool = True  # False: minutes in the interpreter
 
 
-# Its kernel has never run: if it hangs, nothing else may hang with it.
+# Its kernel is off by default and little tried: if it hangs, nothing else may hang with it.
 WARP_SPECIALIZED = "tests/kernels/head/test_warp_specialized.py"
 # Several processes at once: most of a test's time on a GPU is the host's, which compiles.
-GPU_TESTS = "python -m pytest -p failures_at_once -m gpu"
+PYTEST = "python -m pytest -p failures_at_once"  # an entry whose time is over has told what failed by then
+GPU_TESTS = f"{PYTEST} -m gpu"
 # A whole step is compiled in each of the tests of memory, which then takes most of a minute beside fifteen others; a
 # killed run is four processes one after another.
 KILLED_RUN = "tests/survival/test_resume_gpu.py"
 LONG_RUNS = "tests/memory tests/survival/test_fsdp_gpu.py"
 SHORT_RUNS = "tests --ignore tests/kernels --ignore tests/memory --ignore tests/survival"
 # On a GPU the kernels' tests without its marker run on it as well, instead of in the interpreter.
-KERNEL_TESTS = f"python -m pytest -n 14 --timeout 35 --session-timeout 30 --ignore {WARP_SPECIALIZED} tests/kernels"
+KERNEL_TESTS = f"{PYTEST} -n 14 --timeout 35 --session-timeout 30 --ignore {WARP_SPECIALIZED} tests/kernels"
 SANITIZER = "compute-sanitizer --error-exitcode 1 --target-processes all"
 SMALL_TESTS = "tests/kernels/head/test_triton_head_edges.py tests/kernels/rows"
 SECTIONS = "SpeedOfLight ComputeWorkloadAnalysis MemoryWorkloadAnalysis WarpStateStats".split()
@@ -93,8 +94,8 @@ PLANS = {
         Entry("memory_32B_host", "python benchmarks/memory.py --model 32B --only 'on the host' --steps 3", 260),
     ],
     "rest": [
-        Entry("all_gpu_tests", "python -m pytest -n 6 -m gpu tests", 300),
-        Entry("all_kernel_tests", "python -m pytest -n 14 tests/kernels", 600, smoke=False),
+        Entry("all_gpu_tests", f"{GPU_TESTS} -n 6 tests", 300),
+        Entry("all_kernel_tests", f"{PYTEST} -n 14 tests/kernels", 600, smoke=False),
         Entry("head", "python benchmarks/head.py", 600),
         Entry("head_sweeps", "python benchmarks/head.py --sweeps", 600),
         Entry("step_7B", "python benchmarks/step.py --model 7B", 600),

@@ -28,7 +28,7 @@ from head_variants import Variant, ours
 Tile = launch.Tile
 CAPABILITY = 90
 BACKWARD = (Mode("forward+backward", lambda _: []),)
-FORWARD = (*BACKWARD, Mode("forward", lambda _: [], backward=False))
+WITH_FORWARD = (*BACKWARD, Mode("forward", lambda _: [], backward=False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Tuning:
 SMALL = Tile(128, 128, 64, 4, 3, per_processor=2)
 Ring = warp_specialized.Ring
 TUNINGS = [
-    Tuning("shipped", modes=FORWARD),
+    Tuning("shipped", modes=WITH_FORWARD),
     Tuning("slices of 4096 columns", slice_columns=4096),
     Tuning("slices of 8192 columns", slice_columns=8192),
     Tuning("slices of 32768 columns", slice_columns=32768),
@@ -77,10 +77,10 @@ TUNINGS = [
     Tuning("direct launches", direct=True),
     Tuning("two blocks a processor, 128 x 128 x 64, 4 warps, for the scores", scores=SMALL),
     Tuning("the same for all products", *[SMALL] * 3, add_in_l2=False),
-    Tuning("warp-specialised, 9 stages of 32, lead 6", ring=Ring(32, 9, 6), modes=FORWARD),
-    Tuning("warp-specialised, 4 stages of 64, lead 2", ring=Ring(64, 4, 2), modes=FORWARD),
-    Tuning("warp-specialised, 4 stages of 64, lead 1", ring=Ring(64, 4, 1), modes=FORWARD),
-    Tuning("warp-specialised, 4 stages of 64, lead 3", ring=Ring(64, 4, 3), modes=FORWARD),
+    Tuning("warp-specialised, 9 stages of 32, lead 6", ring=Ring(32, 9, 6), modes=WITH_FORWARD),
+    Tuning("warp-specialised, 4 stages of 64, lead 2", ring=Ring(64, 4, 2), modes=WITH_FORWARD),
+    Tuning("warp-specialised, 4 stages of 64, lead 1", ring=Ring(64, 4, 1), modes=WITH_FORWARD),
+    Tuning("warp-specialised, 4 stages of 64, lead 3", ring=Ring(64, 4, 3), modes=WITH_FORWARD),
     Tuning("3 stages", *[Tile(128, 256, 64, 8, 3)] * 3),
     Tuning("256 x 128 for dW", d_weight=Tile(256, 128, 64, 8, 4)),
     Tuning("groups of 8 row tiles", group=8),

@@ -1,6 +1,6 @@
 """Peak memory and speed of whole optimizer steps, beside the estimate's prediction and beside plain transformers.
 
-Every row is a process of its own that goes the way of `amopo-fast train` behind its memory check: the model made on the
+Every row is a process of its own that goes the way of `amopo-fast train`: the memory check, the model made on the
 device with random weights in Qwen2.5's shapes, AMoPOTrainer, its optimizer and its loop, on pairs with the lengths of
 real ones. Two steps warm up and create the optimizer's states, the ones behind them are measured: one peak, and the
 time from one step's beginning to the next. `plain` rows train the same pairs with transformers and torch alone: padded
@@ -166,7 +166,7 @@ def train(shape: str, options: dict, budget: int, device: str, steps: int) -> di
         args = AMoPOConfig(
             output_dir=folder, max_steps=WARMUP + steps, tokens_per_micro_batch=budget, use_cpu=not cuda,
             pairs_per_step=per_step, save_strategy="no", logging_steps=5,
-            disable_tqdm=True, report_to=[], bf16=True, memory_check=False, **options,
+            disable_tqdm=True, report_to=[], bf16=True, **options,
         )  # fmt: skip
         row, _ = longest_row(pairs, sizes, args)
         live = None if cuda else LiveBytes()

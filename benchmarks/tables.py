@@ -140,7 +140,6 @@ def _date(report: dict) -> str:
     return report["environment"]["date"]
 
 
-
 def _targets_only(case: str) -> str:
     targets = TARGETS.get(case, {"forward+backward": ""})
     rows = [[mode, f"{target} ms" if target else "", NOT_MEASURED] for mode, target in targets.items()]

@@ -35,13 +35,13 @@ from amopo_fast.models.depth import depth_of
 from amopo_fast.optim.host_states import SLOTS, parcel_bytes, slot_bytes
 from amopo_fast.optim.states import moment_bytes
 from amopo_fast.packing.plan import Layout
+from amopo_kernels.head.options import SLICE_LOGITS
 
 RESERVE = 4 * GIB
 FILLED = 0.95  # of a GPU's memory, which what nobody asked for may fill
 # Of the logits that are alive in the head at a time: columns in `chunked`, which has as many bytes of each as in
-# `torch`, float32 and its bfloat16 gradient; logits in `fused`, which has the gradient alone.
-CHUNKED_COLUMNS, SLICE_BYTES = 4096, 6
-FUSED_LOGITS, FUSED_BYTES = 2**26, 2
+# `torch`, float32 and its bfloat16 gradient; `fused` has the gradient alone, of as many as SLICE_LOGITS says.
+CHUNKED_COLUMNS, SLICE_BYTES, FUSED_BYTES = 4096, 6, 2
 QUANTISED_BYTES = 0.5 + 4 / 64  # per weight: nf4 with a float32 scale per 64
 NESTED_QUANTISED_BYTES = 0.5 + (1 + 4 / 256) / 64  # scales in 8 bits, in blocks of 256
 MOST_TOKENS = 2**28  # of a row: of more, sizes of tensors do not fit into 64 bits
@@ -276,7 +276,7 @@ def estimate(config: PretrainedConfig, row: Row, setup: Setup) -> Estimate:
     columns = min(setup.head_slice or CHUNKED_COLUMNS, vocabulary)
     head_working = row.label_tokens * columns * SLICE_BYTES
     if setup.head_slice is None:
-        head_working = max(head_working, min(FUSED_LOGITS, row.label_tokens * vocabulary) * FUSED_BYTES)
+        head_working = max(head_working, min(SLICE_LOGITS["fused"], row.label_tokens * vocabulary) * FUSED_BYTES)
     head_working += rows * (2 + 2 + 4)
     probabilities = cache_bytes(config, row) if head_trained else 0
     kept_probabilities = min(setup.head_cache, probabilities)

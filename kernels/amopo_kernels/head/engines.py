@@ -15,10 +15,9 @@ class Engine:
     scores: ModuleType  # scores, strip_columns, row_blocks
     gradients: ModuleType  # d_weight, new_d_hidden, d_hidden
     slices_forward: bool  # the forward runs slice by slice, too
-    slice_logits: int  # of a slice where there are few rows
 
 
 ENGINES = {
-    "fused": Engine(score_loop, slice_gradients, slices_forward=False, slice_logits=2**26),
-    "chunked": Engine(chunked, chunked, slices_forward=True, slice_logits=2**24),
+    "fused": Engine(score_loop, slice_gradients, slices_forward=False),
+    "chunked": Engine(chunked, chunked, slices_forward=True),
 }

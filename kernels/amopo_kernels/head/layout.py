@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import launch, slice_gradients
 from .engines import ENGINES
-from .options import Options
+from .options import SLICE_LOGITS, Options
 
 BUFFER = 256  # columns; buffers that kernels fill tile by tile hold a multiple
 BUFFER_ROWS = 128  # the same of rows: the most of any kernel's tile
@@ -80,7 +80,7 @@ def slice_buffer(hidden: Tensor, width: int) -> Tensor:
 def slice_columns(hidden: Tensor, dtype: torch.dtype, backend: str) -> int:
     """Columns of a slice: a multiple of BUFFER, whose tiles fill the grid's waves best.
 
-    About as many as give an engine's number of logits, but 4096 to 32768. Every slice reads and writes dX32 and costs
+    About as many as give SLICE_LOGITS, but 4096 to 32768. Every slice reads and writes dX32 and costs
     launches: with `fused` on an H200, 16384 columns for 4096 rows took 12 % less than 4096 at H = 896 and 2 % less at
     H = 5120 (benchmarks/NOTES.md), though dS of 128 MB does not stay in L2. `chunked` writes float32 logits too.
     """
@@ -89,7 +89,7 @@ def slice_columns(hidden: Tensor, dtype: torch.dtype, backend: str) -> int:
     tiles, processors = launch.tiles(hidden.device, dtype), launch.processors(hidden.device)
     traced = any(isinstance(size, torch.SymInt) for size in hidden.shape)
     find = _slice_columns.__wrapped__ if traced else _slice_columns
-    return find(*hidden.shape, tiles, processors, ENGINES[backend].slice_logits)
+    return find(*hidden.shape, tiles, processors, SLICE_LOGITS[backend])
 
 
 @functools.lru_cache(4096)  # a call asks several times, and numbers of rows recur

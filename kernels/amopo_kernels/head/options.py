@@ -14,6 +14,8 @@ from .shard import WHOLE, VocabularyShard
 
 # What else a pass can return of every row. The first three are differentiable.
 OUTPUTS = ("entropy", "lse", "mean_logit", "top1", "log_sum_p2")
+# Logits of a slice, by Triton backend: what `layout.slice_columns` aims at and the memory estimate counts.
+SLICE_LOGITS = {"fused": 2**26, "chunked": 2**24}
 
 
 @dataclass(frozen=True)

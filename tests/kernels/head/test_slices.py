@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 from amopo_kernels.head import chunked, kept_probabilities, launch, layout
-from amopo_kernels.head.engines import ENGINES
+from amopo_kernels.head.options import SLICE_LOGITS
 
 CONFIGURATIONS = {**launch.SIXTEEN_BIT, "float32": launch.FLOAT32, "unaligned": launch.UNALIGNED}
 
@@ -23,8 +23,7 @@ def test_a_slice_is_whole_tiles_whatever_the_rows(configuration):
     for rows in [0, 1, 511, 512, 1000, 4096, 10**6, *(chosen.randrange(1, 20000) for _ in range(300))]:
         features = chosen.choice([8, 64, 896, 1544, 5120])
         processors = chosen.choice([108, 132, 148])
-        for engine in ENGINES.values():
-            logits = engine.slice_logits
+        for logits in SLICE_LOGITS.values():
             columns = layout._slice_columns(rows, features, configuration, processors, logits)
             assert columns % layout.BUFFER == 0 and 3072 <= columns <= 49152
             assert columns * rows <= max(6144 * rows, 3 * logits // 2 + layout.BUFFER * rows)
