@@ -6,9 +6,11 @@ Each message names the place, what was found there and what to do about it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import reprlib
+import typing
 from collections.abc import Iterable
 from typing import Any
 
@@ -97,19 +99,42 @@ class Needs:
         )
 
 
+_TAKES: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"), int: ((int,), "a whole number"), float: ((int, float), "a number"),
+}  # fmt: skip
+
+
+@functools.cache
+def _scalars(kind: Any) -> dict[str, tuple[type, bool]]:
+    """bool, int or float by the name of a dataclass's field that is annotated as one, and whether None is one too."""
+    hints = typing.get_type_hints(kind)
+    found = {}
+    for each in dataclasses.fields(kind):
+        types = typing.get_args(hints[each.name]) or (hints[each.name],)
+        scalars = [scalar for scalar in types if scalar is not type(None)]
+        if len(scalars) == 1 and scalars[0] in _TAKES:
+            found[each.name] = scalars[0], len(types) > 1
+    return found
+
+
 def check_numbers(
     config: Any, *, positive: Iterable[str] = (), not_negative: Iterable[str] = (), below_one: Iterable[str] = ()
 ) -> None:
-    """Every number of a dataclass's instance is finite, and those that are named lie in their range: above 0, from 0,
-    from 0 to below 1. None, an option that is not set, passes.
+    """Every field of a dataclass's instance that is annotated as bool, int or float holds one ("false" is not false,
+    1.5 no whole number, True none at all); numbers are finite, and those that are named lie in their range: above 0,
+    from 0, from 0 to below 1.
 
     Raises:
-        OptionError: names the option, its value and the range.
+        OptionError: names the option, its value and what it takes.
     """
+    kind: Any = type(config)
+    for name, (scalar, or_none) in _scalars(kind).items():
+        value, (types, what) = getattr(config, name, None), _TAKES[scalar]
+        is_one = isinstance(value, types) and (scalar is bool or not isinstance(value, bool))
+        if not is_one and not (or_none and value is None):
+            raise OptionError(f"{name} is {shown(value)}: write {what}", name)
     for each in dataclasses.fields(config):
         name, value = each.name, getattr(config, each.name, None)
-        if type(each.default) in (int, float) and isinstance(value, (str, list, dict)):
-            raise OptionError(f"{name} is {shown(value)}: write a number", name)
         if isinstance(value, float) and not math.isfinite(value):
             raise OptionError(f"{name}={value} must be a finite number", name)
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -122,8 +147,6 @@ def check_numbers(
     for names, what, holds in ranges:
         for name in names:
             value = getattr(config, name, None)
-            if value is not None and not isinstance(value, (int, float)):
-                raise OptionError(f"{name} is {shown(value)}: write a number", name)
             if value is not None and not holds(value):
                 raise OptionError(f"{name}={value} {what}", name)
 

@@ -54,23 +54,17 @@ def no_flush_to_disk():
 
 @pytest.fixture(autouse=True, scope="session")
 def layouts_are_chosen_once():
-    """The trial of a layout is a function of the class and the configuration, and a fifth of a tiny run's time. Its own
-    tests, which change what a class does, try every time."""
+    """But in their own tests, which change what a class does."""
+    from layouts import chosen_once
+
     from amopo_fast.models import check
 
     unchanged = tuple(f"tests/models/test_{name}.py" for name in ("families", "kinds", "real_logits", "text_part"))
     choose = check.choose_layout
-    choices = {}
 
     def chosen(model, requested="auto"):
         test = os.environ["PYTEST_CURRENT_TEST"]
-        if "tests/models/" in test and not test.startswith(unchanged):
-            return choose(model, requested)
-        base = check.language_model_of(model)
-        key = type(base), base.config.to_json_string(use_diff=False), requested
-        if key not in choices:
-            choices[key] = choose(model, requested)
-        return choices[key]
+        return (choose if "tests/models/" in test and not test.startswith(unchanged) else chosen_once)(model, requested)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(check, "choose_layout", chosen)

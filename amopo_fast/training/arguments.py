@@ -95,6 +95,7 @@ NEEDS = (
     *(Needs(f"dataloader_{name}", "dataloader_num_workers")
       for name in ("persistent_workers", "prefetch_factor", "multiprocessing_context")),
 )  # fmt: skip
+ON_GPUS = ("fp16", "torch_empty_cache_steps", "eval_accumulation_steps", "use_liger_kernel")
 # (option, another one, its values or none for any): the first has no effect beside the second.
 BESIDE = (
     ("optim", "optim_in_backward", ()),
@@ -139,8 +140,9 @@ def try_names(args: Any, changed: dict[str, Any]) -> None:
         OptionError: it does not exist, is not installed, or does not take what it is given.
     """
     device = args.device
-    if args.fp16 and device.type == "cpu":
-        raise OptionError("fp16 needs a GPU; leave it out", "fp16")
+    for name in ON_GPUS:
+        if changed.get(name) and device.type == "cpu":
+            raise OptionError(f"{name}={changed[name]!r} acts on a GPU alone, this run is on a CPU: leave it out", name)
     _try("kernel_backend", lambda: choose_backend(args.kernel_backend, torch.empty(0, 1, device=device), torch.float32))
     is_torch = args.kernel_backend == "torch" or (args.kernel_backend == "auto" and device.type == "cpu")
     if args.logits_cache_bytes and is_torch:

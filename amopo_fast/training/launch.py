@@ -7,10 +7,14 @@ run would be another one than its configuration says.
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 from typing import Any
 
 from amopo_fast.errors import OptionError
+
+logger = logging.getLogger(__name__)
 
 _START = "start with torchrun or accelerate launch, which set all of them, or unset it to train in one process"
 _BOUNDS = {"WORLD_SIZE": (1, 2**31), "LOCAL_WORLD_SIZE": (1, 2**31), "RANK": (0, 2**31), "LOCAL_RANK": (-1, 2**31),
@@ -27,7 +31,7 @@ _REFUSED = {
 
 
 def check_launch() -> None:
-    """The processes that the environment tells of, before torch waits for them.
+    """The processes that the environment tells of, before torch waits for them. Warns where no host has rank 0's name.
 
     Raises:
         OptionError: a variable that is no number, is out of range, or is there without those it needs; names it.
@@ -43,6 +47,19 @@ def check_launch() -> None:
     missing = [name for name in needed if not os.environ.get(name)]
     if first and missing:
         raise OptionError(f"{first}={os.environ[first]} is set without {', '.join(missing)}: {_START}", first)
+    if first:
+        _resolve(os.environ["MASTER_ADDR"])
+
+
+def _resolve(host: str) -> None:
+    """A name that is not known is no error yet: a cluster may make it known a little after its processes start."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        logger.warning(
+            "MASTER_ADDR=%s is not known here (%s): torch asks again until its time is up and then ends; if it is "
+            "misspelt, stop this run and correct it", host, error.strerror or error,
+        )  # fmt: skip
 
 
 def _number(name: str, low: int, high: int) -> int | None:

@@ -26,10 +26,12 @@ from engines import (
     zero2,
     zero3,
 )  # fmt: skip
+from layouts import chosen_once
 from safetensors.torch import load_file
 from small_run import small_model, small_trainer
 from transformers import TrainerCallback
 
+from amopo_fast.models import check
 from amopo_fast.survival.checkpoints import complete_checkpoints
 
 SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0.0,
@@ -233,6 +235,8 @@ def group(folder, scenario, world):
 
 def main(folder, *scenarios):
     torch.set_num_threads(1)
+    check.choose_layout = chosen_once
+    chosen_once(small_model(attention_dropout=0.0))  # the model of nearly all, before they are forked
     for item in scenarios:
         scenario, worlds = item.split(":")
         for world in map(int, worlds.split(",")):

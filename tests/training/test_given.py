@@ -46,8 +46,18 @@ def test_training_without_data_is_named(trainer_of):
         trainer_of(train_dataset=None).train()
 
 
-@pytest.mark.parametrize("option, value", [("beta", "x"), ("tau", [1.0]), ("max_steps", "3"), ("pairs_per_step", "4")])
-def test_a_number_that_is_none_is_named(tmp_path, option, value):
-    with pytest.raises(OptionError, match=f"{option} is {type(value).__name__} .*: write a number") as caught:
+@pytest.mark.parametrize(
+    "option, value, takes",
+    [
+        *((name, value, "a number") for name, value in (("beta", "x"), ("tau", [1.0]), ("gamma", True))),
+        *((name, value, "a whole number") for name, value in (
+            ("max_steps", "3"), ("pairs_per_step", "4"), ("seed", 1.5), ("seed", None), ("keep_layers", True),
+            ("tokens_per_micro_batch", 1e4), ("save_total_limit", 2.0))),
+        *((name, value, "true or false") for name, value in (
+            ("gradient_checkpointing", "false"), ("bf16", 1), ("push_to_hub", "no"), ("memory_check", None))),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_named(tmp_path, option, value, takes):
+    with pytest.raises(OptionError, match=f"{option} is {type(value).__name__} .*: write {takes}") as caught:
         AMoPOConfig(output_dir=str(tmp_path), use_cpu=True, **{option: value})
     assert caught.value.option == option

@@ -1,11 +1,14 @@
 """What launchers say by the environment: contradictions are named before torch waits for anyone."""
 
+import socket
+
 import pytest
 import torch
 
 from amopo_fast.cli import main
 from amopo_fast.errors import OptionError
 from amopo_fast.training.config import AMoPOConfig
+from amopo_fast.training.launch import check_launch
 
 OF_RANK_0 = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
              "MASTER_PORT": "29511"}  # fmt: skip
@@ -44,6 +47,21 @@ def test_what_makes_no_sense_is_named(tmp_path, environment, changes, message):
         environment.setenv(name, value) if value is not None else environment.delenv(name, raising=False)
     with pytest.raises(OptionError, match=message):
         AMoPOConfig(output_dir=str(tmp_path), use_cpu=True)
+
+
+def test_a_host_that_is_not_known_is_named(environment, caplog):
+    for name, value in OF_RANK_0.items():
+        environment.setenv(name, value)
+    check_launch()
+    assert not caplog.records
+    environment.setenv("MASTER_ADDR", "127.0.0.256")  # for which no server of names is asked
+    environment.setattr(socket, "getaddrinfo", _unknown)
+    check_launch()
+    assert "MASTER_ADDR=127.0.0.256 is not known here (Name or service not known)" in caplog.text
+
+
+def _unknown(host, *_):
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
 
 def test_the_command_ends_with_2_before_it_looks_for_a_model(tmp_path, environment, capsys):

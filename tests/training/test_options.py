@@ -236,8 +236,9 @@ def test_an_option_changes_what_its_name_says(option, observed, tmp_path):
 
 OTHER = {  # a value away from the default of every option that is refused
     bool: lambda value: not value, int: lambda value: value + 1, float: lambda value: value + 0.5,
-    str: lambda value: f"{value}_", list: lambda value: ["loss"], type(None): lambda value: "x",
+    str: lambda value: f"{value}_", list: lambda value: ["loss"],
 }  # fmt: skip
+OF_NONE = {"neftune_noise_alpha": 0.5, "data_seed": 3}  # and text for the others
 
 
 @pytest.mark.parametrize("option", [name for name in arguments.REFUSED if name in AMoPOConfig.__dataclass_fields__])
@@ -245,7 +246,8 @@ def test_an_option_that_nothing_reads_is_refused(option, tmp_path):
     field = AMoPOConfig.__dataclass_fields__[option]
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     with pytest.raises(OptionError, match=f"{option}=.* is refused: .") as caught:
-        configured(tmp_path, **{option: OTHER[type(default)](default)})
+        value = OF_NONE.get(option, "x") if default is None else OTHER[type(default)](default)
+        configured(tmp_path, **{option: value})
     assert caught.value.option == option
     configured(tmp_path, **{option: default})
 
@@ -323,7 +325,8 @@ def test_no_warm_up_goes_with_a_schedule_that_has_none(tmp_path):
         ({"push_to_hub": True, "hub_model_id": "a/b/c", "hub_token": "x"}, "hub_model_id: .*a/b/c"),
         ({"push_to_hub": True}, "push_to_hub needs a token"),
         ({"logits_cache_gib": 1.0, "kernel_backend": "torch"}, "logits_cache_gib=1.0 is not for kernel_backend torch"),
-        ({"fp16": True}, "fp16"),
+        ({"tf32": True}, "tf32"),
+        *(({name: 1 if "steps" in name else True}, f"{name}=.* acts on a GPU alone") for name in arguments.ON_GPUS),
     ],
 )
 def test_names_are_tried_before_anything_is_loaded(options, message, tmp_path, monkeypatch):
