@@ -1,4 +1,4 @@
-"""The trial of a layout is a function of the class and the configuration, and a fifth of a tiny run's time: once each."""
+"""The trial of a layout follows from class and configuration, and is a fifth of a tiny run's time: once each."""
 
 from amopo_fast.models import check
 
